@@ -1,0 +1,11 @@
+"""What the author of a loss imports: the contract, the registry and the words. Importing it leaves torch unloaded."""
+
+from tinkerbell_core.errors import TinkerbellError
+from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.plugins import hookimpl
+from tinkerbell_core.registry import LossRegistry
+from tinkerbell_core.spec import LossSpec, loss
+
+__version__ = "0.1.0"
+
+__all__ = ["LossFnOutput", "LossRegistry", "LossSpec", "TinkerbellError", "__version__", "hookimpl", "loss"]

@@ -1,0 +1,198 @@
+"""One loss, however it arrived: its function, and what can be said of it without running it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+
+from tinkerbell_core.errors import BadHyperparameter, BadLoss, did_you_mean
+from tinkerbell_core.source import digest_of, source_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tinkerbell_core.output import LossFnOutput
+
+Coupling = Literal["sequence", "batch"]
+
+
+class LossFn(Protocol):
+    """`model_outputs` float `[B, T, V]`, inputs right-padded to the batch, `attention_mask` `[B, T]`."""
+
+    # Any: each loss has keyword hyperparameters of its own
+    def __call__(
+        self, model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, **hyperparameters: Any
+    ) -> LossFnOutput: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Who brought a loss: a distribution's entry point, an upload, or this process."""
+
+    kind: Literal["local", "entry_point", "upload"] = "local"
+    distribution: str | None = None
+    version: str | None = None
+    owner: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameter:
+    """A keyword argument of a loss. `type` is the annotation as written; `required` ones have no default."""
+
+    name: str
+    type: str
+    default: bool | int | float | str | None = None
+    required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LossSpec:
+    """A loss function and its description. Calling it calls the function.
+
+    inputs: keys the loss cannot do without; optional_inputs: keys it reads when present. None: not known before a dry run.
+    finite: inputs whose numbers must be finite where the position counts.
+    coupling: "sequence" when sequences (or groups) do not see each other; "batch" is the default for anything unknown.
+    group_size: rows that belong together (2 for preference pairs, rows 2i and 2i+1).
+    """
+
+    name: str
+    fn: LossFn
+    summary: str
+    inputs: tuple[str, ...] | None
+    optional_inputs: tuple[str, ...]
+    hyperparameters: tuple[Hyperparameter, ...]
+    coupling: Coupling
+    group_size: int
+    finite: tuple[str, ...]
+    source: str
+    digest: str
+    provenance: Provenance = field(default_factory=Provenance)
+
+    # Any: passes on whatever the loss takes
+    def __call__(self, *args: Any, **kwargs: Any) -> LossFnOutput:
+        return self.fn(*args, **kwargs)
+
+    @property
+    def id(self) -> str:
+        """`distribution:loss`, or `upload:name@<12 of digest>`; what a name resolves to, and never changes."""
+        if self.provenance.kind == "upload":
+            return f"upload:{self.name}@{self.digest[:12]}"
+        return f"{self.provenance.distribution or 'local'}:{self.name}"
+
+    def from_(self, provenance: Provenance) -> LossSpec:
+        """The same loss, brought by somebody."""
+        return replace(self, provenance=provenance)
+
+    def bind(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The hyperparameters of one call: `config` over the defaults.
+
+        Raises BadHyperparameter for a name the loss does not have, a missing required one, or a value of another type.
+        """
+        return bind_hyperparameters(self.name, self.hyperparameters, config)
+
+
+def bind_hyperparameters(loss: str, known: tuple[Hyperparameter, ...], config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` over the defaults of `known`; the server binds from a description, where there is no function."""
+    by_name = {hyper.name: hyper for hyper in known}
+    for name, value in config.items():
+        if name not in by_name:
+            takes = ", ".join(by_name) or "none"
+            raise BadHyperparameter(
+                f"loss {loss!r} has no hyperparameter {name!r}{did_you_mean(name, by_name)} (it takes: {takes})"
+            )
+        _check_type(loss, by_name[name], value)
+    missing = [hyper.name for hyper in known if hyper.required and hyper.name not in config]
+    if missing:
+        raise BadHyperparameter(f"loss {loss!r} needs {missing[0]!r}: pass loss_fn_config={{{missing[0]!r}: ...}}")
+    return {hyper.name: config.get(hyper.name, hyper.default) for hyper in known}
+
+
+def _check_type(loss: str, hyper: Hyperparameter, value: object) -> None:
+    allowed: dict[str, tuple[type, ...]] = {
+        "float": (float, int),
+        "int": (int,),
+        "bool": (bool,),
+        "str": (str,),
+    }
+    types = allowed.get(hyper.type)
+    if types is None:
+        return
+    if not isinstance(value, types) or (isinstance(value, bool) and hyper.type != "bool"):
+        raise BadHyperparameter(f"loss {loss!r}: {hyper.name} is {value!r}, but must be {hyper.type}")
+
+
+@overload
+def loss(fn: LossFn, /) -> LossSpec: ...
+@overload
+def loss(
+    *,
+    name: str | None = None,
+    inputs: tuple[str, ...] | None = None,
+    optional_inputs: tuple[str, ...] = (),
+    coupling: Coupling = "batch",
+    group_size: int = 1,
+    finite: tuple[str, ...] = (),
+) -> Callable[[LossFn], LossSpec]: ...
+def loss(
+    fn: LossFn | None = None,
+    /,
+    *,
+    name: str | None = None,
+    inputs: tuple[str, ...] | None = None,
+    optional_inputs: tuple[str, ...] = (),
+    coupling: Coupling = "batch",
+    group_size: int = 1,
+    finite: tuple[str, ...] = (),
+) -> LossSpec | Callable[[LossFn], LossSpec]:
+    """Make a LossSpec of a function. Hyperparameters are read from its signature.
+
+    Raises BadLoss where the signature cannot be a loss's.
+    """
+
+    def decorate(fn: LossFn) -> LossSpec:
+        if coupling not in ("sequence", "batch"):
+            raise BadLoss(f"coupling is {coupling!r}, but must be 'sequence' or 'batch'")
+        if group_size < 1:
+            raise BadLoss(f"group_size is {group_size}, but must be at least 1")
+        return LossSpec(
+            name=name or getattr(fn, "__name__", "loss"),
+            fn=fn,
+            summary=(inspect.getdoc(fn) or "").partition("\n")[0],
+            inputs=inputs,
+            optional_inputs=optional_inputs,
+            hyperparameters=_hyperparameters(fn),
+            coupling=coupling,
+            group_size=group_size,
+            finite=finite,
+            source=source_of(fn),
+            digest=digest_of(fn, coupling=coupling, group_size=group_size),
+        )
+
+    return decorate(fn) if fn is not None else decorate
+
+
+def _hyperparameters(fn: LossFn) -> tuple[Hyperparameter, ...]:
+    parameters = list(inspect.signature(fn).parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < 3:
+        name = getattr(fn, "__name__", "the loss")
+        raise BadLoss(
+            f"{name} takes {len(positional)} positional arguments, but a loss is called as "
+            f"{name}(model_outputs, loss_fn_inputs, attention_mask, **hyperparameters)"
+        )
+    keywords = positional[3:] + [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return tuple(
+        Hyperparameter(
+            p.name, _type_name(p), None if p.default is p.empty else p.default, required=p.default is p.empty
+        )
+        for p in keywords
+    )
+
+
+def _type_name(parameter: inspect.Parameter) -> str:
+    if parameter.annotation is not parameter.empty:
+        annotation = parameter.annotation
+        return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    return "any" if parameter.default in (parameter.empty, None) else type(parameter.default).__name__

@@ -1,0 +1,163 @@
+"""What an engine is: commands in, results out, one at a time. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import msgspec
+
+from tinkerbell_core.types import (
+    CreateModelRequest,
+    DeleteModelOutput,
+    ForwardOutput,
+    LoadOutput,
+    LossDescription,
+    ModelInfo,
+    OptimStepOutput,
+    PluginDescription,
+    RegisterLossRequest,
+    SampleOutput,
+    SaveOutput,
+    TensorData,
+)
+
+
+class Command(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One thing an engine is asked to do. A command that raises has changed nothing."""
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One sequence as the model sees it: token ids int64 [T], and each loss input [], [T] or [T, K], by name."""
+
+    tokens: TensorData
+    inputs: dict[str, TensorData] = {}
+
+
+class TextData(msgspec.Struct, frozen=True):
+    """Data that must be tokenised where the tokenizer is: strings, chats or preference records, parsed and shape-checked.
+
+    inputs: loss inputs of each row, added to what the text gives.
+    """
+
+    kind: str  # "strings" | "chats" | "preferences"
+    items: list[Any]  # Any: str, list[{role, content}] or {prompt, chosen, rejected}, by kind
+    inputs: list[dict[str, TensorData]]
+
+
+class CreateModel(Command):
+    spec: CreateModelRequest
+
+
+class RunLoss(Command):
+    """forward (backward=False) or forward_backward. loss: an id; hyperparameters: bound. create: make an unknown model."""
+
+    model_id: str
+    loss: str
+    data: list[Row] | TextData
+    hyperparameters: dict[str, Any]
+    backward: bool
+    create: CreateModelRequest | None = None
+
+
+class OptimStep(Command):
+    model_id: str
+    learning_rate: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    grad_clip_norm: float
+    normalize: str | None
+
+
+class Sample(Command):
+    """prompt: token ids, a string or a chat. stop: token ids or strings."""
+
+    model_id: str | None
+    prompt: list[int] | str | list[dict[str, str]]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    stop: list[str | int]
+    seed: int | None
+    num_samples: int
+
+
+class Save(Command):
+    """Write the model to `path`, a folder that does not exist yet, in one rename."""
+
+    model_id: str
+    path: str
+
+
+class Load(Command):
+    """Bring the model to what is in `path`. create: make it first, where the engine has lost it."""
+
+    model_id: str
+    path: str
+    optimizer: bool
+    create: CreateModelRequest | None = None
+
+
+class DeleteModel(Command):
+    model_id: str
+
+
+class RegisterLoss(Command):
+    """Unpickle, dry-run and keep an uploaded loss. Only sent where the operator chose `trusted`."""
+
+    upload: RegisterLossRequest
+
+
+Result = (
+    ModelInfo
+    | ForwardOutput
+    | OptimStepOutput
+    | SampleOutput
+    | SaveOutput
+    | LoadOutput
+    | DeleteModelOutput
+    | LossDescription
+)
+
+
+class EngineDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """What the API answers and validates from, so that a listing says what the engine really has."""
+
+    engine: str
+    base_model: str
+    vocab_size: int
+    max_length: int
+    device: str
+    dtype: str
+    losses: list[LossDescription]
+    plugins: list[PluginDescription]
+    has_chat_template: bool
+    memory_bytes: int = 0
+
+
+class Engine(Protocol):
+    """The one owner of weights and device.
+
+    `execute` raises TinkerbellError for what can be answered to the user; then nothing has changed.
+    """
+
+    def describe(self) -> EngineDescription: ...
+
+    def execute(self, command: Command) -> Result: ...
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine needs to start. micro_batch_tokens None: chosen for the device."""
+
+    engine: str = "torch"
+    model: str | None = None
+    data_dir: str
+    device: str = "auto"
+    dtype: str = "auto"
+    attn: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    micro_batch_tokens: int | None = None
+    plugins: bool = True
+    disabled_plugins: tuple[str, ...] = ()
