@@ -1,0 +1,121 @@
+"""Every check and every chore, each one session. `nox` runs lint, types and tests; `nox -t ci` all that CI runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import nox
+
+# pip, not uv: a torch wheel from --find-links or an extra index is found by pip's own configuration
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "types", "tests"]
+nox.needs_version = ">=2025.5"
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = str(ROOT / ".ci" / "constraints.txt")
+PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
+TEST_TOOLS = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist"]
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+# torch is large, so there are two environments, not one a session: the working tree, and the built wheels
+DEV = ".nox/dev"
+BUILT = ".nox/built"
+
+
+def install(session: nox.Session, *packages: str) -> None:
+    session.install("-c", CONSTRAINTS, "torch==2.13.0")
+    session.install("-c", CONSTRAINTS, *packages)
+
+
+def install_working_tree(session: nox.Session, *tools: str) -> None:
+    install(session, "-e", ".[demo]", *tools)
+    for plugin in PLUGINS:
+        session.install("--no-deps", "-e", str(plugin))
+
+
+def install_wheels(session: nox.Session, *tools: str) -> None:
+    """Build core and every plugin here and install the files themselves, so that none comes from an index."""
+    wheels = Path(session.create_tmp()) / "wheels"
+    session.run("python", "-c", f"import shutil; shutil.rmtree({str(wheels)!r}, ignore_errors=True)", silent=True)
+    session.run("pip", "wheel", "-q", "--no-deps", "-w", str(wheels), ".", *map(str, PLUGINS))
+    core = next(wheels.glob("tinkerbell_core-*.whl"))
+    plugins = [str(wheel) for wheel in sorted(wheels.glob("tinkerbell_loss_*.whl"))]
+    install(session, f"tinkerbell-core[demo] @ {core.resolve().as_uri()}", *tools)
+    session.install("--no-deps", "--force-reinstall", str(core), *plugins)
+
+
+@nox.session(tags=["ci"])
+def lint(session: nox.Session) -> None:
+    """ruff, its formatter, and who may import whom."""
+    session.install("-c", CONSTRAINTS, "ruff", "import-linter")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("lint-imports")
+
+
+@nox.session(tags=["ci"], venv_location=DEV)
+def types(session: nox.Session) -> None:
+    """mypy, strict."""
+    install_working_tree(session, "mypy", *TEST_TOOLS)
+    session.run("mypy")
+
+
+@nox.session(tags=["ci"], venv_location=DEV)
+def tests(session: nox.Session) -> None:
+    """Every test but the slow ones."""
+    install_working_tree(session, "mypy", *TEST_TOOLS)
+    session.run("pytest", "-m", "not slow", "-n", "2", *session.posargs, env=OFFLINE)
+
+
+@nox.session(tags=["ci"], venv_location=DEV)
+def slow(session: nox.Session) -> None:
+    """The tests that train, and the demo."""
+    install_working_tree(session, "mypy", *TEST_TOOLS)
+    # 5: no test is marked slow, which is no failure
+    session.run("pytest", "-m", "slow", *session.posargs, env=OFFLINE, success_codes=[0, 5])
+
+
+@nox.session(tags=["ci"], venv_location=BUILT)
+def wheel(session: nox.Session) -> None:
+    """The built wheels, from outside the working tree: the command, and every example."""
+    install_wheels(session, *TEST_TOOLS)
+    session.chdir(session.create_tmp())
+    session.run("tinkerbell", "plugin", "list")
+    session.run("tinkerbell", "loss", "list", "--local")
+    for example in sorted((ROOT / "examples").glob("*.py")):
+        session.run("python", str(example), env=OFFLINE)
+
+
+@nox.session(tags=["ci"], venv_location=BUILT)
+def plugins(session: nox.Session) -> None:
+    """Each plugin's own tests, on its built wheel and the built core."""
+    install_wheels(session, *TEST_TOOLS)
+    for plugin in PLUGINS:
+        session.chdir(plugin)
+        session.run("pytest", "tests", *session.posargs, env=OFFLINE)
+
+
+@nox.session(venv_location=DEV)
+def demo(session: nox.Session) -> None:
+    """Train a tiny model from nothing, then with a loss of your own: about two minutes."""
+    install(session, "-e", ".[demo]")
+    session.run("tinkerbell", "demo", *session.posargs, env=OFFLINE)
+
+
+@nox.session(venv_location=DEV)
+def bench(session: nox.Session) -> None:
+    """Every benchmark, one after the other; `nox -s bench -- --json` for programs."""
+    install_working_tree(session)
+    for path in sorted((ROOT / "benchmarks").glob("[a-z]*.py")):
+        session.run("python", str(path), *session.posargs, env=OFFLINE)
+
+
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """The engine's tests and the benchmarks on cuda, in the environment that runs nox (its torch knows the driver)."""
+    env = {**OFFLINE, "TINKERBELL_TEST_DEVICE": "cuda"}
+    session.run(sys.executable, "-m", "pytest", "tests/engine", *session.posargs, env=env)
+    for path in sorted((ROOT / "benchmarks").glob("[a-z]*.py")):
+        session.run(sys.executable, str(path), "--device", "cuda", env=env)
