@@ -1,0 +1,95 @@
+"""The engine's own process: one engine, one socket to the API, one command at a time.
+
+`python -m tinkerbell_server.engines.host --fd N`. The first frame in is an EngineConfig, the first frame out a Reply that
+holds the engine's description or the reason why there is none. The process ends when the API's end of the socket does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+import msgspec
+
+from tinkerbell_core.errors import Problem, TinkerbellError
+from tinkerbell_server.engines import wire
+from tinkerbell_server.engines.base import Engine, EngineConfig, RegisterLoss
+
+log = logging.getLogger("tinkerbell.engine")
+
+_ENGINES = {"torch": "tinkerbell_server.engines.torch.engine", "fake": "tinkerbell_server.engines.fake"}
+
+
+def serve(sock: socket.socket) -> int:
+    """Run an engine for whoever holds the other end; the exit status."""
+    frame = wire.receive(sock)
+    if frame is None:
+        return 0
+    config = msgspec.msgpack.decode(frame, type=EngineConfig)
+    try:
+        engine: Engine = importlib.import_module(_ENGINES[config.engine]).create(config)
+        first = wire.Reply(description=engine.describe())
+    except TinkerbellError as error:
+        wire.send(sock, msgspec.msgpack.encode(wire.Reply(problem=Problem.of(error))))
+        return 1
+    except Exception as error:  # a plugin or a model's own code ran: say why to the API, which says it to the user
+        log.exception("the engine could not start")
+        wire.send(sock, msgspec.msgpack.encode(wire.Reply(problem=_internal(error))))
+        return 1
+    wire.send(sock, msgspec.msgpack.encode(first))
+    decoder = msgspec.msgpack.Decoder(wire.AnyCommand)
+    while (frame := wire.receive(sock)) is not None:
+        wire.send(sock, msgspec.msgpack.encode(answer(engine, decoder.decode(frame))))
+    return 0
+
+
+def answer(engine: Engine, command: wire.AnyCommand) -> wire.Reply:
+    """What the engine says to one command, its errors included."""
+    try:
+        result = msgspec.msgpack.encode(engine.execute(command))
+    except TinkerbellError as error:
+        return wire.Reply(problem=Problem.of(error))
+    except Exception as error:  # a loss was run: whatever it did, the other models of this engine live on
+        log.exception("%s raised", type(command).__name__)
+        return wire.Reply(problem=_internal(error))
+    description = engine.describe()
+    changed = description if isinstance(command, RegisterLoss) else None
+    return wire.Reply(msgspec.Raw(result), description=changed, memory_bytes=description.memory_bytes)
+
+
+def _internal(error: Exception) -> Problem:
+    text = f"internal error ({type(error).__name__}: {str(error)[:200]}), see the server's log"
+    return Problem("TinkerbellError", text)
+
+
+def _leave_with(parent: int) -> None:
+    # a long command would not see the socket close, and a killed API cannot say good-bye
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(0)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tinkerbell-engine")
+    parser.add_argument("--fd", type=int, required=True)
+    options = parser.parse_args(arguments)
+    # Ctrl-C reaches every process of a terminal; the API decides when this one ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    with socket.socket(fileno=options.fd) as sock:
+        try:
+            return serve(sock)
+        except ConnectionError:
+            return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
