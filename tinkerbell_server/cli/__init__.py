@@ -1,0 +1,57 @@
+"""The command `tinkerbell`. Each subcommand is a module that is imported when it is asked for, so `--help` is quick."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+import click
+
+COMMANDS = {
+    "serve": "Serve a model: a hub id, a local folder, or the embedded tiny one.",
+    "demo": "Train a tiny model from nothing, then with a loss of your own.",
+    "loss": "What losses there are: `loss list`, `loss show NAME`.",
+    "plugin": "What is installed, and what is broken: `plugin list`.",
+    "doctor": "Look for what would stop a server on this machine.",
+    "version": "Print the version.",
+}
+
+
+class Subcommands(click.Group):
+    """The modules beside this one, named and summed up without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"tinkerbell_server.cli.{cmd_name}")
+        command = getattr(module, cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> object:
+        from tinkerbell_core.errors import TinkerbellError
+
+        try:
+            return super().invoke(ctx)
+        except TinkerbellError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Subcommands, context_settings={"help_option_names": ["-h", "--help"]})
+def tinkerbell() -> None:
+    """Write a loss function; train a language model with it, on your own machine, over HTTP."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; `args` without the program's name, default those of this process."""
+    tinkerbell.main(args, prog_name="tinkerbell")
+
+
+__all__ = ["main"]
