@@ -1,0 +1,17 @@
+"""What a laptop imports: a client, the decorator that uploads a loss, what a loss returns. Never the server."""
+
+from tinker_client.backend import HFBackend
+from tinker_client.client import TinkerClient
+from tinker_client.futures import TrainingFuture
+from tinker_client.losses import custom_loss
+from tinker_client.results import ForwardBackwardResult
+from tinkerbell_core.output import LossFnOutput
+
+__all__ = [
+    "ForwardBackwardResult",
+    "HFBackend",
+    "LossFnOutput",
+    "TinkerClient",
+    "TrainingFuture",
+    "custom_loss",
+]

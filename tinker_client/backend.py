@@ -1,0 +1,211 @@
+"""The handle to a server's training: the verbs, each answered by a typed object, or by a future through `submit`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from tinker_client.futures import TrainingFuture
+from tinker_client.results import ForwardBackwardResult
+from tinker_client.transport import Transport
+from tinkerbell_core.errors import BadData, BadRequest, did_you_mean
+from tinkerbell_core.types import (
+    CreateModelRequest,
+    DeleteModelOutput,
+    DeleteModelRequest,
+    ForwardOutput,
+    ForwardRequest,
+    Future,
+    LoadOutput,
+    LoadRequest,
+    ModelInfo,
+    OptimStepOutput,
+    OptimStepRequest,
+    SampleOutput,
+    SampleRequest,
+    SaveOutput,
+    SaveRequest,
+    Wire,
+)
+
+R = TypeVar("R")
+
+VERBS: dict[str, tuple[type[Wire], type[Wire]]] = {
+    "create_model": (CreateModelRequest, ModelInfo),
+    "forward": (ForwardRequest, ForwardOutput),
+    "forward_backward": (ForwardRequest, ForwardOutput),
+    "optim_step": (OptimStepRequest, OptimStepOutput),
+    "sample": (SampleRequest, SampleOutput),
+    "save": (SaveRequest, SaveOutput),
+    "load": (LoadRequest, LoadOutput),
+    "delete_model": (DeleteModelRequest, DeleteModelOutput),
+}
+
+# Any, below: data, prompts and inputs have many forms; the server parses them and names what is wrong
+Config = Mapping[str, bool | int | float | str | None]
+
+
+class HFBackend:
+    """`client.hf_backend`. Each verb waits for its result; `submit(verb, ...)` returns a future at once."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def submit(self, verb: str, **fields: Any) -> TrainingFuture[Any]:
+        """Send a verb, with its arguments by name, and do not wait: steps pipeline, in the order of submission."""
+        if verb not in VERBS:
+            raise BadRequest(f"no verb {verb!r}{did_you_mean(verb, VERBS)} (there are: {', '.join(VERBS)})")
+        request, answer = VERBS[verb]
+        if "data" in fields:
+            fields["data"] = _rows(fields["data"])
+        state = self._transport.post(f"/{verb}", request(**fields), Future)
+
+        def parse(result: Any) -> Any:
+            output = msgspec.convert(result, answer)
+            return ForwardBackwardResult.of(output) if isinstance(output, ForwardOutput) else output
+
+        return TrainingFuture(self._transport, state, parse)
+
+    def create_model(
+        self,
+        model_id: str,
+        rank: int | None = 32,
+        alpha: float = 32.0,
+        target_modules: Sequence[str] | None = None,
+        seed: int = 0,
+        full: bool = False,
+        reference: str = "base",
+    ) -> ModelInfo:
+        """Make a model: LoRA, or all weights with `full=True`. reference: "base", "initial" or a saved path."""
+        return self._run(
+            ModelInfo,
+            "create_model",
+            model_id=model_id,
+            rank=rank,
+            alpha=alpha,
+            target_modules=None if target_modules is None else list(target_modules),
+            seed=seed,
+            full=full,
+            reference=reference,
+        )
+
+    def forward(
+        self,
+        model_id: str,
+        data: Sequence[Any],
+        loss_fn: str = "cross_entropy",
+        loss_fn_inputs: Mapping[str, Any] | None = None,
+        loss_fn_config: Config | None = None,
+    ) -> ForwardBackwardResult:
+        """The loss, its diagnostics and log-probabilities; nothing is accumulated."""
+        return self._run(
+            ForwardBackwardResult,
+            "forward",
+            model_id=model_id,
+            data=data,
+            loss_fn=loss_fn,
+            loss_fn_inputs=loss_fn_inputs,
+            loss_fn_config=loss_fn_config,
+        )
+
+    def forward_backward(
+        self,
+        model_id: str,
+        data: Sequence[Any],
+        loss_fn: str = "cross_entropy",
+        loss_fn_inputs: Mapping[str, Any] | None = None,
+        loss_fn_config: Config | None = None,
+    ) -> ForwardBackwardResult:
+        """As `forward`, and adds the gradient to what the next optim_step uses."""
+        return self._run(
+            ForwardBackwardResult,
+            "forward_backward",
+            model_id=model_id,
+            data=data,
+            loss_fn=loss_fn,
+            loss_fn_inputs=loss_fn_inputs,
+            loss_fn_config=loss_fn_config,
+        )
+
+    def optim_step(
+        self,
+        model_id: str,
+        learning_rate: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        grad_clip_norm: float = 0.0,
+        normalize: Literal["tokens", "sequences"] | None = None,
+    ) -> OptimStepOutput:
+        """One AdamW step over what was accumulated, divided by its tokens or sequences where `normalize` says so."""
+        return self._run(
+            OptimStepOutput,
+            "optim_step",
+            model_id=model_id,
+            learning_rate=learning_rate,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            grad_clip_norm=grad_clip_norm,
+            normalize=normalize,
+        )
+
+    def sample(
+        self,
+        prompt: Any,
+        model_id: str | None = None,
+        max_tokens: int = 64,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = -1,
+        stop: str | list[str] | list[int] | None = None,
+        seed: int | None = None,
+        num_samples: int = 1,
+    ) -> SampleOutput:
+        """Continue a string, a chat or token ids, by the base model (model_id None) or a model's current weights."""
+        return self._run(
+            SampleOutput,
+            "sample",
+            prompt=prompt,
+            model_id=model_id,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            stop=stop,
+            seed=seed,
+            num_samples=num_samples,
+        )
+
+    def save(self, model_id: str, name: str | None = None) -> SaveOutput:
+        """Write the model as a PEFT folder under the server's data dir, by default as step-<n>."""
+        return self._run(SaveOutput, "save", model_id=model_id, name=name)
+
+    def load(self, model_id: str, path: str, optimizer: bool = True) -> LoadOutput:
+        """Bring the model to what was saved under a path or a name, with the optimizer's state or without."""
+        return self._run(LoadOutput, "load", model_id=model_id, path=path, optimizer=optimizer)
+
+    def delete_model(self, model_id: str) -> DeleteModelOutput:
+        """Free the model; what was saved stays."""
+        return self._run(DeleteModelOutput, "delete_model", model_id=model_id)
+
+    def list_models(self) -> list[ModelInfo]:
+        """The models of this server."""
+        return self._transport.get("/list_models", _Models).models
+
+    def _run(self, answer: type[R], verb: str, **fields: Any) -> R:
+        result = self.submit(verb, **fields).result()
+        assert isinstance(result, answer)
+        return result
+
+
+class _Models(msgspec.Struct, frozen=True):
+    models: list[ModelInfo]
+
+
+def _rows(data: Any) -> list[Any]:
+    if isinstance(data, str | bytes | Mapping):
+        raise BadData(f"data is one {type(data).__name__}, but a call takes a list of rows: pass [...]")
+    return list(data)
