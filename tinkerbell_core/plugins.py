@@ -86,15 +86,16 @@ def _load(manager: pluggy.PluginManager, entry_point: EntryPoint, info: PluginIn
 
 def _collect(impl: pluggy.HookImpl, info: PluginInfo) -> PluginInfo:
     provenance = Provenance("entry_point", info.distribution, info.version)
+    losses = []
     try:
-        losses = tuple(impl.function())
-        for spec in losses:
+        for spec in impl.function():  # type: ignore[attr-defined]  # pluggy says object
             if not isinstance(spec, LossSpec):
                 raise BadLoss(f"register_losses() gave {spec!r}, which is not a loss: decorate it with @loss")
-        return replace(info, losses=tuple(spec.from_(provenance) for spec in losses))
+            losses.append(spec.from_(provenance))
     # Broad: as above; the hook runs the plugin's code.
     except (Exception, SystemExit) as error:
         return info.broken(error)
+    return replace(info, losses=tuple(losses))
 
 
 def _order(entry_point: EntryPoint) -> tuple[str, str]:

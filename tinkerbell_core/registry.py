@@ -107,7 +107,7 @@ def check_upload_name(name: str, taken: Iterable[str]) -> None:
     """Raise BadUpload where `name` is malformed or reads like one of `taken` (the plugins' names)."""
     if not re.fullmatch(r"[^\W\d][\w-]{0,63}", name):
         raise BadUpload(
-            f"a loss cannot be named {name!r}: give it a name of letters, digits, '_' and '-', at most 64, with name=..."
+            f"a loss cannot be named {name!r}: give it, with name=..., at most 64 letters, digits, '_' and '-'"
         )
     for reserved in [*taken, "custom"]:
         if _folded(name) == _folded(reserved):

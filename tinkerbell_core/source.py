@@ -28,7 +28,7 @@ def source_of(fn: _Fn) -> str:
 def digest_of(fn: _Fn, *, coupling: str, group_size: int) -> str:
     """sha256 (hex) over what the loss is: source, values of its defaults, of captured globals and closure variables.
 
-    Helpers count likewise; installed functions, classes and modules count by name, but for functions of the loss's own package.
+    Helpers count likewise. What is installed counts by name, but for functions of the loss's own package.
     A notebook cell's name or line does not count.
     """
     root = _without_spec(fn)
@@ -98,7 +98,7 @@ class _Digest:
 
     def _function(self, fn: types.FunctionType) -> None:
         own = fn is self._root or fn.__module__.partition(".")[0] == self._package
-        if _is_installed(fn.__module__) and not own:
+        if is_installed(fn.__module__) and not own:
             self.write("function", _qualified(fn))
             return
         text = _text(fn.__code__)
@@ -106,7 +106,7 @@ class _Digest:
         if not text:
             self.value(fn.__code__)
         self._parts("defaults", fn.__defaults__, fn.__kwdefaults__)
-        for name, value in sorted(_captured(fn).items()):
+        for name, value in sorted(captured(fn).items()):
             self.write(name)
             # A loss that names itself: in a notebook that name still holds the loss of the cell's last run.
             self.value("itself" if name == getattr(self._root, "__name__", None) else value)
@@ -114,7 +114,7 @@ class _Digest:
     def _module(self, module: types.ModuleType) -> None:
         self.write("module", module.__name__)
         path = getattr(module, "__file__", None)
-        if path and path.endswith(".py") and not _is_installed(module.__name__):
+        if path and path.endswith(".py") and not is_installed(module.__name__):
             self.write(_read(path))
 
     def _code(self, code: types.CodeType) -> None:
@@ -123,7 +123,7 @@ class _Digest:
 
     def _class(self, cls: type) -> None:
         self.write("class", cls.__qualname__)
-        if _is_installed(cls.__module__):
+        if is_installed(cls.__module__):
             self.write(cls.__module__)
             return
         members = {name: getattr(member, "__func__", member) for name, member in vars(cls).items()}
@@ -145,7 +145,7 @@ class _Digest:
             self._parts("module state", _qualified(cls), state)
         elif isinstance(value, types.BuiltinFunctionType):
             self.write("function", _qualified(value))
-        elif _is_installed(cls.__module__):
+        elif is_installed(cls.__module__):
             self.write("object", _qualified(cls), re.sub(r"0x[0-9a-fA-F]+", "", repr(value)))
         else:
             slots = {n: getattr(value, n) for n in getattr(cls, "__slots__", ()) if hasattr(value, n)}
@@ -173,7 +173,7 @@ def _text(code: types.CodeType) -> str:
     return (ast.get_source_segment(text, lambdas[0]) or "") if len(lambdas) == 1 else ""
 
 
-def _captured(fn: types.FunctionType) -> dict[str, object]:
+def captured(fn: types.FunctionType) -> dict[str, object]:
     """Globals and closure variables that `fn` reads, by name; builtins and names not bound yet are left out."""
     found = {name: fn.__globals__[name] for name in _global_names(fn.__code__) if name in fn.__globals__}
     for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
@@ -193,7 +193,8 @@ def _global_names(code: types.CodeType) -> Iterator[str]:
             yield from _global_names(constant)
 
 
-def _is_installed(module: str | None) -> bool:
+def is_installed(module: str | None) -> bool:
+    """Whether a module comes with Python, a distribution or Tinkerbell, so that its name says what it is."""
     top = (module or "").partition(".")[0]
     if top in sys.stdlib_module_names or top == "tinkerbell_core":
         return True

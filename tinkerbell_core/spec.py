@@ -21,9 +21,14 @@ Coupling = Literal["sequence", "batch"]
 class LossFn(Protocol):
     """`model_outputs` float `[B, T, V]`, inputs right-padded to the batch, `attention_mask` `[B, T]`."""
 
-    # Any: each loss has keyword hyperparameters of its own
+    # Any: each loss has keyword hyperparameters of its own; only (*args, **kwargs) stands for all of them to mypy
     def __call__(
-        self, model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, **hyperparameters: Any
+        self,
+        model_outputs: Tensor,
+        loss_fn_inputs: Mapping[str, Tensor],
+        attention_mask: Tensor,
+        *args: Any,
+        **hyperparameters: Any,
     ) -> LossFnOutput: ...
 
 
@@ -51,7 +56,8 @@ class Hyperparameter:
 class LossSpec:
     """A loss function and its description. Calling it calls the function.
 
-    inputs: keys the loss cannot do without; optional_inputs: keys it reads when present. None: not known before a dry run.
+    inputs: keys the loss cannot do without, None where that is not known before a dry run.
+    optional_inputs: keys it reads when present.
     finite: inputs whose numbers must be finite where the position counts.
     coupling: "sequence" when sequences (or groups) do not see each other; "batch" is the default for anything unknown.
     group_size: rows that belong together (2 for preference pairs, rows 2i and 2i+1).
@@ -157,7 +163,7 @@ def loss(
         if group_size < 1:
             raise BadLoss(f"group_size is {group_size}, but must be at least 1")
         return LossSpec(
-            name=name or getattr(fn, "__name__", "loss"),
+            name=name or str(getattr(fn, "__name__", "loss")),
             fn=fn,
             summary=(inspect.getdoc(fn) or "").partition("\n")[0],
             inputs=inputs,

@@ -42,7 +42,7 @@ class TensorData(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: tuple[int, ...]
 
 
-class Datum(Wire):
+class Datum(Wire, frozen=True):
     """One row with inputs of its own, by name: scalars, `[T]` or `[T, K]`."""
 
     model_input: TensorData
@@ -52,8 +52,11 @@ class Datum(Wire):
 # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class CreateModelRequest(Wire):
-    """`rank=None` (or full=True) fine-tunes all weights of a copy of the base. reference: "base", "initial" or a saved path."""
+class CreateModelRequest(Wire, frozen=True):
+    """`rank=None` (or full=True) fine-tunes all weights of a copy of the base.
+
+    reference: "base", "initial" or a saved path.
+    """
 
     model_id: str
     rank: int | None = 32
@@ -64,10 +67,11 @@ class CreateModelRequest(Wire):
     reference: str = "base"
 
 
-class ForwardRequest(Wire):
-    """Data through a model and a loss. `data` is a list of one kind: chats, strings, token-id lists, Datums or preference records.
+class ForwardRequest(Wire, frozen=True):
+    """Data through a model and a loss.
 
-    data and loss_fn_inputs are checked and given their types by `tinkerbell_server.data`, which can name the offending row.
+    `data` is a list of one kind: chats, strings, token-id lists, Datums or preference records. data and loss_fn_inputs
+    are checked and given their types by `tinkerbell_server.data`, which can name the offending row.
     """
 
     model_id: str
@@ -77,7 +81,7 @@ class ForwardRequest(Wire):
     loss_fn_config: dict[str, bool | int | float | str | None] | None = None
 
 
-class OptimStepRequest(Wire):
+class OptimStepRequest(Wire, frozen=True):
     """One AdamW step over what was accumulated. grad_clip_norm 0: no clipping."""
 
     model_id: str
@@ -89,7 +93,7 @@ class OptimStepRequest(Wire):
     normalize: Literal["tokens", "sequences"] | None = None
 
 
-class SampleRequest(Wire):
+class SampleRequest(Wire, frozen=True):
     """Continue a prompt (a string, a chat, or token ids). model_id None: the base model. temperature 0: greedy."""
 
     prompt: Any
@@ -103,27 +107,30 @@ class SampleRequest(Wire):
     num_samples: int = 1
 
 
-class SaveRequest(Wire):
+class SaveRequest(Wire, frozen=True):
     """Write a model to the server's data dir, under `name` (default: step-<n>)."""
 
     model_id: str
     name: str | None = None
 
 
-class LoadRequest(Wire):
-    """Bring a model to what was saved: a path that `save` answered, a name this model was saved under, or a PEFT folder."""
+class LoadRequest(Wire, frozen=True):
+    """Bring a model to what was saved: a path that `save` answered, a name it was saved under, or a PEFT folder."""
 
     model_id: str
     path: str
     optimizer: bool = True
 
 
-class DeleteModelRequest(Wire):
+class DeleteModelRequest(Wire, frozen=True):
     model_id: str
 
 
-class RegisterLossRequest(Wire):
-    """An uploaded loss. payload: cloudpickle bytes; magic: `importlib.util.MAGIC_NUMBER` of the Python that made them, in hex."""
+class RegisterLossRequest(Wire, frozen=True):
+    """An uploaded loss.
+
+    payload: cloudpickle bytes; magic: `importlib.util.MAGIC_NUMBER` of the Python that made them, in hex.
+    """
 
     name: str
     payload: bytes
@@ -141,7 +148,7 @@ class RegisterLossRequest(Wire):
 # ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Future(Wire):
+class Future(Wire, frozen=True):
     """What a request becomes at once. queue_position: requests ahead of it, 0 while it runs."""
 
     request_id: str
@@ -152,8 +159,11 @@ class Future(Wire):
     problem: Problem | None = None
 
 
-class ModelInfo(Wire):
-    """A model on this server. steps: optim_steps taken; saved_path, saved_step: what it would come back as after a crash."""
+class ModelInfo(Wire, frozen=True):
+    """A model on this server.
+
+    steps: optim_steps taken; saved_path, saved_step: what it would come back as after a crash.
+    """
 
     model_id: str
     base_model: str
@@ -169,10 +179,11 @@ class ModelInfo(Wire):
     created: bool = True
 
 
-class ForwardOutput(Wire):
+class ForwardOutput(Wire, frozen=True):
     """loss: what the loss returned, summed over micro-batches; logprobs: one entry a row, `[T]` or `[T, K]`, or None.
 
-    tokens: positions with attention_mask 1; counted_tokens: those of weight not 0; sequences: rows, or groups of a group loss.
+    tokens: positions with attention_mask 1; counted_tokens: those of weight not 0; sequences: rows, or groups of a
+    group loss.
     created: this call made the model, with the defaults.
     """
 
@@ -189,7 +200,7 @@ class ForwardOutput(Wire):
     created: bool = False
 
 
-class OptimStepOutput(Wire):
+class OptimStepOutput(Wire, frozen=True):
     """grad_norm: before clipping, after normalisation. tokens, sequences: what was accumulated since the last step."""
 
     model_id: str
@@ -201,7 +212,7 @@ class OptimStepOutput(Wire):
     seconds: float
 
 
-class SampledSequence(Wire):
+class SampledSequence(Wire, frozen=True):
     """tokens include the stop token where one ended the sample; logprobs are of the untempered model, one a token."""
 
     tokens: list[int]
@@ -210,19 +221,19 @@ class SampledSequence(Wire):
     stop_reason: Literal["stop", "length"]
 
 
-class SampleOutput(Wire):
+class SampleOutput(Wire, frozen=True):
     model_id: str | None
     prompt_tokens: int
     sequences: list[SampledSequence]
 
 
-class SaveOutput(Wire):
+class SaveOutput(Wire, frozen=True):
     model_id: str
     path: str
     step: int
 
 
-class LoadOutput(Wire):
+class LoadOutput(Wire, frozen=True):
     model_id: str
     path: str
     step: int
@@ -230,13 +241,16 @@ class LoadOutput(Wire):
     optimizer: bool
 
 
-class DeleteModelOutput(Wire):
+class DeleteModelOutput(Wire, frozen=True):
     model_id: str
     steps: int
 
 
-class LossDescription(Wire):
-    """Everything that can be said of a loss without running it. inputs: keys it needs; optional_inputs: keys it reads if sent."""
+class LossDescription(Wire, frozen=True):
+    """Everything that can be said of a loss without running it.
+
+    inputs: keys it needs; optional_inputs: keys it reads if sent.
+    """
 
     id: str
     name: str
@@ -273,7 +287,7 @@ class LossDescription(Wire):
         return key in self.inputs or key in self.optional_inputs
 
 
-class PluginDescription(Wire):
+class PluginDescription(Wire, frozen=True):
     """One entry point: where it came from, what it brought, or why it is broken."""
 
     id: str

@@ -1,0 +1,1 @@
+"""The built-in losses, each a plugin like any other."""

@@ -1,0 +1,163 @@
+"""The one place a loss is run, and the run on a tiny batch that finds out what it reads."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinkerbell_core.contract import check_output
+from tinkerbell_core.errors import BadLoss, TinkerbellError
+from tinkerbell_core.guesses import MadeUpInputs, ragged_mask
+from tinkerbell_core.logits import plain_logits
+from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.spec import LossSpec
+
+_SEED = 20
+_HIDDEN = 16
+_ATTEMPTS = 32  # the most combinations of [B, T] and [B] that are tried
+
+_STAND_INS: dict[str, bool | int | float | str] = {"int": 1, "bool": False, "str": ""}
+
+
+def run_loss(
+    spec: LossSpec,
+    model_outputs: Tensor,
+    inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    hyperparameters: Mapping[str, Any],  # Any: each loss has its own
+) -> LossFnOutput:
+    """Run a loss and check what it returns; logprobs and diagnostics come back detached.
+
+    Raises BadLoss for whatever the loss raises, with the author's traceback, and for a result outside the contract.
+    A TinkerbellError of the loss's own (BadHyperparameter, say) and running out of memory pass unchanged.
+    """
+    try:
+        output = spec.fn(model_outputs, inputs, attention_mask, **hyperparameters)
+    except (TinkerbellError, torch.OutOfMemoryError, MemoryError):
+        raise
+    # Broad: a loss is somebody else's code and may fail in any way, sys.exit() among them; the engine must not.
+    except (Exception, SystemExit) as error:
+        raise BadLoss(f"loss {spec.name!r} raised {_brief(error)}", _authors_traceback(error)) from error
+    output = check_output(spec.name, output, model_outputs)
+    return LossFnOutput(
+        output.loss,
+        output.logprobs.detach() if output.logprobs is not None else None,
+        {k: v.detach() if isinstance(v, Tensor) else float(v) for k, v in output.diagnostics.items()},
+    )
+
+
+def dry_run(
+    spec: LossSpec,
+    vocab_size: int,
+    device: str | torch.device = "cpu",
+    example_inputs: Mapping[str, Tensor] | None = None,
+    hidden_size: int = _HIDDEN,
+) -> LossSpec:
+    """The spec with what it reads filled in, found by running it on 4 ragged sequences of at most 8 positions.
+
+    Inputs are made up as they are asked for, `[B, T]` and then `[B]`, but for those in example_inputs.
+    Raises BadLoss where the loss fails with all guesses, or its gradient does not reach the logits or is not finite;
+    BadData where example_inputs do not fit each other.
+    """
+    return discover(spec, vocab_size, device, example_inputs, hidden_size)[0]
+
+
+def discover(
+    spec: LossSpec,
+    vocab_size: int,
+    device: str | torch.device = "cpu",
+    example_inputs: Mapping[str, Tensor] | None = None,
+    hidden_size: int = _HIDDEN,
+) -> tuple[LossSpec, dict[str, Tensor]]:
+    """What `dry_run` gives, and the batch of inputs the loss ran on."""
+    given = dict(example_inputs or {})
+    mask = ragged_mask(spec.group_size, given, device)
+    failed: dict[frozenset[str], tuple[BadLoss, MadeUpInputs]] = {}
+    todo: list[frozenset[str]] = [frozenset()]  # which keys to guess as [B]; fewest first
+    while todo and len(failed) < _ATTEMPTS:
+        per_sequence = todo.pop(0)
+        inputs = MadeUpInputs(mask, vocab_size, given, per_sequence)
+        try:
+            _try(spec, inputs, mask, vocab_size, hidden_size)
+        except BadLoss as problem:
+            failed[per_sequence] = (problem, inputs)
+            wider = [per_sequence | {key} for key in inputs.guessed]
+            todo += [keys for keys in wider if keys not in failed and keys not in todo]
+        else:
+            required, optional = _reads(spec, inputs, mask, vocab_size, hidden_size)
+            return replace(spec, inputs=required, optional_inputs=optional), dict(inputs.items())
+    error, inputs = failed[frozenset()]
+    raise _with_guesses(error, inputs) from error
+
+
+def plausible_settings(spec: LossSpec) -> dict[str, Any]:  # Any: each loss has its own
+    """The defaults, and a plausible number for each hyperparameter that has none."""
+    return {h.name: _STAND_INS.get(h.type, 0.1) if h.required else h.default for h in spec.hyperparameters}
+
+
+def _try(spec: LossSpec, inputs: MadeUpInputs, mask: Tensor, vocab_size: int, hidden_size: int) -> None:
+    with _seeded(mask.device), torch.enable_grad():
+        hidden = torch.randn(*mask.shape, hidden_size, device=mask.device).requires_grad_()
+        head = torch.nn.Linear(hidden_size, vocab_size, bias=False, device=mask.device).requires_grad_(False)
+        output = run_loss(spec, plain_logits(hidden, head), inputs, mask, plausible_settings(spec))
+        (gradient,) = torch.autograd.grad(output.loss, hidden, allow_unused=True)
+    if gradient is None:
+        raise BadLoss(f"loss {spec.name!r}: loss does not depend on model_outputs, so there is nothing to train")
+    if not gradient.isfinite().all():
+        raise BadLoss(
+            f"loss {spec.name!r}: the gradient is not finite though the loss is: "
+            "mask with torch.where(mask, x, 0) before an exp, a log or a square root"
+        )
+
+
+def _reads(
+    spec: LossSpec, inputs: MadeUpInputs, mask: Tensor, vocab_size: int, hidden_size: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Required and optional keys. A second run, without the optional ones, finds what is only read in their absence."""
+    required, optional = list(inputs.required), list(inputs.optional)
+    if optional:
+        without = MadeUpInputs(mask, vocab_size, {**inputs}, absent=frozenset(optional))
+        try:
+            _try(spec, without, mask, vocab_size, hidden_size)
+        except BadLoss:
+            pass  # one of the optional inputs must be there; which, the loss says when it is called
+        else:
+            optional += [key for key in [*without.required, *without.optional] if key not in [*required, *optional]]
+    declared = list(spec.inputs or ())
+    required = declared + [key for key in required if key not in [*declared, *spec.optional_inputs]]
+    known = [*spec.optional_inputs, *optional]
+    return tuple(required), tuple(dict.fromkeys(key for key in known if key not in required))
+
+
+def _with_guesses(error: BadLoss, inputs: MadeUpInputs) -> BadLoss:
+    guessed = ", ".join(f"{key!r} as {what}" for key, what in inputs.guessed.items())
+    if not guessed:
+        return error
+    return BadLoss(
+        f"{error.message} (in a dry run that guessed {guessed}, then [B]; if a guess is wrong, "
+        "give example_inputs={name: tensor}, the inputs of a small batch)",
+        error.traceback,
+    )
+
+
+def _brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _authors_traceback(error: BaseException) -> str:
+    """The traceback without the frame of run_loss, which tells the author nothing."""
+    below = error.__traceback__.tb_next if error.__traceback__ is not None else None
+    return "".join(traceback.TracebackException(type(error), error, below).format())
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(_SEED)
+        yield

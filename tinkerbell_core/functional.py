@@ -1,0 +1,138 @@
+"""The pieces losses are written from; float32 or better, safe under masks, and they stay on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinkerbell_core.errors import BadHyperparameter, did_you_mean
+
+__all__ = [
+    "Aggregation",
+    "aggregate",
+    "counted",
+    "effective_mask",
+    "entropy",
+    "hidden_states",
+    "logsumexp",
+    "masked_mean",
+    "masked_sum",
+    "sequence_sum",
+    "target_logprobs",
+]
+
+Aggregation = Literal["sum", "token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+
+_IGNORED = -100
+
+
+def target_logprobs(model_outputs: Tensor, target_tokens: Tensor, where: Tensor | None = None) -> Tensor:
+    """Log-probabilities of the targets under the logits: `[B, T]`, or `[B, T, K]` where there are K targets a position.
+
+    where: `[B, T]`; a position where it is 0 gives 0, no gradient, and its target may be anything.
+    """
+    logits = _float32(model_outputs)
+    targets = target_tokens.long()
+    if targets.dim() == model_outputs.dim():
+        keep = where[..., None] != 0 if where is not None else torch.ones_like(targets, dtype=torch.bool)
+        found = logits.gather(-1, torch.where(keep, targets, 0)) - logits.logsumexp(-1, keepdim=True)  # [B, T, K]
+        return torch.where(keep, found, 0.0)
+    if where is not None:
+        targets = targets.masked_fill(where == 0, _IGNORED)
+    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=_IGNORED)
+    return -losses.view(targets.shape)
+
+
+def entropy(model_outputs: Tensor) -> Tensor:
+    """Entropy of the next-token distribution at each position, `[B, T]`."""
+    logprobs = _float32(model_outputs).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def logsumexp(model_outputs: Tensor) -> Tensor:
+    """Log of the sum of the exponentials of the logits at each position, `[B, T]`."""
+    return _float32(model_outputs).logsumexp(-1)
+
+
+def hidden_states(model_outputs: Tensor) -> Tensor:
+    """Hidden states after the final norm, `[B, T, H]`, attached to the graph.
+
+    Raises TypeError for a tensor that carries none: the `model_outputs` a loss was given does, what is computed from it
+    does not.
+    """
+    hidden = getattr(model_outputs, "hidden_states", None)
+    if not isinstance(hidden, Tensor):
+        raise TypeError(
+            "this tensor carries no hidden states: pass hidden_states() the model_outputs the loss was given, "
+            "before any operation on it (in a test: tinkerbell_core.logits.plain_logits(hidden, head))"
+        )
+    return hidden
+
+
+def effective_mask(loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor) -> Tensor:
+    """`weights` (default 1) times the attention mask, float, `[B, T]`; `[B, T, K]` where the weights are.
+
+    A position counts where it is not 0; there it multiplies. Weights may have any sign, or be `[B]`, one a sequence.
+    """
+    weights = loss_fn_inputs.get("weights")
+    if weights is None:
+        return attention_mask.float()
+    if weights.dim() == 1:
+        weights = weights[:, None]
+    real = attention_mask != 0
+    return torch.where(real[..., None] if weights.dim() == 3 else real, _float32(weights), 0.0)
+
+
+def counted(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` where the mask is not 0, else 0; x may be `[B]`, one number for a sequence. Comes BEFORE an exp."""
+    return torch.where(mask != 0, x[:, None] if x.dim() == 1 else x, 0.0)
+
+
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum of x times the mask over everything, a scalar; NaN and inf where the mask is 0 do no harm."""
+    return (counted(x, mask) * mask).sum()
+
+
+def sequence_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum of x times the mask over the positions of each sequence, `[B]`."""
+    return (counted(x, mask) * mask).sum(-1)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x over the positions that count, each once, 0 where none does; a scalar without a graph, to be shown."""
+    keep = mask != 0
+    return counted(x.detach(), keep).sum() / keep.sum().clamp(min=1)
+
+
+def aggregate(per_token: Tensor, mask: Tensor, aggregation: str = "sum") -> Tensor:
+    """One scalar of a loss per token, `[B, T]` or `[B, T, K]`, times the mask; attached to the graph whatever counts.
+
+    sum: over everything. token-mean: divided by the number of positions that count. seq-mean-token-mean: that mean in
+    each sequence, then the mean over all B. seq-mean-token-sum: the sum in each, then the mean over all B.
+    Any but sum depends on the whole batch. Raises BadHyperparameter for another name.
+    """
+    if aggregation not in get_args(Aggregation):
+        known = get_args(Aggregation)
+        raise BadHyperparameter(
+            f"no aggregation {aggregation!r}{did_you_mean(aggregation, known)} (there is: {', '.join(known)})"
+        )
+    if per_token.dim() > mask.dim():
+        mask = mask[..., None].expand(per_token.shape)
+    weighted = counted(per_token, mask) * mask
+    if aggregation == "sum":
+        return weighted.sum()
+    keep = (mask != 0).any(-1) if mask.dim() == 3 else mask != 0  # [B, T]
+    sums = weighted.flatten(1).sum(-1)  # [B]
+    if aggregation == "token-mean":
+        return sums.sum() / keep.sum().clamp(min=1)
+    if aggregation == "seq-mean-token-mean":
+        sums = sums / keep.sum(-1).clamp(min=1)
+    return sums.mean()
+
+
+def _float32(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
