@@ -45,7 +45,7 @@ def custom_loss(
 
     def decorate(fn: F) -> F:
         function: Fn = fn.fn if isinstance(fn, LossSpec) else fn
-        called: str = name or getattr(function, "__name__", "loss")
+        called = name or str(getattr(function, "__name__", "loss"))
         _refuse_client(called, function)
         spec = loss(name=called, coupling=coupling, group_size=group_size)(function)
         if _latest_digest(client, called) != spec.digest:
