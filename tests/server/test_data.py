@@ -1,0 +1,258 @@
+"""Data in its token forms: rows out, or a sentence that says what, whose and what next."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from tinkerbell_core.errors import BadData
+from tinkerbell_core.spec import Provenance
+from tinkerbell_core.types import LossDescription, TensorData
+from tinkerbell_server.data import parse_call
+from tinkerbell_server.engines.base import Row, TextData
+from tinkerbell_server.tensors import as_array, as_tensor
+
+
+def describe(name: str = "cross_entropy", **fields: Any) -> LossDescription:
+    given = {
+        "inputs": ("target_tokens",),
+        "optional_inputs": ("weights",),
+        "coupling": "sequence",
+        "group_size": 1,
+        "finite": ("weights",),
+    }
+    return LossDescription(
+        id=f"tinkerbell-core:{name}",
+        name=name,
+        summary="",
+        hyperparameters=(),
+        provenance=Provenance(),
+        digest="0" * 64,
+        **{**given, **fields},
+    )
+
+
+CROSS_ENTROPY = describe()
+POLICY = describe(
+    "importance_sampling", inputs=("target_tokens", "logprobs", "advantages"), finite=("logprobs", "advantages")
+)
+PAIR = describe("dpo", inputs=("target_tokens", "ref_logprobs"), group_size=2)
+
+
+def parse(data: Any, inputs: Any = None, loss: LossDescription = CROSS_ENTROPY, **limits: int) -> list[Row]:
+    rows = parse_call(data, inputs, loss, **{"vocab_size": 100, "max_length": 16, **limits})
+    assert isinstance(rows, list)
+    return rows
+
+
+def numbers(row: Row, name: str) -> list[Any]:
+    return as_array(row.inputs[name]).tolist()
+
+
+def wire(array: Any) -> dict[str, Any]:
+    return {"data": array.tobytes(), "dtype": array.dtype.name, "shape": list(array.shape)}
+
+
+def test_token_lists_are_shifted_when_the_loss_reads_target_tokens() -> None:
+    (row,) = parse([[5, 6, 7]])
+    assert as_array(row.tokens).tolist() == [5, 6]
+    assert numbers(row, "target_tokens") == [6, 7]
+    assert numbers(row, "weights") == [1, 1]
+
+
+def test_token_lists_stay_as_sent_when_the_caller_sends_target_tokens() -> None:
+    rows = parse([[5, 6, 7], [8, 9]], {"target_tokens": [[6, 7, 8], [9, 1]]})
+    assert as_array(rows[0].tokens).tolist() == [5, 6, 7]
+    assert numbers(rows[1], "target_tokens") == [9, 1]
+    assert "weights" not in rows[0].inputs
+
+
+def test_token_lists_stay_as_sent_when_the_loss_reads_no_target_tokens() -> None:
+    (row,) = parse([[5, 6, 7]], {"labels": [[1.0, 2.0, 3.0]]}, describe("regression", inputs=("labels",)))
+    assert row.tokens.shape == (3,)
+
+
+def test_datums_stay_as_sent_and_carry_their_own_inputs() -> None:
+    datum = {
+        "model_input": wire(np.array([5, 6, 7])),
+        "loss_fn_inputs": {"target_tokens": wire(np.array([6, 7, 8])), "weights": [0, 1, 0.5]},
+    }
+    (row,) = parse([datum])
+    assert as_array(row.tokens).tolist() == [5, 6, 7]
+    assert row.inputs["weights"].dtype == "float32"
+    assert numbers(row, "weights") == [0, 1, 0.5]
+
+
+def test_inputs_of_the_call_join_those_of_the_datums() -> None:
+    datums = [{"model_input": [1, 2], "loss_fn_inputs": {"target_tokens": [2, 3]}}] * 2
+    rows = parse(datums, {"reward": [1.5, -2]})
+    assert [numbers(row, "reward") for row in rows] == [1.5, -2]
+    assert {row.inputs["reward"].dtype for row in rows} == {"float32"}
+
+
+def test_a_tensor_in_the_call_is_cut_into_rows() -> None:
+    rows = parse(
+        [[1, 2], [3, 4]],
+        {"target_tokens": wire(np.array([[2, 3], [4, 5]], dtype=np.int32)), "teacher": wire(np.ones((2, 2, 3)))},
+    )
+    assert numbers(rows[1], "target_tokens") == [4, 5]
+    assert rows[0].inputs["target_tokens"].dtype == "int64"
+    assert (rows[0].inputs["teacher"].shape, rows[0].inputs["teacher"].dtype) == ((2, 3), "float64")
+
+
+def test_what_msgpack_and_json_decode_to_is_the_same() -> None:
+    row = {
+        "model_input": TensorData(np.array([1, 2]).tobytes(), "int64", (2,)),
+        "loss_fn_inputs": {"target_tokens": [2, 3]},
+    }
+    packed = msgspec.msgpack.decode(msgspec.msgpack.encode([row]))
+    assert parse(packed) == parse(json.loads(msgspec.json.encode([row])))
+
+
+def test_bfloat16_travels_as_it_is() -> None:
+    half = TensorData(np.array([0x3F80, 0x4000], dtype="<u2").tobytes(), "bfloat16", (2,))
+    (row,) = parse([[1, 2]], {"target_tokens": [[2, 3]], "teacher": [half]})
+    assert row.inputs["teacher"].dtype == "bfloat16"
+    assert numbers(row, "teacher") == [1, 2]
+
+
+def test_an_input_keeps_its_bools_and_minus_infinity_outside_finite() -> None:
+    (row,) = parse([[1, 2]], {"target_tokens": [[2, 3]], "keep": [[True, False]], "teacher": [[-math.inf, 0.0]]})
+    assert row.inputs["keep"].dtype == "bool"
+    assert numbers(row, "teacher") == [-math.inf, 0]
+
+
+def test_nan_is_allowed_where_the_weight_is_0() -> None:
+    inputs = {"target_tokens": [[2, 3]], "logprobs": [[math.nan, -1.0]], "advantages": [[1.0, 1.0]]}
+    with pytest.raises(BadData, match=r"data\[0\]: 'logprobs' holds NaN or infinity .* weight 0"):
+        parse([[1, 2]], inputs, POLICY)
+    parse([[1, 2]], {**inputs, "weights": [[0, 1]]}, POLICY)
+
+
+def test_ref_logprobs_need_not_be_sent() -> None:
+    assert len(parse([[1, 2], [1, 3]], loss=PAIR)) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ([], "data is empty"),
+        ("text", "data is str, but must be a list"),
+        ([[]], r"data\[0\] is empty"),
+        ([[1, 2], []], r"data\[1\] is empty"),
+        ([wire(np.zeros(0, dtype=np.int64))], r"data\[0\] has no tokens"),
+        ([""], r"data\[0\] is an empty string"),
+        ([[1, 2], "text"], r"data\[0\] is one of tokens, but data\[1\] is one of strings: send one kind a call"),
+        ([[1, 100]], r"data\[0\]: 'target_tokens' holds token id 100, but the model has ids 0 to 99"),
+        ([[1, -1, 2]], r"data\[0\] holds token id -1, but the model has ids 0 to 99"),
+        ([[1]], r"data\[0\] is 1 token long, but needs 2"),
+        ([[1] * 18], r"data\[0\] has 17 tokens, but the model takes 16 at most"),
+        ([[1.5, 2]], r"data\[0\] is float32, but token ids are integers"),
+        ([[1, None]], r"data\[0\] holds something that is no number"),
+        ([[[1], [2, 3]]], r"data\[0\] is a ragged list"),
+        ([[[1, 2]]], r"data\[0\] has shape \[1, 2\], but token ids are one flat list"),
+        ([3], r"data\[0\] is int; data is a list of one kind"),
+        ([{"tokens": [1, 2], "weights": [1, 1]}], r"data\[0\] has 'tokens': write a Datum"),
+        ([{"model_input": [1, 2], "weights": [1, 1]}], "put it into loss_fn_inputs"),
+        ([{"role": "user", "content": "hi"}], "a chat is a list of messages"),
+        ([{"messages": []}], "row\\['messages'\\]"),
+        ([{"text": "hi"}], r"data\[0\] has the keys \['text'\]"),
+        ([[{"role": "user"}]], r"data\[0\], turn 0: content is NoneType, but must be a string"),
+        ([[{"content": "hi"}]], r"data\[0\], turn 0: a message is \{role, content\}"),
+        ([{"prompt": "a", "chosen": "", "rejected": "b"}], r"data\[0\]\['chosen'\] is empty"),
+        ([{"prompt": "a", "chosen": [], "rejected": "b"}], r"data\[0\]\['chosen'\] is an empty chat"),
+        ([{"prompt": "a", "chosen": 3, "rejected": "b"}], r"\['chosen'\] is int, but must be a string or a chat"),
+        (
+            [{"prompt": "a", "chosen": [{"role": "user", "content": "x"}], "rejected": "b"}],
+            "the prompt is a string, so chosen and rejected must be strings too",
+        ),
+    ],
+)
+def test_bad_data_is_refused_with_a_sentence(data: Any, sentence: str) -> None:
+    with pytest.raises(BadData, match=sentence):
+        parse(data)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"target_tokens": [[2, 3]]}, r"'target_tokens'\] has 1 entries, but data has 2 rows"),
+        ({"target_tokens": [[2, 3, 4], [2, 3]]}, r"data\[0\]: 'target_tokens' has length 3, but the row has 2"),
+        ({"target_tokens": [[2, -100], [2, 3]]}, "token id -100.*weights of 0 instead"),
+        ({"target_tokens": [[2.5, 1], [2, 3]]}, "'target_tokens' is float32, but token ids are integers"),
+        ({"teacher_ids": [[2, 100], [2, 3]], "target_tokens": [[1, 1]] * 2}, "'teacher_ids' holds token id 100"),
+        ({"target_tokens": 3}, "is int, but needs a list or tensor with one entry a row"),
+        ({"target_tokens": wire(np.array(3))}, "a setting belongs into loss_fn_config"),
+        ({"weights": [[1, None], [1, 1]]}, r"loss_fn_inputs\['weights'\]\[0\] holds something that is no number"),
+        ({"weights": ["one", [1, 1]]}, r"loss_fn_inputs\['weights'\]\[0\] is 'one', but must be numbers"),
+        ({"weights": [[math.inf], [1]]}, r"data\[0\]: 'weights' holds NaN or infinity"),
+        ({"weights": [[[[1.0]]], [[[1.0]]]]}, r"'weights' has shape \[1, 1, 1\], but a row's input is"),
+        ({"weights": [[1], 1]}, r"data\[1\]: 'weights' has shape \[\], but in data\[0\] it has \[1\]"),
+        ({"weights": {"data": b"", "dtype": "float32", "shape": [2]}}, "has 0 bytes, but float32 .2. takes 8 bytes"),
+        ({"weights": {"data": b"", "dtype": "complex64", "shape": [2]}}, "has dtype 'complex64', but must have one of"),
+        ({"weights": {"data": "?", "dtype": "float32", "shape": [2]}}, "its data is not base64"),
+        ({"weights": {"data": b"", "dtype": "float32", "shape": [-1]}}, "a shape is a list of sizes"),
+        ({"weights": [{"data": b""}] * 2}, "a tensor has data, dtype and shape"),
+    ],
+)
+def test_bad_inputs_are_refused_with_a_sentence(inputs: Any, sentence: str) -> None:
+    with pytest.raises(BadData, match=sentence):
+        parse([[5, 6], [7, 8]], inputs)
+
+
+def test_a_missing_input_lists_what_was_sent() -> None:
+    with pytest.raises(BadData, match=r"needs 'advantages', which was not sent \(sent: target_tokens, logprobs\)"):
+        parse([[1, 2]], {"target_tokens": [[2, 3]], "logprobs": [[0.0, 0.0]]}, POLICY)
+
+
+def test_a_missing_input_is_found_before_text_is_tokenised() -> None:
+    with pytest.raises(BadData, match=r"data\[0\]: loss 'importance_sampling' needs 'logprobs'"):
+        parse(["text"], None, POLICY)
+
+
+def test_an_odd_row_for_a_pair_loss_is_refused() -> None:
+    with pytest.raises(BadData, match=r"groups of 2 .* but data makes 3 rows"):
+        parse([[1, 2], [1, 2], [1, 2]], loss=PAIR)
+
+
+def test_an_input_sent_twice_is_refused() -> None:
+    datum = {"model_input": [1], "loss_fn_inputs": {"target_tokens": [2]}}
+    with pytest.raises(BadData, match="is in the Datum and in the call's loss_fn_inputs"):
+        parse([datum], {"target_tokens": [[2]]})
+
+
+def test_an_input_that_only_some_rows_have_is_refused() -> None:
+    rows = [
+        {"model_input": [1], "loss_fn_inputs": {"target_tokens": [2], "weights": [1]}},
+        {"model_input": [1], "loss_fn_inputs": {"target_tokens": [2]}},
+    ]
+    with pytest.raises(BadData, match=r"data\[0\] has the input 'weights', but data\[1\] has none"):
+        parse(rows)
+
+
+def test_text_is_handed_on_with_its_inputs() -> None:
+    records = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    text = parse_call(records, {"margin": [1.0, 2.0]}, PAIR, vocab_size=100, max_length=16)
+    assert isinstance(text, TextData)
+    assert (text.kind, text.items) == ("preferences", records)
+    assert [as_array(inputs["margin"]).item() for inputs in text.inputs] == [1, 2]
+
+
+def test_inputs_of_preference_records_have_an_entry_a_row() -> None:
+    with pytest.raises(BadData, match="has 1 entries, but 1 preference records make 2 rows"):
+        parse_call(
+            [{"prompt": "a", "chosen": "b", "rejected": "c"}], {"margin": [1.0]}, PAIR, vocab_size=9, max_length=9
+        )
+
+
+def test_a_tensor_of_numbers_and_its_base64_are_one() -> None:
+    raw = np.array([1.0, 2.0], dtype=np.float32)
+    coded = {"data": base64.b64encode(raw.tobytes()).decode(), "dtype": "float32", "shape": [2]}
+    assert as_tensor(coded, "x") == as_tensor([1.0, 2.0], "x")
+    assert as_tensor({"data": [1, 2], "dtype": "float32", "shape": [2]}, "x") == as_tensor([1.0, 2.0], "x")
