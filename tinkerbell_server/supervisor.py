@@ -21,7 +21,10 @@ _STABLE_SECONDS = 10.0
 
 
 class Supervisor:
-    """One engine after the other. born: called with each new engine before anybody else may use it; died: when it is gone."""
+    """One engine after the other.
+
+    born: called with each new engine before anybody else may use it; died: when one that was ready is gone.
+    """
 
     def __init__(
         self, config: EngineConfig, born: Callable[[Link], Awaitable[None]], died: Callable[[Link], None]
@@ -97,11 +100,11 @@ class Supervisor:
             self._link, self.problem = link, None
             await self._become("ok")
             await link.closed.wait()
+            self._died(link)
             raise EngineLost(f"the engine {link.end}")
         finally:
             self._link = None
             await link.stop()
-            self._died(link)
 
     async def _become(self, status: Literal["starting", "ok", "engine_down"]) -> None:
         async with self._changed:

@@ -1,0 +1,223 @@
+"""Runs one job at a time on the engine and records what it changed. Knows the commands; knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+import msgspec
+
+from tinkerbell_core.errors import Conflict, EngineLost, TinkerbellError, UnknownModel
+from tinkerbell_core.types import (
+    CreateModelRequest,
+    DeleteModelOutput,
+    ForwardOutput,
+    LoadOutput,
+    ModelInfo,
+    OptimStepOutput,
+    SaveOutput,
+)
+from tinkerbell_server.engines.base import (
+    CreateModel,
+    DeleteModel,
+    Load,
+    OptimStep,
+    RegisterLoss,
+    RunLoss,
+    Save,
+)
+from tinkerbell_server.engines.link import Link
+from tinkerbell_server.engines.wire import AnyCommand
+from tinkerbell_server.recovery import AGAIN, bring_back, fall_back
+from tinkerbell_server.store import Store
+from tinkerbell_server.supervisor import Supervisor
+from tinkerbell_server.turns import Job, Turns
+
+log = logging.getLogger("tinkerbell.server")
+
+
+class _Ran(msgspec.Struct, frozen=True):
+    """The part of a ForwardOutput that the log tells."""
+
+    loss_fn: str
+    loss: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Step:
+    """What one model's step has been so far: its losses, tokens, seconds on the engine and seconds waited."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+
+class Scheduler:
+    """The road from an accepted job to the engine and back."""
+
+    def __init__(self, store: Store, turns: Turns, *, uploads: bool) -> None:
+        self._store, self._turns, self._uploads = store, turns, uploads
+        self._steps: dict[str, _Step] = {}
+        self._dead: Link | None = None
+
+    async def born(self, link: Link) -> None:
+        """Give a new engine what the last one held."""
+        await bring_back(link, self._store, self._store.uploads() if self._uploads else ())
+
+    def died(self, link: Link) -> None:
+        """Fail what was accepted and not done, and say what was lost. Once an engine."""
+        if link is self._dead:
+            return
+        self._dead = link
+        jobs = self._turns.drain()
+        losses = fall_back(self._store, f"the engine {link.end}", {job.model_id for job in jobs})
+        self._steps.clear()
+        for job in jobs:
+            sentence = losses.get(job.model_id or "")
+            lost = f"; {sentence}; {AGAIN}" if sentence else "; nothing else was lost: send it again"
+            job.failed(EngineLost(f"the engine {link.end} before this {job.kind} was done{lost}"))
+
+    async def run(self, supervisor: Supervisor) -> None:
+        """Until cancelled, or until there will be no engine any more."""
+        while True:
+            job = await self._turns.next()
+            try:
+                link = await supervisor.link()
+            except EngineLost as error:
+                for waiting in self._turns.drain():
+                    waiting.failed(error)
+                return
+            if self._turns.running is not job:
+                continue
+            waited = time.monotonic() - job.accepted
+            job.started()
+            try:
+                result = await self._do(link, job, waited)
+            except EngineLost:
+                self.died(link)
+                continue
+            except TinkerbellError as error:
+                self._turns.over(job)
+                job.failed(error)
+            except Exception:  # a bug of ours in one job must not end the queue of all
+                log.exception("%s could not be run", job.kind)
+                self._turns.over(job)
+                job.failed(TinkerbellError("internal error, see the server's log"))
+            else:
+                supervisor.refresh(link)
+                self._turns.over(job)
+                job.done(result)
+
+    async def _do(self, link: Link, job: Job, waited: float) -> bytes:
+        command = job.command()
+        if isinstance(command, CreateModel):
+            return await self._create(link, command.spec)
+        if isinstance(command, RunLoss) and self._store.model(command.model_id) is None:
+            return await self._create_and_run(link, command, waited)
+        if isinstance(command, DeleteModel):
+            return await self._delete(link, command)
+        result = await link.execute(command)
+        self._record(link, command, result, waited)
+        return result
+
+    async def _create(self, link: Link, spec: CreateModelRequest) -> bytes:
+        there = existing(self._store, spec)
+        if there is not None:
+            return msgspec.msgpack.encode(there)
+        result = await link.execute(CreateModel(spec=spec))
+        self._store.add_model(spec, msgspec.msgpack.decode(result, type=ModelInfo))
+        return result
+
+    async def _create_and_run(self, link: Link, command: RunLoss, waited: float) -> bytes:
+        spec = CreateModelRequest(model_id=command.model_id)
+        info = msgspec.msgpack.decode(await link.execute(CreateModel(spec=spec)), type=ModelInfo)
+        try:
+            result = await link.execute(command)
+        except EngineLost:
+            raise
+        except TinkerbellError:
+            # a call that fails has changed nothing, so it has made no model either
+            await link.execute(DeleteModel(model_id=command.model_id))
+            raise
+        self._store.add_model(spec, info)
+        self._record(link, command, result, waited)
+        output = msgspec.msgpack.decode(result, type=ForwardOutput)
+        return msgspec.msgpack.encode(msgspec.structs.replace(output, created=True))
+
+    async def _delete(self, link: Link, command: DeleteModel) -> bytes:
+        model = self._store.model(command.model_id)
+        try:
+            result = await link.execute(command)
+        except UnknownModel:
+            if model is None:
+                raise
+            # the engine could not bring it back; the user is rid of it all the same
+            result = msgspec.msgpack.encode(DeleteModelOutput(model_id=model.id, steps=model.steps))
+        self._store.drop_model(command.model_id)
+        self._steps.pop(command.model_id, None)
+        return result
+
+    def _record(self, link: Link, command: AnyCommand, result: bytes, waited: float) -> None:
+        match command:
+            case RunLoss():
+                self._tell_run(command, msgspec.msgpack.decode(result, type=_Ran), waited)
+                if command.backward:
+                    self._store.accumulated(command.model_id)
+            case OptimStep():
+                output = msgspec.msgpack.decode(result, type=OptimStepOutput)
+                self._store.stepped(command.model_id, output.step)
+                self._tell_step(link, output, waited)
+            case Save():
+                save = msgspec.msgpack.decode(result, type=SaveOutput)
+                self._store.saved(command.model_id, save.path, save.step)
+            case Load():
+                load = msgspec.msgpack.decode(result, type=LoadOutput)
+                self._store.loaded(command.model_id, load.path, load.step, optimizer=load.optimizer)
+            case RegisterLoss():
+                self._store.add_upload(command.upload)
+            case _:
+                pass
+
+    def _tell_run(self, command: RunLoss, ran: _Ran, waited: float) -> None:
+        if not command.backward:
+            return
+        step = self._steps.setdefault(command.model_id, _Step())
+        step.losses[ran.loss_fn] = step.losses.get(ran.loss_fn, 0.0) + ran.loss
+        step.tokens += ran.tokens
+        step.seconds += ran.seconds
+        step.waited += waited
+
+    def _tell_step(self, link: Link, output: OptimStepOutput, waited: float) -> None:
+        step = self._steps.pop(output.model_id, _Step())
+        losses = " ".join(f"{name}={value:.4g}" for name, value in step.losses.items()) or "-"
+        seconds = step.seconds + output.seconds
+        log.info(
+            "%s step %d  %s  %d tokens  %.0f tokens/s  grad norm %.4g  wait %.2f s  memory %.2f GiB",
+            output.model_id,
+            output.step,
+            losses,
+            step.tokens,
+            step.tokens / seconds if seconds > 0 else 0.0,
+            output.grad_norm,
+            step.waited + waited,
+            link.memory_bytes / 2**30,
+        )
+
+
+def existing(store: Store, spec: CreateModelRequest) -> ModelInfo | None:
+    """The model that `spec` asks for, where there is one already. Raises Conflict where it was made otherwise."""
+    model = store.model(spec.model_id)
+    if model is None:
+        return None
+    asked, made = msgspec.structs.asdict(spec), msgspec.structs.asdict(model.spec)
+    for name, value in asked.items():
+        if value != made[name]:
+            raise Conflict(
+                f"model {spec.model_id!r} exists with {name}={made[name]!r}, not {value!r}; "
+                "take another model_id, or delete_model first"
+            )
+    return msgspec.structs.replace(model.described(), created=False)
