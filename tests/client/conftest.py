@@ -1,0 +1,76 @@
+"""A listener on a real port that writes down what a client sends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import msgspec
+import pytest
+
+from tinker_client import TinkerClient
+
+
+class Listener(ThreadingHTTPServer):
+    """Answers by path from `answers`; `drop` connections are closed unanswered first."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Take)
+        self.requests: list[tuple[str, dict[str, str], bytes]] = []
+        self.drop = 0
+        self.answers: dict[str, tuple[int, Any]] = {
+            "/list_loss_functions": (
+                200,
+                {"available_loss_functions": [], "descriptions": {}, "losses": [], "plugins": []},
+            ),
+        }
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def sent(self, path: str) -> list[tuple[dict[str, str], bytes]]:
+        return [(headers, body) for asked, headers, body in self.requests if asked.partition("?")[0] == path]
+
+
+class Take(BaseHTTPRequestHandler):
+    server: Listener
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.requests.append((self.path, dict(self.headers), body))
+        if self.server.drop:
+            self.server.drop -= 1
+            return
+        status, answer = self.server.answers.get(self.path.partition("?")[0], (404, "nothing here"))
+        content = msgspec.json.encode(answer)
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    with Listener() as made:
+        thread = threading.Thread(target=made.serve_forever, args=(0.05,))
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def client(listener: Listener) -> Iterator[TinkerClient]:
+    with TinkerClient(listener.url, api_key="tml-1-very-secret") as made:
+        yield made
