@@ -1,0 +1,85 @@
+"""What the demo says while it runs: bars on a terminal, plain lines in a pipe, nothing for a program."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    def advance(self) -> None: ...
+
+    def measured(self, value: float) -> None: ...
+
+
+class Reporter:
+    """Plain lines, or nothing where `quiet`."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+
+    def say(self, line: str) -> None:
+        if not self._quiet:
+            print(line, flush=True)
+
+    @contextmanager
+    def stage(self, title: str, steps: int, label: str) -> Iterator[Progress]:
+        self.say(f"\n{title}: {steps} steps")
+        yield _Lines(self, steps, label)
+
+
+class _Lines:
+    def __init__(self, reporter: Reporter, steps: int, label: str) -> None:
+        self._reporter, self._steps, self._label = reporter, steps, label
+        self._step = 0
+
+    def advance(self) -> None:
+        self._step += 1
+
+    def measured(self, value: float) -> None:
+        # a measurement comes before its step is counted, but for the one at the start
+        self._reporter.say(f"  step {self._step + (self._step > 0):>4}/{self._steps}  {self._label} {value:.3f}")
+
+
+class BarReporter(Reporter):
+    """A rich progress bar a stage, with the last measurement beside it."""
+
+    @contextmanager
+    def stage(self, title: str, steps: int, label: str) -> Iterator[Progress]:
+        from rich import progress
+
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[note]}"),
+        )
+        self.say(f"\n{title}")
+        with progress.Progress(*columns) as bars:
+            yield _Bar(bars, bars.add_task("", total=steps, note=""), label)
+
+
+class _Bar:
+    # an int and a bar: rich names both types in a module that this one imports late
+    def __init__(self, bars: object, task: int, label: str) -> None:
+        from rich.progress import Progress as Bars
+        from rich.progress import TaskID
+
+        assert isinstance(bars, Bars)
+        self._bars, self._task, self._label = bars, TaskID(task), label
+        self._first: float | None = None
+
+    def advance(self) -> None:
+        self._bars.advance(self._task)
+
+    def measured(self, value: float) -> None:
+        self._first = value if self._first is None else self._first
+        self._bars.update(self._task, note=f"{self._label} {self._first:.3f} → {value:.3f}")
+
+
+def reporter_for_stdout(*, quiet: bool) -> Reporter:
+    """Bars where a person is watching."""
+    return BarReporter() if sys.stdout.isatty() and not quiet else Reporter(quiet=quiet)
