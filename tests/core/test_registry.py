@@ -1,0 +1,109 @@
+"""A loss is found by name, id or version; an error says what there is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tinkerbell_core.errors import AmbiguousLoss, BadUpload, UnknownLoss
+from tinkerbell_core.registry import LossRegistry, resolve
+from tinkerbell_core.spec import LossSpec, Provenance, loss
+from tinkerbell_core.types import LossDescription
+
+
+def spec(name: str, digest: str = "a" * 64, distribution: str | None = None) -> LossSpec:
+    def fn(model_outputs: Any, loss_fn_inputs: Any, attention_mask: Any) -> Any: ...
+
+    kind = Provenance("entry_point", distribution, "1.0") if distribution else Provenance("upload", owner="me")
+    return replace(loss(fn), name=name, digest=digest, provenance=kind)
+
+
+PLUGIN = spec("dpo", distribution="tinkerbell-loss-dpo")
+OLD = spec("mine", "1" * 64)
+NEW = spec("mine", "2" * 64)
+
+
+def test_a_loss_is_found_by_name_and_by_id() -> None:
+    registry = LossRegistry([PLUGIN])
+    assert registry.get("dpo") is PLUGIN
+    assert registry.get("tinkerbell-loss-dpo:dpo") is PLUGIN
+
+
+def test_a_name_means_the_latest_upload_and_older_versions_stay() -> None:
+    registry = LossRegistry([OLD, NEW])
+    assert registry.get("mine") is NEW
+    assert registry.get("mine@1111") is OLD
+    assert registry.get("upload:mine@" + "1" * 12) is OLD
+    assert registry.get("upload:mine@" + "1" * 64) is OLD
+    assert registry.get("upload:mine") is NEW
+
+
+def test_uploading_an_old_version_again_makes_it_the_latest() -> None:
+    registry = LossRegistry([OLD, NEW, OLD])
+    assert registry.get("mine") is OLD
+    assert len(registry) == 2
+
+
+def test_a_plugin_may_be_asked_for_by_version() -> None:
+    registry = LossRegistry([PLUGIN])
+    assert registry.get("dpo@aaaa") is PLUGIN
+    assert registry.get("tinkerbell-loss-dpo:dpo@aaaa") is PLUGIN
+
+
+def test_an_unknown_version_is_told_which_there_are() -> None:
+    with pytest.raises(UnknownLoss, match="no version 'mine@3'; there is mine@111111111111, mine@222222222222"):
+        LossRegistry([OLD, NEW]).get("mine@3")
+
+
+def test_an_unknown_name_gets_a_did_you_mean() -> None:
+    with pytest.raises(UnknownLoss, match=r"no loss named 'dpoo'; did you mean 'dpo'\? \(there is: dpo, mine\)"):
+        LossRegistry([PLUGIN, OLD]).get("dpoo")
+
+
+def test_an_empty_registry_says_that_there_is_none() -> None:
+    with pytest.raises(UnknownLoss, match="there is: none"):
+        LossRegistry().get("")
+
+
+def test_a_version_prefix_that_fits_two_is_ambiguous() -> None:
+    near = spec("mine", "1" * 20 + "2" * 44)
+    near_id = spec("mine", "13" + "2" * 62)
+    assert LossRegistry([OLD, near_id]).get("mine@11") is OLD
+    with pytest.raises(AmbiguousLoss, match="provided 2 times"):
+        resolve("mine@11", [OLD, near])
+
+
+def test_descriptions_resolve_like_the_specs_they_describe() -> None:
+    specs = [PLUGIN, spec("dpo", distribution="other"), OLD, NEW]
+    descriptions = [LossDescription.of(s) for s in specs]
+    for name in ("mine", "mine@1", "other:dpo"):
+        assert resolve(name, descriptions).id == resolve(name, specs).id
+    for name, error in {"dpo": AmbiguousLoss, "nine": UnknownLoss}.items():
+        with pytest.raises(error) as of_specs:
+            resolve(name, specs)
+        with pytest.raises(error) as of_descriptions:
+            resolve(name, descriptions)
+        assert str(of_specs.value) == str(of_descriptions.value)
+
+
+def test_a_loss_may_be_removed() -> None:
+    registry = LossRegistry([OLD])
+    registry.remove(OLD.id)
+    assert OLD.id not in registry
+    with pytest.raises(UnknownLoss):
+        registry.remove(OLD.id)
+
+
+@pytest.mark.parametrize(
+    "name", ["dpo", "DPO", "ｄｐｏ", "custom", "", "<lambda>", "a:b", "a@b", "a/b", "a.b", "1a", "a" * 65]
+)  # noqa: RUF001
+def test_an_upload_may_not_take_a_plugins_name_or_a_malformed_one(name: str) -> None:
+    with pytest.raises(BadUpload):
+        LossRegistry([PLUGIN]).check_upload_name(name)
+
+
+@pytest.mark.parametrize("name", ["mine", "my_dpo", "dpo2", "größe", "my-loss"])
+def test_an_upload_may_have_any_other_name(name: str) -> None:
+    LossRegistry([PLUGIN, OLD]).check_upload_name(name)
