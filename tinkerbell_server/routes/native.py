@@ -30,3 +30,101 @@ A refusal is `{"problem": {"kind": ..., "message": ..., "traceback": ...}}` with
 `TinkerbellError` (422 unless it says otherwise; a body over the limit 413; a bug of ours 500). After an engine was lost
 together with steps of a model, that model's next request is refused once with EngineLost (503); sending it again goes on.
 """
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tinkerbell_core.errors import BadRequest
+from tinkerbell_core.types import (
+    CreateModelRequest,
+    DeleteModelRequest,
+    ForwardRequest,
+    LoadRequest,
+    OptimStepRequest,
+    RegisterLossRequest,
+    SampleRequest,
+    SaveRequest,
+)
+from tinkerbell_server import uploads
+from tinkerbell_server.config import BODY_LIMIT
+from tinkerbell_server.futures import Call
+from tinkerbell_server.problems import HttpProblem, answer, decode, read_body
+from tinkerbell_server.service import Request as Submitted
+from tinkerbell_server.service import Service
+
+_MAX_WAIT = 30.0
+
+_SUBMITTED: dict[str, type[Submitted]] = {
+    "create_model": CreateModelRequest,
+    "forward": ForwardRequest,
+    "forward_backward": ForwardRequest,
+    "optim_step": OptimStepRequest,
+    "sample": SampleRequest,
+    "save": SaveRequest,
+    "load": LoadRequest,
+    "delete_model": DeleteModelRequest,
+}
+
+
+def routes() -> list[Route]:
+    """Every path of the native API."""
+    return [
+        Route("/healthz", healthz),
+        Route("/list_loss_functions", list_loss_functions),
+        Route("/list_models", list_models),
+        Route("/register_custom_loss", register_custom_loss, methods=["POST"]),
+        Route("/futures/{request_id}", future),
+        *(Route(f"/{kind}", _submit(kind, type_), methods=["POST"]) for kind, type_ in _SUBMITTED.items()),
+    ]
+
+
+async def healthz(request: Request) -> Response:
+    return answer(request, _service(request).health())
+
+
+async def list_loss_functions(request: Request) -> Response:
+    return answer(request, await _service(request).losses())
+
+
+async def list_models(request: Request) -> Response:
+    return answer(request, {"models": _service(request).models()})
+
+
+async def register_custom_loss(request: Request) -> Response:
+    service = _service(request)
+    uploads.check_on(service.settings.uploads)
+    body = await read_body(request, uploads.BODY_LIMIT, uploads.too_large())
+    return answer(request, await service.register(decode(request, body, RegisterLossRequest)))
+
+
+async def future(request: Request) -> Response:
+    try:
+        wait = float(request.query_params.get("wait", "0"))
+    except ValueError:
+        wait = math.nan
+    if not 0 <= wait < math.inf:
+        raise BadRequest(f"wait is {request.query_params['wait'][:40]!r}, but must be seconds, from 0 to {_MAX_WAIT:g}")
+    request_id = request.path_params["request_id"]
+    return answer(request, await _service(request).futures.wait(request_id, min(wait, _MAX_WAIT)))
+
+
+def _submit(kind: str, type_: type[Submitted]) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        limit = f"a body may have {BODY_LIMIT >> 20} MiB; send fewer rows a call, gradients add up until optim_step"
+        body = await read_body(request, BODY_LIMIT, HttpProblem(limit, 413))
+        submitted = decode(request, body, type_)
+        call = Call(kind, body, request.headers.get("idempotency-key"))
+        return answer(request, await _service(request).submit(call, submitted))
+
+    return endpoint
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service

@@ -1,0 +1,39 @@
+"""The ASGI application: routes on one `Service`, started and stopped with it. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from tinkerbell_server.config import Settings
+from tinkerbell_server.problems import HANDLERS
+from tinkerbell_server.routes import native
+from tinkerbell_server.service import Service
+
+
+def create_app(settings: Settings) -> Starlette:
+    """The application of one server. Raises TinkerbellError where another server has the data dir."""
+    service = Service(settings)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    # a web page that resolves its own name to 127.0.0.1 must not reach a server that trusts its machine
+    local = [Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", settings.host])]
+    app = Starlette(
+        routes=native.routes(),
+        lifespan=lifespan,
+        exception_handlers=HANDLERS,
+        middleware=local if settings.on_loopback else [],
+    )
+    app.state.service = service
+    return app

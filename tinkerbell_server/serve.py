@@ -1,0 +1,98 @@
+"""One server, from its start to Ctrl-C. Leaves no process behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from tinkerbell_core.errors import BadRequest, TinkerbellError
+from tinkerbell_server.app import create_app
+from tinkerbell_server.config import Settings
+from tinkerbell_server.service import Service
+
+
+class _Server(uvicorn.Server):
+    """Tells those who wait for a future that the server stops, so that it need not wait for them."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.futures.stopping.set()
+        super().handle_exit(sig, frame)
+
+
+def run(settings: Settings, sock: socket.socket | None = None) -> int:
+    """Serve until Ctrl-C or SIGTERM; the exit status. sock: listening already, in place of host and port.
+
+    Raises TinkerbellError where the address or the data dir is taken, or where the engine refuses to start.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    with sock or _listen(settings) as listening:
+        app = create_app(settings)
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5, lifespan="on")
+        server = _Server(config, app.state.service)
+        # uvicorn raises the signal again once it is down; by then everything has been told
+        with contextlib.suppress(KeyboardInterrupt):
+            previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+            try:
+                refusal = asyncio.run(_serve(server, app.state.service, listening))
+            finally:
+                signal.signal(signal.SIGTERM, previous)
+            if refusal is not None:
+                raise TinkerbellError(refusal)
+    return 0
+
+
+def url_of(sock: socket.socket) -> str:
+    """The address of a listening socket."""
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _serve(server: _Server, service: Service, sock: socket.socket) -> str | None:
+    greeting = asyncio.create_task(_greet(server, service, url_of(sock)))
+    await server.serve(sockets=[sock])
+    greeting.cancel()
+    refused = service.supervisor.gave_up and service.supervisor.description is None
+    return service.supervisor.problem if refused else None
+
+
+async def _greet(server: _Server, service: Service, url: str) -> None:
+    _say(f"Tinkerbell is starting on {url}; the model is being loaded (Ctrl-C stops it)")
+    if not await service.supervisor.settled():
+        server.should_exit = True
+        return
+    engine = service.supervisor.description
+    assert engine is not None
+    _say(f"Ready: {engine.base_model} on {engine.device} in {engine.dtype}, {len(engine.losses)} losses")
+    _say(f'  in Python:  from tinker_client import TinkerClient; client = TinkerClient("{url}")')
+    _say(f"  in a shell: curl {url}/list_loss_functions")
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    sock = socket.socket(family)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((settings.host, settings.port))
+    except OSError as error:
+        sock.close()
+        reason = error.strerror or str(error)
+        raise BadRequest(
+            f"cannot listen on {settings.host}:{settings.port}: {reason}; pass another --port (0 takes a free one)"
+        ) from None
+    sock.listen(128)
+    return sock
+
+
+def _say(line: str) -> None:
+    print(line, flush=True, file=sys.stdout)
