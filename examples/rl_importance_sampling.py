@@ -1,0 +1,59 @@
+"""Reinforcement learning with a reward anyone can check: the share of lower-case letters in what the model writes.
+
+Sample, score, subtract the mean, and follow the policy gradient with the built-in `importance_sampling`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tinker_client import TinkerClient
+from tinkerbell_core.types import SampledSequence
+
+PROMPT = list(b"Write in small letters: ")  # token ids: the embedded model's are the bytes
+
+
+def reward(text: str) -> float:
+    """Share of the characters that are lower-case letters."""
+    return sum("a" <= letter <= "z" for letter in text) / max(len(text), 1)
+
+
+def datum(sample: SampledSequence, advantage: float) -> dict[str, Any]:
+    """Prompt and sample, shifted by one; only the sampled tokens count."""
+    ids = PROMPT + sample.tokens
+    prompt, sampled = len(PROMPT) - 1, len(sample.tokens)
+    return {
+        "model_input": ids[:-1],
+        "loss_fn_inputs": {
+            "target_tokens": ids[1:],
+            "logprobs": [0.0] * prompt + sample.logprobs,
+            "advantages": [0.0] * prompt + [advantage] * sampled,
+            "weights": [0.0] * prompt + [1.0] * sampled,
+        },
+    }
+
+
+def main(url: str | None = None, steps: int = 15, samples: int = 32) -> list[float]:
+    """Train, and give back the mean reward of each step."""
+    with TinkerClient(url) as client:
+        hf_backend = client.hf_backend
+        hf_backend.create_model("rl", rank=16)
+        rewards = []
+        for step in range(steps):
+            sampled = hf_backend.sample(PROMPT, model_id="rl", max_tokens=12, num_samples=samples, seed=step).sequences
+            scores = [reward(one.text) for one in sampled]
+            mean = sum(scores) / len(scores)
+            data = [datum(one, score - mean) for one, score in zip(sampled, scores, strict=True)]
+            hf_backend.forward_backward("rl", data, "importance_sampling")
+            hf_backend.optim_step("rl", learning_rate=3e-3, normalize="tokens")
+            rewards.append(mean)
+            print(f"step {step}: mean reward {mean:.3f}")
+        hf_backend.delete_model("rl")
+        return rewards
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", help="the server; default: TINKERBELL_URL, else http://localhost:8000")
+    main(parser.parse_args().url)
