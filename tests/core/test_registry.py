@@ -97,8 +97,8 @@ def test_a_loss_may_be_removed() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["dpo", "DPO", "ｄｐｏ", "custom", "", "<lambda>", "a:b", "a@b", "a/b", "a.b", "1a", "a" * 65]
-)  # noqa: RUF001
+    "name", ["dpo", "DPO", "\uff44\uff50\uff4f", "custom", "", "<lambda>", "a:b", "a@b", "a/b", "a.b", "1a", "a" * 65]
+)
 def test_an_upload_may_not_take_a_plugins_name_or_a_malformed_one(name: str) -> None:
     with pytest.raises(BadUpload):
         LossRegistry([PLUGIN]).check_upload_name(name)

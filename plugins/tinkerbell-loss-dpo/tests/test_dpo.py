@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from tinkerbell_loss_dpo import dpo, register_losses
+from torch import Tensor
+
 from tinkerbell_core.dryrun import run_loss
 from tinkerbell_core.errors import BadData
 from tinkerbell_core.testing import check_loss
-from tinkerbell_loss_dpo import dpo, register_losses
-from torch import Tensor
 
 RECORDS = json.loads(gzip.decompress((Path(__file__).parent / "data" / "oracles.json.gz").read_bytes()))["oracles"]
 

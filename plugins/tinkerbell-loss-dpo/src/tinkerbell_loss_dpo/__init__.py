@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from tinkerbell_core import LossFnOutput, LossSpec, hookimpl, loss
 from tinkerbell_core.errors import BadData
 from tinkerbell_core.functional import effective_mask, sequence_sum, target_logprobs
-from torch import Tensor
 
 __all__ = ["dpo", "register_losses"]
 
@@ -33,7 +34,8 @@ def dpo(
 
     The margin is the chosen row's log-ratio to the reference less the rejected row's, each summed over the tokens that
     count. ref_logprobs are `[B, T]`, or `[B]` already summed. label_smoothing is the share of flipped labels (cDPO).
-    logprobs are 0 where a token does not count. A pair with no token that counts gives 0. Raises BadData for an odd row.
+    logprobs are 0 where a token does not count. A pair with no token that counts gives 0.
+    Raises BadData for an odd number of rows.
     """
     if len(attention_mask) % 2:
         raise BadData(f"dpo got {len(attention_mask)} rows, but they come in pairs: chosen, rejected, chosen, ...")

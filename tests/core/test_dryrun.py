@@ -1,0 +1,213 @@
+"""A loss is run in one place, what it returns is checked there, and what it reads is found by running it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tinkerbell_core import LossFnOutput, LossSpec, loss
+from tinkerbell_core.dryrun import dry_run, run_loss
+from tinkerbell_core.errors import BadData, BadLoss
+from tinkerbell_core.functional import hidden_states, target_logprobs
+
+Inputs = dict[str, Tensor]
+
+
+def run(fn: Callable[..., Any]) -> LossFnOutput:
+    logits = torch.randn(2, 3, 5).requires_grad_()
+    return run_loss(loss(fn), logits, {}, torch.ones(2, 3), {})
+
+
+def returning(result: Callable[[Tensor], Any]) -> Callable[..., Any]:
+    def fn(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> Any:
+        return result(model_outputs)
+
+    return fn
+
+
+@pytest.mark.parametrize(
+    ("result", "says"),
+    [
+        (lambda x: None, "returned nothing: return LossFnOutput"),
+        (lambda x: x.sum(), "returned a Tensor: return LossFnOutput"),
+        (lambda x: (x.sum(), {}), "returned a tuple"),
+        (lambda x: LossFnOutput(1.0), "loss is a float, but must be a scalar tensor"),
+        (lambda x: LossFnOutput(x), r"shape \[2, 3, 5\], but must be a scalar"),
+        (lambda x: LossFnOutput(x.sum().detach()), "detached from model_outputs"),
+        (lambda x: LossFnOutput(x.sum() * torch.nan), "loss is nan"),
+        (lambda x: LossFnOutput(x.sum() / 0), "loss is -?inf"),
+        (lambda x: LossFnOutput(x.argmax()), "int64, but must be a floating-point number"),
+        (lambda x: LossFnOutput(torch.zeros((), device="meta")), "loss is on meta, but the model is on cpu"),
+        (lambda x: LossFnOutput(x.sum(), [1.0]), "logprobs is a list"),
+        (lambda x: LossFnOutput(x.sum(), torch.zeros(2)), r"logprobs is torch.float32 of shape \[2\]"),
+        (lambda x: LossFnOutput(x.sum(), None, [1]), "diagnostics is a list"),
+        (lambda x: LossFnOutput(x.sum(), None, {"a": x}), "diagnostic 'a' has the shape"),
+        (lambda x: LossFnOutput(x.sum(), None, {"a": "b"}), "diagnostic 'a' is a str"),
+        (lambda x: LossFnOutput(x.sum(), None, {"a:b": 1.0}), "after a colon comes sum, mean, min, max"),
+        (lambda x: LossFnOutput(x.sum(), None, {"a:b:sum": 1.0}), "after a colon comes"),
+        (lambda x: LossFnOutput(x.sum(), None, {"loss:sum": 1.0}), "the engine's own"),
+        (lambda x: LossFnOutput(x.sum(), None, {"a" * 65: 1.0}), "1 to 64 characters"),
+        (lambda x: LossFnOutput(x.sum(), None, {1: 1.0}), "a diagnostic is named 1"),
+        (lambda x: LossFnOutput(x.sum(), None, {str(i): 1.0 for i in range(65)}), "has 65 diagnostics"),
+    ],
+)
+def test_a_result_outside_the_contract_is_refused_by_name(result: Callable[[Tensor], Any], says: str) -> None:
+    with pytest.raises(BadLoss, match=says):
+        run(returning(result))
+
+
+def test_a_result_comes_back_with_its_extras_detached() -> None:
+    output = run(returning(lambda x: LossFnOutput(x.sum(), x[..., 0], {"a:max": x.max(), "b": 1})))
+    assert output.loss.requires_grad
+    assert output.logprobs is not None
+    assert not output.logprobs.requires_grad
+    assert not torch.as_tensor(output.diagnostics["a:max"]).requires_grad
+    assert output.diagnostics["b"] == 1.0
+
+
+def test_a_loss_that_raises_is_reported_with_its_authors_traceback_alone() -> None:
+    def fn(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
+        raise ValueError("what the author said")
+
+    with pytest.raises(BadLoss, match="loss 'fn' raised ValueError: what the author said") as caught:
+        run(fn)
+    assert caught.value.traceback is not None
+    assert 'raise ValueError("what the author said")' in caught.value.traceback
+    assert "in run_loss" not in caught.value.traceback
+
+
+def test_a_loss_that_exits_does_not_take_the_process_along() -> None:
+    with pytest.raises(BadLoss, match="SystemExit: 3"):
+        run(returning(lambda x: sys.exit(3)))
+
+
+def test_without_gradients_a_detached_loss_is_what_it_must_be() -> None:
+    with torch.no_grad():
+        assert run(returning(lambda x: LossFnOutput(x.sum()))).loss.isfinite()
+
+
+def test_what_a_loss_reads_is_found() -> None:
+    @loss
+    def mine(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
+        per_token = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"]) * loss_fn_inputs["advantages"]
+        if "teacher_logprobs" in loss_fn_inputs:
+            per_token = per_token + loss_fn_inputs["teacher_logprobs"]
+        weights = loss_fn_inputs.get("weights")
+        return LossFnOutput((per_token if weights is None else per_token * weights).sum())
+
+    found = dry_run(mine, 50)
+    assert found.inputs == ("target_tokens", "advantages")
+    assert found.optional_inputs == ("teacher_logprobs", "weights")
+    assert (found.digest, found.fn) == (mine.digest, mine.fn)
+
+
+def test_what_is_read_only_where_another_input_is_missing_is_found_too() -> None:
+    @loss
+    def mine(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
+        key = "a" if "a" in loss_fn_inputs else "b"
+        return LossFnOutput((model_outputs.sum(-1) * loss_fn_inputs[key]).sum())
+
+    found = dry_run(mine, 50)
+    assert (found.inputs, found.optional_inputs) == ((), ("a", "b"))
+
+
+def test_an_input_that_is_one_number_a_sequence_is_guessed_second() -> None:
+    @loss
+    def mine(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
+        logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"]).sum(-1)
+        (rows,) = loss_fn_inputs["reward"].shape
+        return LossFnOutput((logprobs * loss_fn_inputs["reward"]).sum() / rows)
+
+    assert dry_run(mine, 50).inputs == ("target_tokens", "reward")
+
+
+def test_a_guess_that_fails_says_what_was_guessed_and_names_the_way_out() -> None:
+    @loss
+    def mine(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
+        return LossFnOutput((model_outputs.sum((1, 2)) * loss_fn_inputs["prototypes"].view(4, 3, 3).sum((1, 2))).sum())
+
+    with pytest.raises(BadLoss, match=r"guessed 'prototypes' as float32 \[B, T\], then \[B\]; .*example_inputs="):
+        dry_run(mine, 50)
+    assert dry_run(mine, 50, example_inputs={"prototypes": torch.ones(4, 3, 3)}).inputs == ("prototypes",)
+
+
+def test_examples_that_do_not_fit_each_other_are_refused() -> None:
+    spec = loss(returning(lambda x: LossFnOutput(x.sum())))
+    with pytest.raises(BadData, match="rows"):
+        dry_run(spec, 50, example_inputs={"a": torch.ones(2), "b": torch.ones(3)})
+    with pytest.raises(BadData, match="positions"):
+        dry_run(spec, 50, example_inputs={"a": torch.ones(2, 3), "b": torch.ones(2, 4)})
+    with pytest.raises(BadData, match="scalar"):
+        dry_run(spec, 50, example_inputs={"a": torch.tensor(1.0)})
+
+
+def test_the_batch_has_whole_groups_ragged_rows_and_the_real_vocabulary() -> None:
+    seen: dict[str, Any] = {}
+
+    @loss(group_size=3)
+    def mine(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
+        seen.update(shape=tuple(model_outputs.shape), lengths=attention_mask.sum(-1).tolist())
+        return LossFnOutput(model_outputs.sum())
+
+    dry_run(mine, 321)
+    assert seen["shape"] == (6, 8, 321)
+    assert len(set(seen["lengths"])) > 1
+
+
+def test_hidden_states_are_there_in_a_dry_run() -> None:
+    @loss
+    def mine(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
+        return LossFnOutput(hidden_states(model_outputs).square().sum())
+
+    assert dry_run(mine, 50).inputs == ()
+
+
+def test_a_hyperparameter_without_default_is_made_up() -> None:
+    @loss
+    def mine(
+        model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor, *, beta: float, k: int, flag: bool
+    ) -> LossFnOutput:
+        return LossFnOutput(model_outputs[..., :k].sum() / beta * (not flag))
+
+    dry_run(mine, 50)
+
+
+def test_a_loss_whose_gradient_is_not_finite_is_refused() -> None:
+    @loss
+    def mine(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
+        return LossFnOutput((model_outputs * 0).sqrt().sum())
+
+    with pytest.raises(BadLoss, match="the gradient is not finite though the loss is"):
+        dry_run(mine, 50)
+
+
+def test_a_loss_that_leaves_the_model_out_is_refused() -> None:
+    @loss
+    def mine(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
+        return LossFnOutput(torch.ones((), requires_grad=True) * 2)
+
+    with pytest.raises(BadLoss, match="does not depend on model_outputs"):
+        dry_run(mine, 50)
+
+
+def test_a_dry_run_leaves_the_random_numbers_of_the_process_alone() -> None:
+    spec: LossSpec = loss(returning(lambda x: LossFnOutput((x * torch.rand(())).sum())))
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    dry_run(spec, 50)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_declared_inputs_stay_declared() -> None:
+    @loss(inputs=("target_tokens", "extra"), optional_inputs=("weights",))
+    def mine(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
+        return LossFnOutput(target_logprobs(model_outputs, loss_fn_inputs["target_tokens"]).sum())
+
+    found = dry_run(mine, 50)
+    assert (found.inputs, found.optional_inputs) == (("target_tokens", "extra"), ("weights",))

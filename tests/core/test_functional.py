@@ -1,0 +1,164 @@
+"""The pieces losses are written from: right numbers, masks that hold, float32 or better."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tinkerbell_core.errors import BadHyperparameter
+from tinkerbell_core.functional import (
+    aggregate,
+    counted,
+    effective_mask,
+    entropy,
+    hidden_states,
+    logsumexp,
+    masked_mean,
+    masked_sum,
+    sequence_sum,
+    target_logprobs,
+)
+from tinkerbell_core.logits import plain_logits
+
+B, T, K, V = 2, 3, 4, 7
+MASK = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    return torch.randn(B, T, V, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def test_target_logprobs_are_those_of_log_softmax(logits: torch.Tensor) -> None:
+    targets = torch.arange(B * T).view(B, T)
+    expected = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    assert torch.allclose(target_logprobs(logits, targets), expected)
+
+
+def test_target_logprobs_of_several_targets_are_those_of_each(logits: torch.Tensor) -> None:
+    targets = torch.arange(B * T * K).view(B, T, K) % V
+    each = torch.stack([target_logprobs(logits, targets[..., k], where=MASK) for k in range(K)], -1)
+    assert torch.allclose(target_logprobs(logits, targets, where=MASK), each, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(B, T), (B, T, K)])
+def test_a_masked_target_may_be_anything_and_gives_zero(logits: torch.Tensor, shape: tuple[int, ...]) -> None:
+    targets = torch.full(shape, -7)
+    targets[MASK != 0] = 1
+    found = target_logprobs(logits, targets, where=MASK)
+    found.sum().backward()
+    assert (found[MASK == 0] == 0).all()
+    assert logits.grad is not None
+    assert (logits.grad[MASK == 0] == 0).all()
+    assert logits.grad[MASK != 0].any()
+
+
+@pytest.mark.parametrize("shape", [(B, T), (B, T, K)])
+def test_an_impossible_target_under_the_mask_leaves_the_gradient_finite(shape: tuple[int, ...]) -> None:
+    logits = torch.zeros(B, T, V)
+    logits[..., 1] = -math.inf
+    logits.requires_grad_()
+    targets = torch.where(MASK.view(B, T, *[1] * (len(shape) - 2)).expand(shape) != 0, 2, 1)
+    masked_sum(target_logprobs(logits, targets), MASK.view(B, T, *[1] * (len(shape) - 2)).expand(shape)).backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_half_precision_logits_are_read_in_float32() -> None:
+    logits = (torch.randn(1, 4, 32000, generator=torch.Generator().manual_seed(0)) * 4).bfloat16()
+    targets = torch.tensor([[1, 2, 3, 4]])
+    exact = target_logprobs(logits.double(), targets)
+    found = target_logprobs(logits, targets)
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() < 1e-4
+    assert exact.dtype == torch.float64
+
+
+def test_float32_logits_are_not_copied(logits: torch.Tensor) -> None:
+    from tinkerbell_core.functional import _float32
+
+    assert _float32(logits) is logits
+
+
+def test_entropy_of_equal_logits_is_log_v() -> None:
+    assert torch.allclose(entropy(torch.zeros(B, T, V)), torch.full((B, T), math.log(V)))
+
+
+def test_logsumexp_is_torchs(logits: torch.Tensor) -> None:
+    assert torch.equal(logsumexp(logits), logits.logsumexp(-1))
+
+
+def test_hidden_states_are_those_the_logits_came_from() -> None:
+    hidden, head = torch.randn(B, T, 5).requires_grad_(), torch.nn.Linear(5, V)
+    logits = plain_logits(hidden, head)
+    assert torch.equal(logits, head(hidden))
+    assert hidden_states(logits) is hidden
+
+
+def test_plain_logits_are_float32_or_better() -> None:
+    for dtype, expected in {torch.bfloat16: torch.float32, torch.float64: torch.float64}.items():
+        assert plain_logits(torch.randn(B, T, 5, dtype=dtype), lambda h: h).dtype == expected
+
+
+def test_logits_without_hidden_states_say_so() -> None:
+    logits = plain_logits(torch.randn(B, T, 5), torch.nn.Linear(5, V))
+    with pytest.raises(TypeError, match="before any operation on it"):
+        hidden_states(logits / 2)
+
+
+def test_weights_count_where_attention_is() -> None:
+    weights = torch.tensor([[-2.0, 0.5, 9.0], [0.0, 1.0, math.nan]])
+    expected = torch.tensor([[-2.0, 0.5, 0.0], [0.0, 0.0, 0.0]])
+    assert torch.equal(effective_mask({"weights": weights}, MASK), expected)
+    assert torch.equal(effective_mask({}, MASK.long()), MASK)
+
+
+def test_weights_may_be_one_a_sequence_or_k_a_position() -> None:
+    assert torch.equal(effective_mask({"weights": torch.tensor([2.0, 3.0])}, MASK)[:, 0], torch.tensor([2.0, 3.0]))
+    assert effective_mask({"weights": torch.ones(B, T, K)}, MASK).sum() == K * MASK.sum()
+
+
+def test_sums_are_not_harmed_by_what_is_masked() -> None:
+    x = torch.tensor([[1.0, 2.0, math.nan], [3.0, math.inf, -math.inf]])
+    assert masked_sum(x, MASK) == 6
+    assert sequence_sum(x, MASK).tolist() == [3, 3]
+    assert masked_mean(x, MASK) == 2
+    assert masked_mean(x, torch.zeros(B, T)) == 0
+    assert counted(torch.tensor([5.0, 6.0]), MASK).tolist() == [[5, 5, 0], [6, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [("sum", 9.0), ("token-mean", 3.0), ("seq-mean-token-mean", (2.5 + 4) / 2), ("seq-mean-token-sum", 4.5)],
+)
+def test_aggregations_divide_by_what_their_names_say(aggregation: str, expected: float) -> None:
+    per_token = torch.tensor([[2.0, 3.0, math.nan], [4.0, math.nan, math.nan]])
+    assert aggregate(per_token, MASK, aggregation).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("aggregation", ["sum", "token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_a_batch_with_nothing_counted_aggregates_to_zero_with_a_gradient(
+    logits: torch.Tensor, aggregation: str
+) -> None:
+    loss = aggregate(logits.sum(-1), torch.zeros(B, T), aggregation)
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_a_token_with_k_targets_is_one_token() -> None:
+    assert aggregate(torch.ones(B, T, K), MASK, "token-mean") == K
+
+
+def test_an_unknown_aggregation_is_told_which_there_are() -> None:
+    with pytest.raises(BadHyperparameter, match="no aggregation 'token_mean'; did you mean 'token-mean'"):
+        aggregate(torch.ones(B, T), MASK, "token_mean")
+
+
+def test_cross_entropy_is_torchs() -> None:
+    logits, targets = torch.randn(B, T, V), torch.randint(V, (B, T))
+    assert torch.allclose(-target_logprobs(logits, targets).sum(), F.cross_entropy(logits.mT, targets, reduction="sum"))

@@ -1,0 +1,158 @@
+"""The built-in losses: their formulas, their sums, and what they do at the edges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tinkerbell_core.dryrun import run_loss
+from tinkerbell_core.errors import BadHyperparameter
+from tinkerbell_core.losses.cispo import cispo
+from tinkerbell_core.losses.cross_entropy import cross_entropy
+from tinkerbell_core.losses.dro import dro
+from tinkerbell_core.losses.importance_sampling import importance_sampling
+from tinkerbell_core.losses.ppo import ppo
+from tinkerbell_core.spec import LossSpec
+from tinkerbell_core.testing import check_loss
+
+ALL = (cross_entropy, importance_sampling, ppo, cispo, dro)
+POLICY = (importance_sampling, ppo, cispo, dro)
+B, T, V = 3, 5, 11
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(B, T, V, dtype=torch.float64, generator=generator).requires_grad_()
+    inputs = {
+        "target_tokens": torch.randint(V, (B, T), generator=generator),
+        "logprobs": -torch.rand(B, T, dtype=torch.float64, generator=generator) * 4,
+        "advantages": torch.randn(B, T, dtype=torch.float64, generator=generator),
+    }
+    mask = torch.ones(B, T)
+    mask[1, 3:] = 0
+    return logits, inputs, mask
+
+
+def config(spec: LossSpec) -> dict[str, Any]:
+    return {"beta": 0.3} if spec is dro else {}
+
+
+@pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
+def test_every_built_in_loss_keeps_the_rules(spec: LossSpec) -> None:
+    check_loss(spec)
+
+
+@pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
+def test_losses_are_sums_over_tokens_of_their_formula(
+    spec: LossSpec, batch: tuple[Tensor, dict[str, Tensor], Tensor]
+) -> None:
+    logits, inputs, mask = batch
+    lp = logits.log_softmax(-1).gather(-1, inputs["target_tokens"][..., None])[..., 0]
+    q, advantages = inputs["logprobs"], inputs["advantages"]
+    ratio = (lp - q).exp()
+    per_token = {
+        "cross_entropy": -lp,
+        "importance_sampling": -ratio * advantages,
+        "ppo": -torch.minimum(ratio * advantages, ratio.clip(0.8, 1.2) * advantages),
+        "cispo": -ratio.clip(0.0, 4.0).detach() * lp * advantages,
+        "dro": -(lp * advantages - 0.5 * 0.3 * (lp - q) ** 2),
+    }[spec.name]
+    (expected,) = torch.autograd.grad((per_token * mask).sum(), logits, retain_graph=True)
+    output = run_loss(spec, logits, inputs, mask, config(spec))
+    (gradient,) = torch.autograd.grad(output.loss, logits)
+    assert torch.allclose(output.loss, (per_token * mask).sum())
+    assert torch.allclose(gradient, expected)
+
+
+@pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
+def test_logprobs_are_real_where_the_weight_is_zero(
+    spec: LossSpec, batch: tuple[Tensor, dict[str, Tensor], Tensor]
+) -> None:
+    logits, inputs, mask = batch
+    output = run_loss(spec, logits, {**inputs, "weights": torch.zeros(B, T)}, mask, config(spec))
+    assert output.loss.item() == 0
+    assert output.logprobs is not None
+    assert (output.logprobs[mask != 0] < 0).all()
+    assert (output.logprobs[mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
+def test_weights_multiply_and_may_be_negative(spec: LossSpec, batch: tuple[Tensor, dict[str, Tensor], Tensor]) -> None:
+    logits, inputs, mask = batch
+    plain = run_loss(spec, logits, inputs, mask, config(spec)).loss
+    weighed = run_loss(spec, logits, {**inputs, "weights": torch.full((B, T), -2.0)}, mask, config(spec)).loss
+    assert torch.allclose(weighed, -2 * plain)
+
+
+@pytest.mark.parametrize("spec", POLICY, ids=lambda spec: spec.name)
+def test_nan_from_the_sampler_does_no_harm_where_the_weight_is_zero(
+    spec: LossSpec, batch: tuple[Tensor, dict[str, Tensor], Tensor]
+) -> None:
+    logits, inputs, mask = batch
+    weights = torch.ones(B, T)
+    weights[:, 0] = 0
+    clean = run_loss(spec, logits, {**inputs, "weights": weights}, mask, config(spec)).loss
+    poisoned = {**inputs, "weights": weights}
+    for key in ("logprobs", "advantages"):
+        poisoned[key] = torch.where(weights == 0, torch.nan, inputs[key])
+    output = run_loss(spec, logits, poisoned, mask, config(spec))
+    (gradient,) = torch.autograd.grad(output.loss, logits)
+    assert torch.equal(output.loss, clean)
+    assert gradient.isfinite().all()
+    assert all(torch.as_tensor(value).isfinite() for value in output.diagnostics.values())
+
+
+@pytest.mark.parametrize("spec", POLICY, ids=lambda spec: spec.name)
+def test_advantages_may_be_one_a_sequence(spec: LossSpec, batch: tuple[Tensor, dict[str, Tensor], Tensor]) -> None:
+    logits, inputs, mask = batch
+    each = torch.tensor([1.0, -2.0, 3.0])
+    per_sequence = run_loss(spec, logits, {**inputs, "advantages": each}, mask, config(spec)).loss
+    per_token = run_loss(spec, logits, {**inputs, "advantages": each[:, None].expand(B, T)}, mask, config(spec)).loss
+    assert torch.equal(per_sequence, per_token)
+
+
+def test_the_ratio_is_not_clamped(batch: tuple[Tensor, dict[str, Tensor], Tensor]) -> None:
+    logits, inputs, mask = batch
+    far = {**inputs, "logprobs": torch.full((B, T), -20.0), "advantages": -torch.ones(B, T)}
+    output = run_loss(importance_sampling, logits, far, mask, {})
+    (gradient,) = torch.autograd.grad(output.loss, logits)
+    assert output.loss.item() > 1e6
+    assert gradient.norm() > 1e6
+
+
+def test_cross_entropy_takes_k_targets_a_position(batch: tuple[Tensor, dict[str, Tensor], Tensor]) -> None:
+    logits, _, mask = batch
+    targets, weights = torch.randint(V, (B, T, 2)), torch.rand(B, T, 2)
+    output = run_loss(cross_entropy, logits, {"target_tokens": targets, "weights": weights}, mask, {})
+    parts = [
+        run_loss(cross_entropy, logits, {"target_tokens": targets[..., k], "weights": weights[..., k]}, mask, {}).loss
+        for k in range(2)
+    ]
+    assert torch.allclose(output.loss, parts[0] + parts[1])
+    unweighted = run_loss(cross_entropy, logits, {"target_tokens": targets}, mask, {})
+    assert unweighted.logprobs is not None
+    assert torch.allclose(unweighted.loss, -unweighted.logprobs.sum())
+
+
+def test_dro_needs_its_beta() -> None:
+    with pytest.raises(BadHyperparameter, match="needs 'beta'"):
+        dro.bind({})
+
+
+def test_an_unknown_aggregation_is_an_error_of_the_hyperparameter(
+    batch: tuple[Tensor, dict[str, Tensor], Tensor],
+) -> None:
+    logits, inputs, mask = batch
+    with pytest.raises(BadHyperparameter, match="no aggregation"):
+        run_loss(ppo, logits, inputs, mask, {"aggregation": "mean"})
+
+
+def test_clip_fraction_is_the_share_of_counted_tokens(batch: tuple[Tensor, dict[str, Tensor], Tensor]) -> None:
+    logits, inputs, mask = batch
+    far = {**inputs, "logprobs": torch.full((B, T), -30.0), "advantages": torch.ones(B, T)}
+    assert run_loss(ppo, logits, far, mask, {}).diagnostics["clip_fraction:mean"] == 1
+    assert run_loss(cispo, logits, far, mask, {}).diagnostics["clip_fraction:mean"] == 1
