@@ -1,4 +1,4 @@
-"""Settings of models, optimisers and samplers: in range, or a BadHyperparameter that names the setting and the range."""
+"""Settings of models, optimisers and samplers: in range, or a BadHyperparameter that names setting and range."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def check_name(what: str, name: str) -> None:
     """Raise BadRequest where `name` cannot be a model id or a save's name."""
     if not _NAME.fullmatch(name):
         raise BadRequest(
-            f"{what} is {name[:140]!r}, but must be letters, digits, '.', '_', ':' and '-', start with a letter or a digit, "
-            "and be at most 128 long"
+            f"{what} is {name[:140]!r}, but must be letters, digits, '.', '_', ':' and '-', start with a letter "
+            "or a digit, and be at most 128 long"
         )
 
 
@@ -30,7 +30,7 @@ def create_spec(request: CreateModelRequest) -> CreateModelRequest:
     _within("alpha", request.alpha, 0, math.inf, open_below=True)
     _within("seed", request.seed, 0, 2**63 - 1)
     if request.target_modules is not None and not request.target_modules:
-        raise BadHyperparameter("target_modules is empty: name at least one module, or leave it out for every linear one")
+        raise BadHyperparameter("target_modules is empty: name a module, or leave it out for every linear one")
     full = request.full or request.rank is None
     return msgspec.structs.replace(request, full=full, rank=None if full else request.rank)
 

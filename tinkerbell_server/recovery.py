@@ -1,4 +1,4 @@
-"""What is lost when an engine dies, in words, and how models come back. Changes the store only to say where they stand."""
+"""What is lost when an engine dies, in words, and how models come back. Writes to the store only where they stand."""
 
 from __future__ import annotations
 

@@ -34,9 +34,9 @@ class Running:
 
 @contextlib.contextmanager
 def running(settings: Settings, *, log: IO[bytes] | None = None, timeout: float = 300.0) -> Iterator[Running]:
-    """Start a server, wait until its engine is ready, and stop it at the end. log: where its output goes (default: here).
+    """Start a server, wait until its engine is ready, and stop it at the end.
 
-    Raises TinkerbellError where it does not start.
+    log: where its output goes (default: here). Raises TinkerbellError where it does not start.
     """
     with socket.socket() as sock:
         sock.bind((settings.host, 0))

@@ -41,14 +41,14 @@ class Saves:
         return Save(model_id=request.model_id, path=str(path))
 
     def load(self, request: LoadRequest) -> Load:
-        """The command, for a name this model was saved under or a path. Raises BadCheckpoint where there is no folder."""
+        """The command, for a name this model was saved under or a path. Raises BadCheckpoint for no such folder."""
         folder = self._root / request.model_id
         names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
         path = folder / request.path if request.path in names else Path(request.path).expanduser()
         if not path.is_absolute() or not path.is_dir():
             saves = ", ".join(names) or "none"
             raise BadCheckpoint(
-                f"model {request.model_id!r} has no save {request.path!r}{did_you_mean(request.path, names)}, and it is "
-                f"no absolute path of a folder on the server (its saves: {saves})"
+                f"model {request.model_id!r} has no save {request.path!r}{did_you_mean(request.path, names)}, and it "
+                f"is no absolute path of a folder on the server (its saves: {saves})"
             )
         return Load(model_id=request.model_id, path=str(path), optimizer=request.optimizer)

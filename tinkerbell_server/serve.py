@@ -36,6 +36,7 @@ def run(settings: Settings, sock: socket.socket | None = None) -> int:
     Raises TinkerbellError where the address or the data dir is taken, or where the engine refuses to start.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with sock or _listen(settings) as listening:
         app = create_app(settings)
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5, lifespan="on")

@@ -1,4 +1,4 @@
-"""What outlives the server, in one SQLite file: models, requests and their results, uploads. Knows no HTTP and no engine."""
+"""What outlives the server, in one SQLite file: models, requests and their results, uploads. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ CREATE TABLE IF NOT EXISTS uploads (
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model as last known. pending: forward_backwards since the last optim_step. notice: what its next request is told."""
+    """A model as last known.
+
+    pending: forward_backwards since the last optim_step; notice: what its next request is told.
+    """
 
     id: str
     spec: CreateModelRequest
@@ -185,11 +188,14 @@ class Store:
 
     def _one_request(self, column: str, value: str) -> Request | None:
         row = self._db.execute(
-            f"SELECT id, model_id, kind, key, payload, state, result, problem FROM requests WHERE {column} = ?", (value,)
+            f"SELECT id, model_id, kind, key, payload, state, result, problem FROM requests WHERE {column} = ?",
+            (value,),
         ).fetchone()
         if row is None:
             return None
-        return Request(*row[:7], None if row[7] is None else msgspec.msgpack.decode(row[7], type=Problem))
+        *plain, problem = row
+        plain.append(None if problem is None else msgspec.msgpack.decode(problem, type=Problem))
+        return Request(*plain)
 
 
 _MODEL = "id, spec, info, steps, pending, saved_path, saved_step, saved_optimizer, notice"

@@ -41,11 +41,11 @@ def check_upload(upload: RegisterLossRequest, losses: Sequence[LossDescription])
     magic = importlib.util.MAGIC_NUMBER.hex()
     if upload.magic != magic:
         raise BadUpload(
-            f"the loss {upload.name[:80]!r} was made by Python {upload.python[:40]} (bytecode {upload.magic[:16]}), but "
-            f"this server runs Python {platform.python_version()} (bytecode {magic}); use the same minor version"
+            f"the loss {upload.name[:80]!r} was made by Python {upload.python[:40]} (bytecode {upload.magic[:16]}), "
+            f"but this server runs Python {platform.python_version()} (bytecode {magic}); use the same minor version"
         )
     if not upload.payload:
-        raise BadUpload(f"the upload of {upload.name[:80]!r} has no payload; send the cloudpickle bytes of the function")
+        raise BadUpload(f"the upload of {upload.name[:80]!r} has no payload; send the cloudpickle of the function")
     if not re.fullmatch(r"[0-9a-f]{64}", upload.digest):
         raise BadUpload(f"digest is {upload.digest[:80]!r}, but must be the 64 hex digits of the loss's sha256")
     if upload.group_size < 1:

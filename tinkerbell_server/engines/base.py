@@ -73,7 +73,7 @@ class Sample(Command):
     """prompt: token ids, a string or a chat. stop: token ids or strings."""
 
     model_id: str | None
-    prompt: list[int] | str | list[dict[str, str]]
+    prompt: str | list[Any]  # Any: token ids, or turns {role, content}; msgspec decodes one kind of list in a union
     max_tokens: int
     temperature: float
     top_p: float

@@ -1,8 +1,8 @@
 """An engine of arithmetic: no torch, no weights, the same numbers for the same data. The HTTP tests run on it.
 
-A model is a count of steps and a number that each step moves. Words that make it misbehave, for tests: a model id that
-starts with `slow-` takes 0.3 s a command, with `crash-` ends the process at the first loss, with `bug-` raises what nobody
-foresaw; `EngineConfig.model` "refuses" and "exits" do not start.
+A model is a count of steps and a number that each step moves. Words that make it misbehave, for tests: a model id
+that starts with `slow-` takes 0.3 s a command, with `crash-` ends the process at the first loss, with `bug-` raises
+what nobody foresaw; `EngineConfig.model` "refuses" and "exits" do not start.
 """
 
 from __future__ import annotations

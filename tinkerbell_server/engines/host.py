@@ -1,7 +1,8 @@
 """The engine's own process: one engine, one socket to the API, one command at a time.
 
-`python -m tinkerbell_server.engines.host --fd N`. The first frame in is an EngineConfig, the first frame out a Reply that
-holds the engine's description or the reason why there is none. The process ends when the API's end of the socket does.
+`python -m tinkerbell_server.engines.host --fd N`. The first frame in is an EngineConfig, the first frame out a Reply
+that holds the engine's description or the reason why there is none. The process ends when the API's end of the socket
+does.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _ENGINES = {"torch": "tinkerbell_server.engines.torch.engine", "fake": "tinkerbe
 
 def serve(sock: socket.socket) -> int:
     """Run an engine for whoever holds the other end; the exit status."""
+    decoder = msgspec.msgpack.Decoder(wire.AnyCommand)
     frame = wire.receive(sock)
     if frame is None:
         return 0
@@ -44,7 +46,6 @@ def serve(sock: socket.socket) -> int:
         wire.send(sock, msgspec.msgpack.encode(wire.Reply(problem=_internal(error))))
         return 1
     wire.send(sock, msgspec.msgpack.encode(first))
-    decoder = msgspec.msgpack.Decoder(wire.AnyCommand)
     while (frame := wire.receive(sock)) is not None:
         wire.send(sock, msgspec.msgpack.encode(answer(engine, decoder.decode(frame))))
     return 0

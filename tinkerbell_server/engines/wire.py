@@ -25,7 +25,7 @@ AnyCommand = CreateModel | RunLoss | OptimStep | Sample | Save | Load | DeleteMo
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The answer to one command. result: the Result in msgpack. description: sent at start and when the losses change."""
+    """The answer to one command. result: the Result in msgpack. description: at start and when the losses change."""
 
     result: msgspec.Raw = msgspec.Raw()
     problem: Problem | None = None

@@ -22,13 +22,13 @@ bytes are base64. Every struct named here is in `tinkerbell_core.types`; fields 
     POST /delete_model            DeleteModelRequest  → Future of DeleteModelOutput
     GET  /futures/{id}?wait=30    Future; waits up to `wait` seconds (at most 30) for it to finish
 
-A `Future` comes back at once with status 200 and state queued, running, done (`result` is the struct above, as a map) or
+A `Future` comes back at once with status 200 and state queued, running, done (`result` is the struct above, a map) or
 failed (`problem` is a Problem); GET /futures answers 200 for a failed one too. `Idempotency-Key: <any string>` makes a
 POST repeatable: the same key with the same body answers the first one's Future, with another body 409 Conflict.
 
 A refusal is `{"problem": {"kind": ..., "message": ..., "traceback": ...}}` with the status of that kind of
 `TinkerbellError` (422 unless it says otherwise; a body over the limit 413; a bug of ours 500). After an engine was lost
-together with steps of a model, that model's next request is refused once with EngineLost (503); sending it again goes on.
+together with steps of a model, that model's next request is refused once with EngineLost (503); sent again, it goes on.
 """
 
 from __future__ import annotations
