@@ -23,8 +23,8 @@ def upload(client: TinkerClient) -> None:
         loss_fn_inputs: Mapping[str, Tensor],
         attention_mask: Tensor,
         *,
-        beta: float = 0.1,
-        anchor: float = 0.02,
+        beta: float = 0.3,
+        anchor: float = 0.05,
     ) -> LossFnOutput:
         """Bradley-Terry on whole continuations; `anchor` keeps the model modelling the true ones."""
         targets = loss_fn_inputs["target_tokens"].unsqueeze(-1)

@@ -20,15 +20,15 @@ STOP_SECONDS = 20.0
 
 
 @contextmanager
-def running_server() -> Iterator[TinkerClient]:
-    """A client of a server on the embedded model that takes uploads; the server stops when the block ends."""
+def running_server(*options: str) -> Iterator[TinkerClient]:
+    """A client of `tinkerbell serve` with these options; the server stops when the block ends."""
     with tempfile.TemporaryDirectory(prefix="tinkerbell-demo-") as folder:
         port = _free_port()
-        options = ["--port", str(port), "--uploads", "trusted", "--data-dir", str(Path(folder, "data"))]
+        place = ["--port", str(port), "--data-dir", str(Path(folder, "data"))]
         log = Path(folder, "server.log")
         with log.open("wb") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tinkerbell_server", *options],
+                [sys.executable, "-m", "tinkerbell_server", *options, *place],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROW_BYTES = 128
-PROMPT_BYTES = 64
-COMPLETION_BYTES = 64
+PROMPT_BYTES = 48
+COMPLETION_BYTES = 16
 
 Pair = dict[str, str]
 """A preference record: prompt, chosen (the text that really follows) and rejected (from elsewhere in the same file)."""

@@ -36,12 +36,19 @@ class Subcommands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> object:
-        from tinkerbell_core.errors import TinkerbellError
-
         try:
             return super().invoke(ctx)
-        except TinkerbellError as error:
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except _raised_on_purpose() as error:
             raise click.ClickException(str(error)) from error
+
+
+def _raised_on_purpose() -> type[Exception]:
+    """TinkerbellError; asked for only once something was raised, so that `--help` does without it."""
+    from tinkerbell_core.errors import TinkerbellError
+
+    return TinkerbellError
 
 
 @click.group(cls=Subcommands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -43,7 +43,7 @@ def serve(**settings: Any) -> None:  # Any: one value a setting
     from tinkerbell_server.config import Settings
     from tinkerbell_server.serve import run
 
-    run(Settings(**settings))
+    raise SystemExit(run(Settings(**settings)))
 
 
 def check_extra() -> None:
