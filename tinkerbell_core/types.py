@@ -102,7 +102,7 @@ class SampleRequest(Wire, frozen=True):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
-    stop: list[str] | list[int] | str | None = None
+    stop: list[str | int] | str | None = None
     seed: int | None = None
     num_samples: int = 1
 
