@@ -1,0 +1,259 @@
+"""The torch engine: owns the weights and the device, answers one command at a time. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch._dynamo  # the first AdamW step imports it, which takes seconds: here, not there
+from transformers.utils.logging import disable_progress_bar
+
+from tinkerbell_core.errors import BadData, BadLoss, BadRequest, OutOfMemory, TinkerbellError
+from tinkerbell_core.spec import LossSpec
+from tinkerbell_core.types import (
+    DeleteModelOutput,
+    ForwardOutput,
+    LoadOutput,
+    LossDescription,
+    OptimStepOutput,
+    SampleOutput,
+    SaveOutput,
+)
+from tinkerbell_server.chats import chat_ids, rows_from_text
+from tinkerbell_server.checks import check_rows
+from tinkerbell_server.engines.base import (
+    Command,
+    CreateModel,
+    DeleteModel,
+    EngineConfig,
+    EngineDescription,
+    Load,
+    OptimStep,
+    RegisterLoss,
+    Result,
+    Row,
+    RunLoss,
+    Sample,
+    Save,
+    TextData,
+)
+from tinkerbell_server.engines.torch import checkpoints, sampling
+from tinkerbell_server.engines.torch.batching import batch_bytes, data_of, token_budget
+from tinkerbell_server.engines.torch.embedded import embedded_model
+from tinkerbell_server.engines.torch.losses import Losses
+from tinkerbell_server.engines.torch.model import (
+    Network,
+    Transformer,
+    choose_device,
+    choose_dtype,
+    load_network,
+    load_tokenizer,
+)
+from tinkerbell_server.engines.torch.models import Models
+from tinkerbell_server.engines.torch.optimizer import optim_step
+from tinkerbell_server.engines.torch.references import KEY, ReferenceCache, with_references
+from tinkerbell_server.engines.torch.step import Step, run_step
+from tinkerbell_server.engines.torch.trained import TrainedModel
+
+
+def create(config: EngineConfig) -> TorchEngine:
+    """Load the base model, its tokenizer and the losses. Raises BadRequest where one cannot be had."""
+    disable_progress_bar()  # of loading and saving; the log says what matters
+    return TorchEngine(config)
+
+
+class TorchEngine:
+    """One base model on one device, the models trained on it, and the losses that are installed here."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        device = choose_device(config.device)
+        dtype = choose_dtype(config.dtype, device)
+        source = config.model or str(embedded_model(Path(config.data_dir)))
+        self._name = config.model or "embedded"
+        self._tokenizer: Transformer = load_tokenizer(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+
+        def load(path: str | Path, wanted: torch.dtype) -> Network:
+            # a revision is of the hub's model, not of a folder that was saved here
+            revision = config.revision if str(path) == source else None
+            trust = config.trust_remote_code
+            return load_network(path, device, wanted, attn=config.attn, revision=revision, trust_remote_code=trust)
+
+        self._base = load(source, dtype)
+        self._models = Models(self._base, load)
+        self._budget = config.micro_batch_tokens or token_budget(self._base.vocab_size, device)
+        self._losses = Losses(self._base.vocab_size, device, enabled=config.plugins, disabled=config.disabled_plugins)
+        self._references = ReferenceCache()
+
+    def describe(self) -> EngineDescription:
+        return EngineDescription(
+            engine="torch",
+            base_model=self._name,
+            vocab_size=self._base.vocab_size,
+            max_length=self._base.max_length,
+            device=str(self._base.device),
+            dtype=str(self._base.dtype).removeprefix("torch."),
+            losses=self._losses.descriptions(),
+            plugins=self._losses.plugins,
+            has_chat_template=bool(self._tokenizer.chat_template),
+            memory_bytes=self._memory(),
+        )
+
+    def execute(self, command: Command) -> Result:
+        """Raises TinkerbellError for what can be answered to the user; then nothing has changed."""
+        try:
+            return self._execute(command)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError, BadLoss) as error:
+            if not _out_of_memory(error):
+                raise
+            message = self._too_large(command, error)
+        gc.collect()  # the frames that held the tensors are gone with the except block
+        if self._base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise OutOfMemory(message)
+
+    def _execute(self, command: Command) -> Result:
+        match command:
+            case CreateModel():
+                return self._models.create(command.spec).info(self._name)
+            case RunLoss():
+                return self._run_loss(command)
+            case OptimStep():
+                return self._optim_step(command)
+            case Sample():
+                return self._sample(command)
+            case Save():
+                model = self._models.get(command.model_id)
+                checkpoints.save(model, self._models.adapters, self._tokenizer, Path(command.path))
+                return SaveOutput(model_id=model.id, path=command.path, step=model.steps)
+            case Load():
+                return self._load(command)
+            case DeleteModel():
+                return DeleteModelOutput(model_id=command.model_id, steps=self._models.delete(command.model_id).steps)
+            case RegisterLoss():
+                return LossDescription.of(self._losses.upload(command.upload))
+        raise BadRequest(f"the torch engine knows no command {type(command).__name__}")
+
+    def _run_loss(self, command: RunLoss) -> ForwardOutput:
+        start = time.perf_counter()
+        spec = self._losses.get(command.loss)
+        hyperparameters = spec.bind(command.hyperparameters)
+        rows = self._rows(command.data, LossDescription.of(spec))
+        model, created = self._models.get_or_create(command.model_id, command.create)
+        try:
+            rows = self._with_references(rows, spec, model)
+            network = self._models.activate(model)
+            network.mode(train=command.backward)
+            step = Step(spec, hyperparameters, rows, self._budget, model.call_seed)
+            result = run_step(network, list(model.parameters.values()), step, backward=command.backward)
+        except BaseException:
+            if created:
+                self._models.delete(model.id)
+            raise
+        sequences = len(rows) // spec.group_size
+        if command.backward:
+            model.accumulate(result.counted_tokens, sequences)
+        return ForwardOutput(
+            model_id=model.id,
+            loss_fn=spec.id,
+            loss=result.loss,
+            diagnostics=result.diagnostics,
+            logprobs=None if result.logprobs is None else [data_of(logprobs) for logprobs in result.logprobs],
+            tokens=sum(row.tokens.shape[0] for row in rows),
+            counted_tokens=result.counted_tokens,
+            sequences=sequences,
+            micro_batches=result.micro_batches,
+            seconds=time.perf_counter() - start,
+            created=created,
+        )
+
+    def _rows(self, data: list[Row] | TextData, loss: LossDescription) -> Sequence[Row]:
+        vocab_size, max_length = self._base.vocab_size, self._base.max_length
+        if isinstance(data, TextData):
+            return rows_from_text(data, self._tokenizer, loss, vocab_size=vocab_size, max_length=max_length)
+        if not data:
+            raise BadData("data is empty: pass at least one row")
+        names = [f"data[{index}]" for index in range(len(data))]
+        return check_rows(data, names, loss, vocab_size=vocab_size, max_length=max_length)
+
+    def _with_references(self, rows: Sequence[Row], spec: LossSpec, model: TrainedModel) -> Sequence[Row]:
+        """Rows with ref_logprobs, where the loss reads them and the caller sent none."""
+        if KEY in rows[0].inputs or not LossDescription.of(spec).reads(KEY):
+            return rows
+        name = model.initial if model.spec.reference == "initial" else model.spec.reference
+        return with_references(rows, name, self._references, lambda: self._models.reference(name), self._budget)
+
+    def _optim_step(self, command: OptimStep) -> OptimStepOutput:
+        start = time.perf_counter()
+        model = self._models.get(command.model_id)
+        accumulated = model.accumulated
+        norm = optim_step(model, command)
+        return OptimStepOutput(
+            model_id=model.id,
+            step=model.steps,
+            grad_norm=norm,
+            learning_rate=command.learning_rate,
+            tokens=accumulated.tokens,
+            sequences=accumulated.sequences,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _sample(self, command: Sample) -> SampleOutput:
+        model = None if command.model_id is None else self._models.get(command.model_id)
+        match command.prompt:
+            case str(text):
+                ids = list(self._tokenizer(text)["input_ids"])
+            case [dict(), *_]:
+                chat = [message for message in command.prompt if isinstance(message, dict)]
+                ids = chat_ids("the prompt", chat, self._tokenizer, add_generation_prompt=True)
+            case _:
+                ids = [token for token in command.prompt if isinstance(token, int)]
+        network = self._models.activate(model)
+        network.mode(train=False)
+        sequences = sampling.sample(network, self._tokenizer, ids, command)
+        return SampleOutput(model_id=command.model_id, prompt_tokens=len(ids), sequences=sequences)
+
+    def _load(self, command: Load) -> LoadOutput:
+        model, created = self._models.get_or_create(command.model_id, command.create)
+        try:
+            restored = self._models.load(model, Path(command.path), optimizer=command.optimizer)
+        except BaseException:
+            if created:
+                self._models.delete(model.id)
+            raise
+        model = self._models.get(command.model_id)
+        rank = None if model.adapter is None else model.spec.rank
+        return LoadOutput(model_id=model.id, path=command.path, step=model.steps, rank=rank, optimizer=restored)
+
+    def _memory(self) -> int:
+        if self._base.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._base.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _too_large(self, command: Command, error: BaseException) -> str:
+        what = type(command).__name__
+        if isinstance(command, RunLoss) and not isinstance(command.data, TextData):
+            lengths = [row.tokens.shape[0] for row in command.data]
+            padded = len(lengths) * max(lengths)
+            size = batch_bytes(padded, self._base.vocab_size)
+            what = f"{what} of {sum(lengths)} tokens ({padded} padded, about {size:,} bytes of logits)"
+        reason = str(error).strip().partition("\n")[0]
+        return (
+            f"out of memory on {self._base.device} in {what}: {reason}. Nothing was changed; "
+            f"send fewer or shorter rows, or serve with --micro-batch-tokens below {self._budget}"
+        )
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python ran out of memory, also inside a loss."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, TinkerbellError):
+        return error.__cause__ is not None and _out_of_memory(error.__cause__)
+    # the CPU allocator has no exception of its own
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,54 @@
+"""The losses of one engine: those of its plugins, each tried once, and those uploaded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import msgspec
+import torch
+
+from tinkerbell_core.dryrun import dry_run
+from tinkerbell_core.errors import TinkerbellError
+from tinkerbell_core.registry import build_registry
+from tinkerbell_core.spec import LossSpec
+from tinkerbell_core.types import LossDescription, PluginDescription, RegisterLossRequest
+from tinkerbell_server.engines.torch.uploads import uploaded_loss
+
+
+class Losses:
+    """A loss that fails its trial is not listed; its plugin is, with the reason."""
+
+    def __init__(
+        self, vocab_size: int, device: torch.device, *, enabled: bool = True, disabled: Collection[str] = ()
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._registry, found = build_registry(enabled=enabled, disabled=disabled)
+        failed = {}
+        for spec in self._registry:
+            try:
+                self._registry.replace(dry_run(spec, vocab_size, device))
+            except TinkerbellError as error:
+                failed[spec.id] = error.message
+                self._registry.remove(spec.id)
+        self.plugins = [_without(info.describe(), failed) for info in found]
+
+    def get(self, name: str) -> LossSpec:
+        """Raises UnknownLoss, AmbiguousLoss."""
+        return self._registry.get(name)
+
+    def descriptions(self) -> list[LossDescription]:
+        return [LossDescription.of(spec) for spec in self._registry]
+
+    def upload(self, upload: RegisterLossRequest) -> LossSpec:
+        """Raises BadUpload, BadLoss; then nothing was kept."""
+        self._registry.check_upload_name(upload.name)
+        return self._registry.add(uploaded_loss(upload, self._vocab_size, self._device))
+
+
+def _without(plugin: PluginDescription, failed: dict[str, str]) -> PluginDescription:
+    reasons = [failed[id] for id in plugin.losses if id in failed]
+    if not reasons:
+        return plugin
+    kept = tuple(id for id in plugin.losses if id not in failed)
+    return msgspec.structs.replace(plugin, losses=kept, error="; ".join(reasons))

@@ -1,0 +1,161 @@
+"""The trained models of one engine: made, loaded, deleted, and found by id. One base network, any number on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from tinkerbell_core.errors import BadCheckpoint, BadRequest, UnknownModel, did_you_mean
+from tinkerbell_core.types import CreateModelRequest
+from tinkerbell_server.engines.torch import checkpoints
+from tinkerbell_server.engines.torch.adapters import Adapters
+from tinkerbell_server.engines.torch.checkpoints import Checkpoint
+from tinkerbell_server.engines.torch.model import Network
+from tinkerbell_server.engines.torch.trained import TrainedModel
+
+LoadNetwork = Callable[[str | Path, torch.dtype], Network]
+
+
+class Models:
+    """load_network: reads a folder or hub id with the settings of this engine."""
+
+    def __init__(self, base: Network, load_network: LoadNetwork) -> None:
+        self.base = base
+        self.adapters = Adapters(base)
+        self._load_network = load_network
+        self._by_id: dict[str, TrainedModel] = {}
+        self._references: dict[str, Network | str] = {}  # path → its network, or its adapter on the base
+
+    def __contains__(self, model_id: object) -> bool:
+        return model_id in self._by_id
+
+    def get(self, model_id: str) -> TrainedModel:
+        """Raises UnknownModel."""
+        if model_id not in self._by_id:
+            known = ", ".join(self._by_id) or "none"
+            raise UnknownModel(f"no model {model_id!r}{did_you_mean(model_id, self._by_id)} (there is: {known})")
+        return self._by_id[model_id]
+
+    def get_or_create(self, model_id: str, spec: CreateModelRequest | None) -> tuple[TrainedModel, bool]:
+        """The model of this id, and whether it was made just now. Raises UnknownModel where spec is None."""
+        if model_id in self._by_id or spec is None:
+            return self.get(model_id), False
+        return self.create(spec), True
+
+    def create(self, spec: CreateModelRequest) -> TrainedModel:
+        """Raises BadRequest where the id is taken, BadHyperparameter and BadCheckpoint for what cannot be made."""
+        if spec.model_id in self._by_id:
+            raise BadRequest(f"model {spec.model_id!r} exists already: delete it, or use another id")
+        if spec.reference not in ("base", "initial"):
+            checkpoints.check_base(checkpoints.read(Path(spec.reference)), self.base)
+        if spec.full or spec.rank is None:
+            network = self._full_copy(self.base.source)
+            model = TrainedModel.new(spec, network, None, dict(network.model.named_parameters()))
+        else:
+            name = self.adapters.add(self.adapters.config_of(spec), spec.seed)
+            model = TrainedModel.new(spec, self.base, name, self.adapters.parameters(name))
+        self._by_id[spec.model_id] = model
+        return model
+
+    def delete(self, model_id: str) -> TrainedModel:
+        model = self.get(model_id)
+        if model.adapter is not None:
+            self.adapters.delete(model.adapter)
+        del self._by_id[model_id]
+        return model
+
+    def load(self, model: TrainedModel, path: Path, *, optimizer: bool) -> bool:
+        """Bring a model to a checkpoint, adopting its rank and targets; whether the optimizer's state came with it.
+
+        Raises BadCheckpoint, and the model is as it was.
+        """
+        checkpoint = checkpoints.read(path)
+        if (checkpoint.config is None) != (model.adapter is None):
+            what = "a full model" if checkpoint.config is None else "an adapter"
+            is_one = "an adapter" if model.adapter else "a full model"
+            raise BadCheckpoint(f"{path} holds {what}, but model {model.id!r} is {is_one}: create a model of its kind")
+        checkpoints.check_base(checkpoint, self.base)
+        with_moments = optimizer and checkpoint.moments is not None
+        loaded = self._loaded(model, checkpoint, with_moments)
+        state = checkpoint.state
+        loaded.steps, loaded.calls = (state.step, state.calls) if state is not None else (0, 0)
+        loaded.initial = state.initial if state is not None and with_moments else str(path)
+        if state is not None:
+            loaded.saved_path, loaded.saved_step = str(path), state.step
+        self._by_id[model.id] = loaded
+        if model.adapter is not None:
+            self.adapters.delete(model.adapter)
+        return with_moments
+
+    def activate(self, model: TrainedModel | None) -> Network:
+        """The network to run for a model, its adapter on; None: the base alone."""
+        if model is None or model.adapter is not None:
+            self.adapters.use(model.adapter if model is not None else None)
+        return model.network if model is not None else self.base
+
+    def reference(self, name: str) -> Network:
+        """The network of a reference, "base" or a path, ready to run; paths stay loaded."""
+        if name == "base":
+            return self.activate(None)
+        if name not in self._references:
+            checkpoint = checkpoints.read(Path(name))
+            checkpoints.check_base(checkpoint, self.base)
+            if checkpoint.config is None:
+                self._references[name] = self._load_network(name, self.base.dtype)
+            else:
+                self._references[name] = self._adapter_of(checkpoint, seed=0)
+        found = self._references[name]
+        if isinstance(found, Network):
+            return found
+        self.adapters.use(found)
+        return self.base
+
+    def _loaded(self, model: TrainedModel, checkpoint: Checkpoint, with_moments: bool) -> TrainedModel:
+        config = checkpoint.config
+        if config is None:
+            stored = self._load_network(checkpoint.path, model.network.dtype)
+            if with_moments:
+                checkpoints.check_moments(checkpoint, model.parameters)
+            checkpoints.restore_weights(checkpoint.path, model.parameters, dict(stored.model.named_parameters()))
+            loaded = TrainedModel.new(model.spec, model.network, None, model.parameters)
+        else:
+            targets = None if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
+            spec = msgspec.structs.replace(
+                model.spec, rank=config.r, alpha=float(config.lora_alpha), target_modules=targets
+            )
+            name = self._adapter_of(checkpoint, model.spec.seed)
+            loaded = TrainedModel.new(spec, self.base, name, self.adapters.parameters(name))
+            if with_moments:
+                try:
+                    checkpoints.check_moments(checkpoint, loaded.parameters)
+                except BadCheckpoint:
+                    self.adapters.delete(name)
+                    raise
+        if with_moments:
+            checkpoints.restore_moments(loaded, checkpoint)
+        return loaded
+
+    def _adapter_of(self, checkpoint: Checkpoint, seed: int) -> str:
+        assert checkpoint.config is not None
+        try:
+            name = self.adapters.add(checkpoint.config, seed)
+        except ValueError as error:  # peft found none of the adapter's modules
+            raise BadCheckpoint(f"{checkpoint.path} does not fit this base model: {error}") from error
+        try:
+            checkpoints.restore_weights(checkpoint.path, self.adapters.parameters(name), checkpoint.weights)
+        except BadCheckpoint:
+            self.adapters.delete(name)
+            raise
+        return name
+
+    def _full_copy(self, source: str) -> Network:
+        """All weights of the base once more, trainable, in float32 or better; computed in the base's dtype."""
+        wide = torch.float32 if self.base.dtype == torch.bfloat16 else self.base.dtype
+        network = self._load_network(source, wide)
+        network.model.requires_grad_(True)
+        if wide != self.base.dtype:
+            network.autocast = self.base.dtype
+        return network

@@ -1,0 +1,89 @@
+"""A model that is being trained: what it is, its parameters, what was accumulated, and its AdamW."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from tinkerbell_core.types import CreateModelRequest, ModelInfo
+from tinkerbell_server.engines.torch.model import Network
+from tinkerbell_server.engines.torch.optimizer import new_adamw
+
+
+@dataclass(slots=True)
+class Accumulated:
+    """Gradients by parameter name, summed since the last optim_step, and what went into them."""
+
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+    sequences: int = 0
+    calls: int = 0
+
+
+@dataclass(slots=True)
+class TrainedModel:
+    """adapter: the name of its LoRA on the shared base, None for a full copy. parameters: the trained ones, by name.
+
+    initial: what reference="initial" means: "base", or the path whose weights training began from.
+    """
+
+    spec: CreateModelRequest
+    network: Network
+    adapter: str | None
+    parameters: dict[str, Parameter]
+    optimizer: torch.optim.AdamW
+    steps: int = 0
+    calls: int = 0
+    initial: str = "base"
+    accumulated: Accumulated = field(default_factory=Accumulated)
+    saved_path: str | None = None
+    saved_step: int | None = None
+
+    @classmethod
+    def new(
+        cls, spec: CreateModelRequest, network: Network, adapter: str | None, parameters: dict[str, Parameter]
+    ) -> TrainedModel:
+        return cls(spec, network, adapter, parameters, new_adamw(parameters.values()))
+
+    @property
+    def id(self) -> str:
+        return self.spec.model_id
+
+    @property
+    def call_seed(self) -> int:
+        """The seed of the next call: a neighbour's calls do not change it, nor does one that fails."""
+        return self.spec.seed * 2_147_483_647 + self.calls
+
+    def accumulate(self, tokens: int, sequences: int) -> None:
+        """Add the gradient in `.grad`, which is taken away."""
+        total = self.accumulated
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            if name in total.gradients:
+                total.gradients[name] += parameter.grad
+            else:
+                total.gradients[name] = parameter.grad
+            parameter.grad = None
+        total.tokens += tokens
+        total.sequences += sequences
+        total.calls += 1
+        self.calls += 1
+
+    def info(self, base_model: str) -> ModelInfo:
+        return ModelInfo(
+            model_id=self.id,
+            base_model=base_model,
+            rank=None if self.adapter is None else self.spec.rank,
+            alpha=self.spec.alpha,
+            target_modules=self.spec.target_modules,
+            seed=self.spec.seed,
+            reference=self.spec.reference,
+            trainable_parameters=sum(parameter.numel() for parameter in self.parameters.values()),
+            steps=self.steps,
+            saved_path=self.saved_path,
+            saved_step=self.saved_step,
+        )
