@@ -160,7 +160,7 @@ class HFBackend:
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = -1,
-        stop: str | list[str] | list[int] | None = None,
+        stop: str | Sequence[str | int] | None = None,
         seed: int | None = None,
         num_samples: int = 1,
     ) -> SampleOutput:
@@ -168,13 +168,13 @@ class HFBackend:
         return self._run(
             SampleOutput,
             "sample",
-            prompt=prompt,
+            prompt=prompt.tolist() if hasattr(prompt, "tolist") else prompt,
             model_id=model_id,
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
-            stop=stop,
+            stop=stop if stop is None or isinstance(stop, str) else list(stop),
             seed=seed,
             num_samples=num_samples,
         )

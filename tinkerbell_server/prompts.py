@@ -64,7 +64,7 @@ def _chat(prompt: list[dict[Any, Any]], engine: EngineDescription) -> list[dict[
     return prompt
 
 
-def _stop(stop: list[str] | list[int] | str | None, vocab_size: int) -> list[str | int]:
+def _stop(stop: list[str | int] | str | None, vocab_size: int) -> list[str | int]:
     stops: list[str | int] = [stop] if isinstance(stop, str) else list(stop or ())
     for place, one in enumerate(stops):
         if one == "":

@@ -1,0 +1,115 @@
+"""The client with a real server, on the engine that needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.live import live_server
+from tinker_client import LossFnOutput, TinkerClient, custom_loss
+from tinkerbell_core import errors
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with live_server(tmp_path_factory.mktemp("server"), "--engine", "fake", "--uploads", "trusted") as url:
+        yield url
+
+
+@pytest.fixture
+def client(server: str) -> Iterator[TinkerClient]:
+    with TinkerClient(server) as made:
+        yield made
+
+
+def test_the_server_says_how_it_is(client: TinkerClient) -> None:
+    assert client.healthz()["status"] == "ok"
+
+
+def test_losses_are_listed_with_all_a_program_wants(client: TinkerClient) -> None:
+    listing = client.list_loss_functions()
+    assert {"cross_entropy", "ppo"} <= set(listing["available_loss_functions"])
+    assert listing["descriptions"]["ppo"]
+    ppo = next(loss for loss in listing["losses"] if loss.name == "ppo")
+    assert {hyper.name: hyper.default for hyper in ppo.hyperparameters}["clip_low_threshold"] == 0.8
+    assert listing["plugins"][0].error
+
+
+def test_a_whole_training_step(client: TinkerClient) -> None:
+    hf_backend = client.hf_backend
+    result = hf_backend.forward_backward("steps", [[1, 2, 3], [4, 5]])
+    assert result.created
+    assert result.logprobs is not None
+    assert [row.shape for row in result.logprobs] == [(2,), (1,)]
+    assert (result.tokens, result.sequences) == (3, 2)
+    step = hf_backend.optim_step("steps", learning_rate=0.5)
+    assert (step.step, step.tokens, step.learning_rate) == (1, 3, 0.5)
+    saved = hf_backend.save("steps")
+    assert hf_backend.load("steps", saved.path).step == 1
+    assert [model.steps for model in hf_backend.list_models() if model.model_id == "steps"] == [1]
+    assert hf_backend.delete_model("steps").steps == 1
+
+
+def test_tensors_of_every_kind_are_inputs(client: TinkerClient) -> None:
+    rows = [torch.tensor([1, 2, 3]), np.array([4, 5, 6])]
+    inputs: dict[str, Any] = {
+        "target_tokens": torch.tensor([[2, 3, 4], [5, 6, 7]]),
+        "logprobs": [torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.bfloat16)],
+        "advantages": np.ones((2, 3)),
+    }
+    assert client.hf_backend.forward("tensors", rows, "ppo", inputs, {"clip_low_threshold": 0.9}).sequences == 2
+
+
+def test_steps_pipeline_in_the_order_of_submission(client: TinkerClient) -> None:
+    hf_backend = client.hf_backend
+    hf_backend.create_model("slow-1")
+    futures = []
+    for _ in range(2):
+        futures.append(hf_backend.submit("forward_backward", model_id="slow-1", data=[[1, 2]]))
+        futures.append(hf_backend.submit("optim_step", model_id="slow-1"))
+    assert futures[-1].queue_position
+    assert futures[-1].result().step == 2
+    assert all(future.done() for future in futures)
+
+
+def test_errors_keep_their_type_and_say_what_next(client: TinkerClient) -> None:
+    with pytest.raises(errors.UnknownLoss, match="did you mean 'cross_entropy'"):
+        client.hf_backend.forward("m", [[1, 2]], "cross_entrop")
+    with pytest.raises(errors.AmbiguousLoss, match="one:twice"):
+        client.hf_backend.forward("m", [[1, 2]], "twice")
+    with pytest.raises(errors.BadHyperparameter, match="has no hyperparameter 'betta'"):
+        client.hf_backend.forward("m", ["ab", "cd"], "dpo", loss_fn_config={"betta": 1})
+    with pytest.raises(errors.BadData, match="token id 999"):
+        client.hf_backend.forward("m", [[1, 999]])
+    with pytest.raises(errors.UnknownModel):
+        client.hf_backend.optim_step("nobody")
+
+
+def test_sampling_takes_ids_and_text(client: TinkerClient) -> None:
+    sampled = client.hf_backend.sample(torch.tensor([1, 2, 3]), max_tokens=4, num_samples=2)
+    assert [len(one.tokens) for one in sampled.sequences] == [4, 4]
+    assert client.hf_backend.sample("text", max_tokens=4).sequences[0].text
+
+
+def test_a_decorated_loss_is_there_by_name(client: TinkerClient) -> None:
+    @custom_loss(client, name="mine")
+    def my_loss(model_outputs: Any, loss_fn_inputs: Any, attention_mask: Any) -> LossFnOutput:
+        return LossFnOutput(model_outputs.sum())
+
+    listing = client.list_loss_functions()
+    known = next(loss for loss in listing["losses"] if loss.name == "mine")
+    assert known.provenance.kind == "upload"
+    assert known.id.startswith("upload:mine@")
+    assert client.hf_backend.forward("m", [[1, 2]], "mine").loss_fn == "mine"
+
+
+def test_a_reserved_name_is_refused(client: TinkerClient) -> None:
+    with pytest.raises(errors.BadUpload, match="cross_entropy"):
+
+        @custom_loss(client, name="cross_entropy")
+        def my_loss(model_outputs: Any, loss_fn_inputs: Any, attention_mask: Any) -> LossFnOutput:
+            return LossFnOutput(model_outputs.sum())
