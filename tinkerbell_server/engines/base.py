@@ -34,7 +34,7 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class TextData(msgspec.Struct, frozen=True):
-    """Data that must be tokenised where the tokenizer is: strings, chats or preference records, parsed and shape-checked.
+    """Data that must be tokenised where the tokenizer is: strings, chats or preference records, their shape checked.
 
     inputs: loss inputs of each row, added to what the text gives.
     """
@@ -44,12 +44,15 @@ class TextData(msgspec.Struct, frozen=True):
     inputs: list[dict[str, TensorData]]
 
 
-class CreateModel(Command):
+class CreateModel(Command, frozen=True):
     spec: CreateModelRequest
 
 
-class RunLoss(Command):
-    """forward (backward=False) or forward_backward. loss: an id; hyperparameters: bound. create: make an unknown model."""
+class RunLoss(Command, frozen=True):
+    """forward (backward=False) or forward_backward.
+
+    loss: an id; hyperparameters: bound; create: make an unknown model.
+    """
 
     model_id: str
     loss: str
@@ -59,7 +62,7 @@ class RunLoss(Command):
     create: CreateModelRequest | None = None
 
 
-class OptimStep(Command):
+class OptimStep(Command, frozen=True):
     model_id: str
     learning_rate: float
     betas: tuple[float, float]
@@ -69,7 +72,7 @@ class OptimStep(Command):
     normalize: str | None
 
 
-class Sample(Command):
+class Sample(Command, frozen=True):
     """prompt: token ids, a string or a chat. stop: token ids or strings."""
 
     model_id: str | None
@@ -83,14 +86,14 @@ class Sample(Command):
     num_samples: int
 
 
-class Save(Command):
+class Save(Command, frozen=True):
     """Write the model to `path`, a folder that does not exist yet, in one rename."""
 
     model_id: str
     path: str
 
 
-class Load(Command):
+class Load(Command, frozen=True):
     """Bring the model to what is in `path`. create: make it first, where the engine has lost it."""
 
     model_id: str
@@ -99,11 +102,11 @@ class Load(Command):
     create: CreateModelRequest | None = None
 
 
-class DeleteModel(Command):
+class DeleteModel(Command, frozen=True):
     model_id: str
 
 
-class RegisterLoss(Command):
+class RegisterLoss(Command, frozen=True):
     """Unpickle, dry-run and keep an uploaded loss. Only sent where the operator chose `trusted`."""
 
     upload: RegisterLossRequest
