@@ -1,4 +1,4 @@
-"""Every check and every chore, each one session. `nox` runs lint, types and tests; `nox -t ci` all that CI runs."""
+"""Every check and every chore, each one session. `nox` runs lint, types and the fast tests; `nox -t ci` all that CI runs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ import nox
 # pip, not uv: a torch wheel from --find-links or an extra index is found by pip's own configuration
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["tests"]
 nox.needs_version = ">=2025.5"
 
 ROOT = Path(__file__).parent
 CONSTRAINTS = str(ROOT / ".ci" / "constraints.txt")
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
+LINT_TOOLS = ["import-linter", "ruff"]
 TEST_TOOLS = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist"]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-# torch is large, so there are two environments, not one a session: the working tree, and the built wheels
-DEV = ".nox/dev"
-BUILT = ".nox/built"
 
 
 def install(session: nox.Session, *packages: str) -> None:
@@ -46,30 +43,36 @@ def install_wheels(session: nox.Session, *tools: str) -> None:
     session.install("--no-deps", "--force-reinstall", str(core), *plugins)
 
 
-@nox.session(tags=["ci"])
-def lint(session: nox.Session) -> None:
-    """ruff, its formatter, and who may import whom."""
-    session.install("-c", CONSTRAINTS, "ruff", "import-linter")
+def check_style(session: nox.Session) -> None:
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("lint-imports")
 
 
-@nox.session(tags=["ci"], venv_location=DEV)
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff, its formatter, and who may import whom."""
+    session.install("-c", CONSTRAINTS, *LINT_TOOLS)
+    check_style(session)
+
+
+@nox.session
 def types(session: nox.Session) -> None:
     """mypy, strict."""
     install_working_tree(session, "mypy", *TEST_TOOLS)
     session.run("mypy")
 
 
-@nox.session(tags=["ci"], venv_location=DEV)
+@nox.session(tags=["ci"])
 def tests(session: nox.Session) -> None:
-    """Every test but the slow ones."""
-    install_working_tree(session, "mypy", *TEST_TOOLS)
+    """Lint, types, and every test but the slow ones: in one environment, since torch is large."""
+    install_working_tree(session, "mypy", *LINT_TOOLS, *TEST_TOOLS)
+    check_style(session)
+    session.run("mypy")
     session.run("pytest", "-m", "not slow", "-n", "2", *session.posargs, env=OFFLINE)
 
 
-@nox.session(tags=["ci"], venv_location=DEV)
+@nox.session(tags=["ci"])
 def slow(session: nox.Session) -> None:
     """The tests that train, and the demo."""
     install_working_tree(session, "mypy", *TEST_TOOLS)
@@ -77,7 +80,7 @@ def slow(session: nox.Session) -> None:
     session.run("pytest", "-m", "slow", *session.posargs, env=OFFLINE, success_codes=[0, 5])
 
 
-@nox.session(tags=["ci"], venv_location=BUILT)
+@nox.session(tags=["ci"])
 def wheel(session: nox.Session) -> None:
     """The built wheels, from outside the working tree: the command, and every example."""
     install_wheels(session, *TEST_TOOLS)
@@ -88,7 +91,7 @@ def wheel(session: nox.Session) -> None:
         session.run("python", str(example), env=OFFLINE)
 
 
-@nox.session(tags=["ci"], venv_location=BUILT)
+@nox.session(tags=["ci"])
 def plugins(session: nox.Session) -> None:
     """Each plugin's own tests, on its built wheel and the built core."""
     install_wheels(session, *TEST_TOOLS)
@@ -97,14 +100,14 @@ def plugins(session: nox.Session) -> None:
         session.run("pytest", "tests", *session.posargs, env=OFFLINE)
 
 
-@nox.session(venv_location=DEV)
+@nox.session
 def demo(session: nox.Session) -> None:
     """Train a tiny model from nothing, then with a loss of your own: about two minutes."""
     install(session, "-e", ".[demo]")
     session.run("tinkerbell", "demo", *session.posargs, env=OFFLINE)
 
 
-@nox.session(venv_location=DEV)
+@nox.session
 def bench(session: nox.Session) -> None:
     """Every benchmark, one after the other; `nox -s bench -- --json` for programs."""
     install_working_tree(session)

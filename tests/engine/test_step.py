@@ -1,0 +1,228 @@
+"""The step is exact: micro-batches, pairs, dropout and accumulation give one gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.engine.calls import CE, create, gradients, normalised, pairs, rows, run, same, step, upload, weights
+from tests.engine.conftest import MakeEngine
+from tinkerbell_core.errors import BadData, BadHyperparameter, BadLoss, NothingAccumulated, UnknownLoss, UnknownModel
+from tinkerbell_core.functional import hidden_states
+from tinkerbell_core.output import LossFnOutput
+
+LENGTHS = [5, 12, 3, 9, 7, 12, 1, 4]
+
+
+@pytest.mark.parametrize("base", ["llama", "qwen3"])
+@pytest.mark.parametrize(("fn", "settings"), [(normalised, {}), (pairs, {"coupling": "sequence", "group_size": 2})])
+def test_the_gradient_is_the_same_at_every_micro_batch_size(make_engine: MakeEngine, base, fn, settings) -> None:
+    found = {}
+    for budget in (1, 13, 24, 40, 1000):
+        engine = make_engine(base, micro_batch_tokens=budget)
+        name = upload(engine, fn, "mine", **settings)
+        create(engine)
+        _off_zero(engine)
+        result = run(engine, rows(LENGTHS), name)
+        found[budget] = (gradients(engine), result)
+    whole, answer = found[1000]
+    assert answer.micro_batches == 1
+    assert found[1][1].micro_batches == (4 if settings else 8)
+    for budget, (gradient, result) in found.items():
+        assert same(whole, gradient, 1e-9), budget
+        assert result.loss == pytest.approx(answer.loss, rel=1e-12)
+        assert result.diagnostics == pytest.approx(answer.diagnostics, rel=1e-9)
+        assert result.logprobs is not None
+        assert [t.shape for t in result.logprobs] == [(length,) for length in LENGTHS]
+
+
+def test_the_gradient_is_that_of_torch_on_the_whole_model(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    create(engine)
+    _off_zero(engine)
+    data = rows([6, 6], seed=3)
+    run(engine, data)
+    found = gradients(engine)
+    model = engine._models.get("m")
+    tokens = torch.stack([_ids(row.tokens.data) for row in data]).to(engine._base.device)
+    targets = torch.stack([_ids(row.inputs["target_tokens"].data) for row in data]).to(engine._base.device)
+    logits = engine._base.model(tokens).logits
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    assert same({name: p.grad for name, p in model.parameters.items() if p.grad is not None}, found, 1e-9)
+
+
+def test_dropout_is_replayed_when_the_backbone_runs_again(make_engine: MakeEngine) -> None:
+    engine = make_engine("dropout", micro_batch_tokens=24)
+    coupled = upload(engine, lambda o, i, m: _sum(o, i, m), "coupled", coupling="batch")
+    alone = upload(engine, lambda o, i, m: _sum(o, i, m), "alone", coupling="sequence")
+    create(engine, "two-passes")
+    create(engine, "one-pass")
+    _off_zero(engine, "two-passes")
+    _off_zero(engine, "one-pass")
+    two = run(engine, rows(LENGTHS), coupled, "two-passes")
+    one = run(engine, rows(LENGTHS), alone, "one-pass")
+    assert two.micro_batches > 1
+    assert two.loss == pytest.approx(one.loss, rel=1e-12)
+    assert same(gradients(engine, "two-passes"), gradients(engine, "one-pass"), 1e-9)
+    again = run(engine, rows(LENGTHS), alone, "one-pass")
+    assert again.loss != one.loss  # dropout is on, and differs from call to call
+    still = [run(engine, rows(LENGTHS), alone, "one-pass", backward=False).loss for _ in range(2)]
+    assert still[0] == still[1]
+
+
+def test_gradients_of_calls_since_the_last_step_are_summed(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    data = rows(LENGTHS)
+    run(engine, data)
+    whole = gradients(engine)
+    create(engine, "twice")
+    run(engine, data[:3], model="twice")
+    run(engine, data[3:], model="twice")
+    assert same(whole, gradients(engine, "twice"), 1e-9)
+    step(engine)
+    with pytest.raises(NothingAccumulated):
+        step(engine)
+
+
+def test_normalising_counts_the_whole_step(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    data = rows([4, 4], weights=[[1.0, 0.0, 2.0, 0.0], [0.0, 0.0, 0.0, -1.0]])
+    run(engine, data[:1])
+    result = run(engine, data[1:])
+    assert (result.tokens, result.counted_tokens, result.sequences) == (4, 1, 1)
+    summed = torch.stack([g.norm() for g in gradients(engine).values()]).norm()
+    stepped = step(engine, normalize="tokens")
+    assert (stepped.tokens, stepped.sequences) == (3, 2)
+    assert stepped.grad_norm == pytest.approx(float(summed) / 3)
+
+
+def test_an_aggregation_other_than_sum_sees_the_whole_batch(make_engine: MakeEngine) -> None:
+    small, large = make_engine(micro_batch_tokens=8), make_engine()
+    for engine in (small, large):
+        run(engine, rows(LENGTHS), CE, aggregation="token-mean")
+    assert same(gradients(small), gradients(large), 1e-9)
+
+
+def test_targets_may_be_several_a_position(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    several = [torch.randint(0, 256, (length, 3)) for length in (4, 2)]
+    data = rows([4, 2], target_tokens=several, weights=[torch.ones(4, 3), torch.ones(2, 3)])
+    result = run(engine, data)
+    assert result.logprobs is not None
+    assert [tensor.shape for tensor in result.logprobs] == [(4, 3), (2, 3)]
+    assert result.counted_tokens == 6
+
+
+def test_inputs_of_any_dtype_and_shape_reach_the_loss_padded(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+
+    def checked(model_outputs, loss_fn_inputs, attention_mask):
+        half, score, table = (loss_fn_inputs[key] for key in ("half", "score", "table"))
+        if attention_mask.shape[0] == 2:
+            assert str(half.dtype) == "torch.bfloat16"
+            assert half.tolist() == [[1.5, 2.5, 3.5], [4.5, 0.0, 0.0]]
+            assert score.tolist() == [7, 8]
+            assert table.shape == (2, 3, 2)
+        return LossFnOutput(model_outputs.sum())
+
+    examples = {
+        "half": _data(torch.ones(4, 8)),
+        "score": _data(torch.ones(4)),
+        "table": _data(torch.ones(4, 8, 2)),
+    }
+    name = upload(engine, checked, "checked", example_inputs=examples)
+    half = [torch.tensor([1.5, 2.5, 3.5]).bfloat16(), torch.tensor([4.5]).bfloat16()]
+    run(engine, rows([3, 1], half=half, score=[7, 8], table=[torch.ones(3, 2), torch.ones(1, 2)]), name)
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_changes_nothing(make_engine: MakeEngine, broken: str) -> None:
+    engine = make_engine()
+
+    def poisoned(model_outputs, loss_fn_inputs, attention_mask, *, broken=""):
+        x = model_outputs.sum()
+        if broken == "loss":
+            return LossFnOutput(x * float("nan"))
+        return LossFnOutput(x + (torch.sqrt((x - x.detach()).abs()) if broken == "gradient" else 0))
+
+    name = upload(engine, poisoned, "poisoned")
+    run(engine, rows([4, 3]))
+    before, kept = weights(engine), gradients(engine)
+    with pytest.raises(BadLoss, match="poisoned"):
+        run(engine, rows([4, 3]), name, broken=broken)
+    assert same(before, weights(engine))
+    assert same(kept, gradients(engine))
+    step(engine)
+
+
+def test_a_model_that_changes_its_logits_is_run_through_its_own_forward(make_engine: MakeEngine) -> None:
+    engine, small = make_engine("softcap"), make_engine("softcap", micro_batch_tokens=12)
+    assert not engine._base.splits
+    for one in (engine, small):
+        name = upload(one, normalised, "mine")
+        create(one)
+        _off_zero(one)
+        run(one, rows(LENGTHS), name)
+    assert same(gradients(engine), gradients(small), 1e-9)
+
+    def asks(model_outputs, loss_fn_inputs, attention_mask):
+        return LossFnOutput(hidden_states(model_outputs).sum())
+
+    name = upload(engine, asks, "asks")
+    with pytest.raises(BadLoss, match="asks for hidden states, but .* changes its logits"):
+        run(engine, rows([3]), name)
+
+
+def test_a_loss_may_ask_for_hidden_states(make_engine: MakeEngine) -> None:
+    small, large = make_engine(micro_batch_tokens=12), make_engine()
+
+    def contrast(model_outputs, loss_fn_inputs, attention_mask):
+        hidden = hidden_states(model_outputs)[:, 0]
+        return LossFnOutput(torch.logsumexp(hidden @ hidden.T, 1).sum())
+
+    for engine in (small, large):
+        name = upload(engine, contrast, "contrast")
+        create(engine)
+        _off_zero(engine)
+        run(engine, rows(LENGTHS), name)
+    assert same(gradients(small), gradients(large), 1e-9)
+
+
+def test_bad_calls_are_refused_and_make_no_model(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    name = upload(engine, pairs, "pairs", group_size=2)
+    with pytest.raises(BadData, match="pairs"):
+        run(engine, rows([3, 3, 3]), name)
+    with pytest.raises(UnknownLoss, match="did you mean"):
+        run(engine, rows([3]), "cross_entropi")
+    with pytest.raises(BadHyperparameter, match="no hyperparameter"):
+        run(engine, rows([3]), CE, betta=1.0)
+    with pytest.raises(BadData, match="takes 64"):
+        run(engine, rows([65]))
+    with pytest.raises(UnknownModel):
+        step(engine)
+
+
+def _sum(model_outputs, loss_fn_inputs, attention_mask):
+    targets = loss_fn_inputs["target_tokens"]
+    logprobs = F.log_softmax(model_outputs, -1).gather(-1, targets[..., None])[..., 0]
+    return LossFnOutput(-(logprobs * attention_mask).sum(), logprobs)
+
+
+def _off_zero(engine, model: str = "m") -> None:
+    """Move the weights off LoRA's start, where half of the gradient is 0; alike for every model of a shape."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in engine._models.get(model).parameters.values():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.05
+        parameter.data.copy_(noise.to(parameter))
+
+
+def _ids(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.int64)
+
+
+def _data(tensor: torch.Tensor):
+    from tinkerbell_server.engines.torch.batching import data_of
+
+    return data_of(tensor)

@@ -1,0 +1,135 @@
+"""A real server on a free port, with the fake engine in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tinkerbell_core.types import RegisterLossRequest
+from tinkerbell_server.config import Settings
+from tinkerbell_server.running import Running, running
+
+ROWS = [[1, 2, 3], [4, 5]]
+
+
+class Caller:
+    """Speaks to one server as curl would: JSON, and nothing of tinker_client."""
+
+    def __init__(self, server: Running) -> None:
+        self.server = server
+        self.http = httpx.Client(base_url=server.url, timeout=40, trust_env=False)
+
+    def post(self, path: str, body: dict[str, Any], /, **headers: str) -> httpx.Response:
+        return self.http.post(path, json=body, headers=headers)
+
+    def accepted(self, path: str, /, **body: Any) -> str:
+        answer = self.post(path, body)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["request_id"])
+
+    def future(self, request_id: str, wait: float = 30) -> dict[str, Any]:
+        return dict(self.http.get(f"/futures/{request_id}", params={"wait": wait}).json())
+
+    def done(self, path: str, /, **body: Any) -> dict[str, Any]:
+        future = self.future(self.accepted(path, **body))
+        assert future["state"] == "done", future
+        return dict(future["result"])
+
+    def problem(self, path: str, /, **body: Any) -> dict[str, Any]:
+        """What went wrong, at once or when it ran."""
+        answer = self.post(path, body)
+        if answer.status_code != 200:
+            return {"status": answer.status_code, **answer.json()["problem"]}
+        future = self.future(answer.json()["request_id"])
+        assert future["state"] == "failed", future
+        return dict(future["problem"])
+
+    def health(self) -> dict[str, Any]:
+        return dict(self.http.get("/healthz").json())
+
+    def train(self, model_id: str, steps: int = 1) -> None:
+        for _ in range(steps):
+            self.done("/forward_backward", model_id=model_id, data=ROWS)
+            self.done("/optim_step", model_id=model_id)
+
+    def models(self) -> dict[str, dict[str, Any]]:
+        return {model["model_id"]: model for model in self.http.get("/list_models").json()["models"]}
+
+    def engine_pid(self) -> int:
+        (pid,) = children(self.server.process.pid)
+        return pid
+
+    def kill_engine(self) -> None:
+        """kill -9 the engine and wait until its successor is ready."""
+        restarts = self.health()["restarts"]
+        os.kill(self.engine_pid(), signal.SIGKILL)
+        self.until(lambda health: health["restarts"] > restarts and health["status"] == "ok")
+
+    def until(self, happened: Callable[[dict[str, Any]], bool], seconds: float = 20) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
+        while not happened(health := self.health()):
+            assert time.monotonic() < deadline, health
+            time.sleep(0.02)
+        return health
+
+
+def children(pid: int) -> list[int]:
+    """The living child processes of a process."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found += [int(child) for child in (task / "children").read_text().split()]
+    return found
+
+
+def upload(name: str = "mine", payload: bytes = b"pickle", **changes: Any) -> RegisterLossRequest:
+    fields: dict[str, Any] = {
+        "name": name,
+        "payload": payload,
+        "magic": importlib.util.MAGIC_NUMBER.hex(),
+        "python": platform.python_version(),
+        "digest": hashlib.sha256(payload).hexdigest(),
+        "source": "def mine(): ...",
+    }
+    return RegisterLossRequest(**{**fields, **changes})
+
+
+Serve = Callable[..., AbstractContextManager[Caller]]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Serve:
+    """Start a server; `data_dir` and other settings may be given."""
+
+    @contextlib.contextmanager
+    def start(**settings: Any) -> Iterator[Caller]:
+        chosen = Settings(**{"engine": "fake", "data_dir": str(tmp_path / "data"), "port": 0, **settings})
+        with running(chosen, timeout=30) as server:
+            yield Caller(server)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
+    """One server for the tests that leave it as it was; uploads are trusted."""
+    folder = tmp_path_factory.mktemp("data")
+    with running(Settings(engine="fake", data_dir=str(folder), port=0, uploads="trusted"), timeout=30) as server:
+        yield Caller(server)
+
+
+@pytest.fixture
+def make_upload() -> Callable[..., RegisterLossRequest]:
+    return upload
