@@ -117,7 +117,9 @@ def serve(tmp_path: Path) -> Serve:
     def start(**settings: Any) -> Iterator[Caller]:
         chosen = Settings(**{"engine": "fake", "data_dir": str(tmp_path / "data"), "port": 0, **settings})
         with running(chosen, timeout=30) as server:
-            yield Caller(server)
+            caller = Caller(server)
+            with caller.http:
+                yield caller
 
     return start
 
@@ -127,7 +129,9 @@ def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
     """One server for the tests that leave it as it was; uploads are trusted."""
     folder = tmp_path_factory.mktemp("data")
     with running(Settings(engine="fake", data_dir=str(folder), port=0, uploads="trusted"), timeout=30) as server:
-        yield Caller(server)
+        caller = Caller(server)
+        with caller.http:
+            yield caller
 
 
 @pytest.fixture

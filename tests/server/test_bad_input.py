@@ -16,7 +16,7 @@ JSON = {"content-type": "application/json"}
 REFUSED: list[tuple[str, dict[str, Any], int, str, str]] = [
     ("/forward", {"loss_fn": "dpoo"}, 404, "UnknownLoss", "did you mean 'dpo'?"),
     ("/forward", {"loss_fn": "twice"}, 422, "AmbiguousLoss", "one:twice or two:twice"),
-    ("/forward", {"loss_fn": "ppo"}, 422, "BadData", "advantages"),
+    ("/forward", {"loss_fn": "ppo"}, 422, "BadData", "needs 'logprobs'"),
     ("/forward", {"loss_fn_config": {"beta": 1.0}}, 422, "BadHyperparameter", "no hyperparameter 'beta'"),
     ("/forward", {"data": []}, 422, "BadData", "data is empty"),
     ("/forward", {"data": [[1, 999]]}, 422, "BadData", "999"),
@@ -143,5 +143,5 @@ def test_a_bad_upload_is_refused(
 
 
 def test_trusted_uploads_are_refused_off_loopback() -> None:
-    with pytest.raises(BadRequest, match="127.0.0.1"):
+    with pytest.raises(BadRequest, match=r"127\.0\.0\.1"):
         Settings(host="0.0.0.0", uploads="trusted")

@@ -133,9 +133,7 @@ def test_a_second_server_on_the_data_dir_is_refused(serve: Any, capfd: pytest.Ca
     assert f"another server (process {first.server.process.pid})" in capfd.readouterr().err
 
 
-def test_an_engine_that_refuses_ends_the_server_with_its_reason(
-    serve: Any, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_engine_that_refuses_ends_the_server_with_its_reason(serve: Any, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(TinkerbellError), serve(model="refuses"):
         pass
     assert "error: there is no model in 'refuses'" in capfd.readouterr().err
