@@ -1,17 +1,18 @@
 """Reinforcement learning with a reward anyone can check: the share of lower-case letters in what the model writes.
 
-Sample, score, subtract the mean, and follow the policy gradient with the built-in `importance_sampling`.
+Sample, score, compare each sample with the others, and follow the policy gradient with `importance_sampling`.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from typing import Any
 
 from tinker_client import TinkerClient
 from tinkerbell_core.types import SampledSequence
 
-PROMPT = list(b"Write in small letters: ")  # token ids: the embedded model's are the bytes
+PROMPT = list(b"small letters: ")  # token ids: the embedded model's are the bytes
 
 
 def reward(text: str) -> float:
@@ -34,19 +35,19 @@ def datum(sample: SampledSequence, advantage: float) -> dict[str, Any]:
     }
 
 
-def main(url: str | None = None, steps: int = 15, samples: int = 32) -> list[float]:
+def main(url: str | None = None, steps: int = 12, samples: int = 64) -> list[float]:
     """Train, and give back the mean reward of each step."""
     with TinkerClient(url) as client:
         hf_backend = client.hf_backend
-        hf_backend.create_model("rl", rank=16)
+        hf_backend.create_model("rl", full=True)
         rewards = []
         for step in range(steps):
-            sampled = hf_backend.sample(PROMPT, model_id="rl", max_tokens=12, num_samples=samples, seed=step).sequences
+            sampled = hf_backend.sample(PROMPT, model_id="rl", max_tokens=4, num_samples=samples, seed=step).sequences
             scores = [reward(one.text) for one in sampled]
-            mean = sum(scores) / len(scores)
-            data = [datum(one, score - mean) for one, score in zip(sampled, scores, strict=True)]
+            mean, spread = statistics.fmean(scores), statistics.pstdev(scores) or 1.0
+            data = [datum(one, (score - mean) / spread) for one, score in zip(sampled, scores, strict=True)]
             hf_backend.forward_backward("rl", data, "importance_sampling")
-            hf_backend.optim_step("rl", learning_rate=3e-3, normalize="tokens")
+            hf_backend.optim_step("rl", learning_rate=1e-3, normalize="tokens")
             rewards.append(mean)
             print(f"step {step}: mean reward {mean:.3f}")
         hf_backend.delete_model("rl")
