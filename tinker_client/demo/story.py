@@ -42,11 +42,11 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 LEARN = Stage(
     title="learning to read Python from nothing",
     loss_fn="cross_entropy",
-    steps=420,
+    steps=300,
     batch=8,
     learning_rate=3e-3,
     warmup=20,
-    measure_every=70,
+    measure_every=50,
 )
 PREFER = Stage(
     title=f"training with the uploaded loss {preference.NAME!r}",

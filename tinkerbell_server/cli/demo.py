@@ -1,8 +1,8 @@
-"""`tinkerbell demo`: runs the client's demo in a process of its own, since the server never imports the client."""
+"""`tinkerbell demo`: runs the client's demo as a program, since the server never imports the client."""
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 
 import click
@@ -22,12 +22,5 @@ def demo(out: str, seed: int, as_json: bool) -> None:
     Starts a server of its own on a free port and stops it at the end.
     """
     check_extra()
-    command = [sys.executable, "-m", "tinker_client.demo", "--out", out, "--seed", str(seed)]
-    if as_json:
-        command.append("--json")
-    process = subprocess.Popen(command)
-    while True:
-        try:
-            raise SystemExit(process.wait())
-        except KeyboardInterrupt:  # the terminal has told the demo too, which now stops its server
-            continue
+    sys.argv = ["tinkerbell demo", "--out", out, "--seed", str(seed), *(["--json"] if as_json else [])]
+    runpy.run_module("tinker_client.demo", run_name="__main__")
