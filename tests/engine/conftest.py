@@ -36,6 +36,12 @@ def device() -> str:
     return os.environ.get("TINKERBELL_TEST_DEVICE", "cpu")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Threads only wait for each other on models this small."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of tiny models by name: llama, qwen3, dropout (a llama with attention dropout), softcap (a gemma2)."""

@@ -82,7 +82,9 @@ class Adapters:
         return name
 
     def delete(self, name: str) -> None:
-        self.peft.delete_adapter(name)
+        with warnings.catch_warnings():  # that another is chosen, which the next use settles
+            warnings.simplefilter("ignore")
+            self.peft.delete_adapter(name)
         self._active = _UNKNOWN  # peft may have chosen another
 
     def use(self, name: str | None) -> None:

@@ -254,6 +254,7 @@ def _out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, TinkerbellError):
-        return error.__cause__ is not None and _out_of_memory(error.__cause__)
+        cause = error.__cause__
+        return cause is not None and not isinstance(cause, TinkerbellError) and _out_of_memory(cause)
     # the CPU allocator has no exception of its own
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
