@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from tinkerbell_core.errors import BadCheckpoint, BadLoss, NothingAccumulated, UnknownModel
-from tinkerbell_core.spec import Coupling, Hyperparameter, Provenance
+from tinkerbell_core.spec import Provenance
 from tinkerbell_core.types import (
     CreateModelRequest,
     DeleteModelOutput,
@@ -35,6 +35,7 @@ from tinkerbell_core.types import (
     TensorData,
 )
 from tinkerbell_server.engines import base
+from tinkerbell_server.engines.fake_losses import built_ins
 
 _VOCAB, _LENGTH = 256, 512
 
@@ -63,7 +64,7 @@ class FakeEngine:
     def __init__(self, base_model: str) -> None:
         self._base_model = base_model
         self._models: dict[str, _Model] = {}
-        self._losses = _built_ins()
+        self._losses = built_ins()
 
     def describe(self) -> base.EngineDescription:
         return base.EngineDescription(
@@ -225,54 +226,6 @@ class FakeEngine:
         self._losses.pop(loss.id, None)
         self._losses[loss.id] = loss
         return loss
-
-
-def _built_ins() -> dict[str, LossDescription]:
-    clip = (
-        Hyperparameter("clip_low_threshold", "float", 0.8),
-        Hyperparameter("clip_high_threshold", "float", 1.2),
-    )
-    losses = [
-        _loss("cross_entropy", ("target_tokens",), optional=("weights",)),
-        _loss("importance_sampling", ("target_tokens", "logprobs", "advantages")),
-        _loss("ppo", ("target_tokens", "logprobs", "advantages"), hyperparameters=clip),
-        _loss(
-            "dpo",
-            ("target_tokens", "ref_logprobs"),
-            optional=("weights",),
-            hyperparameters=(Hyperparameter("beta", "float", 0.1),),
-            group_size=2,
-            distribution="tinkerbell-loss-dpo",
-        ),
-        _loss("twice", ("target_tokens",), distribution="one"),
-        _loss("twice", ("target_tokens",), distribution="two"),
-    ]
-    return {loss.id: loss for loss in losses}
-
-
-def _loss(
-    name: str,
-    inputs: tuple[str, ...],
-    *,
-    optional: tuple[str, ...] = (),
-    hyperparameters: tuple[Hyperparameter, ...] = (),
-    group_size: int = 1,
-    coupling: Coupling = "sequence",
-    distribution: str = "tinkerbell-core",
-) -> LossDescription:
-    return LossDescription(
-        id=f"{distribution}:{name}",
-        name=name,
-        summary=f"A pretended {name}.",
-        inputs=inputs,
-        optional_inputs=optional,
-        hyperparameters=hyperparameters,
-        coupling=coupling,
-        group_size=group_size,
-        finite=("advantages",) if "advantages" in inputs else (),
-        provenance=Provenance(kind="entry_point", distribution=distribution, version="0"),
-        digest=hashlib.sha256(f"{distribution}:{name}".encode()).hexdigest(),
-    )
 
 
 def _lengths(data: list[base.Row] | base.TextData) -> list[int]:

@@ -52,10 +52,10 @@ from tinkerbell_core.types import (
     SaveRequest,
 )
 from tinkerbell_server import uploads
+from tinkerbell_server.admission import Request as Submitted
 from tinkerbell_server.config import BODY_LIMIT
 from tinkerbell_server.futures import Call
 from tinkerbell_server.problems import HttpProblem, answer, decode, read_body
-from tinkerbell_server.service import Request as Submitted
 from tinkerbell_server.service import Service
 
 _MAX_WAIT = 30.0

@@ -1,0 +1,137 @@
+"""What a request may do: checked against what the engine and the store have, before it is queued. Knows no HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from tinkerbell_core.errors import (
+    BadData,
+    Conflict,
+    EngineLost,
+    UnknownModel,
+    did_you_mean,
+)
+from tinkerbell_core.registry import resolve
+from tinkerbell_core.spec import bind_hyperparameters
+from tinkerbell_core.types import (
+    CreateModelRequest,
+    DeleteModelRequest,
+    ForwardRequest,
+    LoadRequest,
+    OptimStepRequest,
+    SampleRequest,
+    SaveRequest,
+)
+from tinkerbell_server.data import parse_call
+from tinkerbell_server.engines.base import (
+    CreateModel,
+    DeleteModel,
+    EngineDescription,
+    OptimStep,
+    RunLoss,
+    TextData,
+)
+from tinkerbell_server.engines.wire import AnyCommand
+from tinkerbell_server.prompts import sample_command
+from tinkerbell_server.ranges import check_name, check_optim, create_spec
+from tinkerbell_server.saves import Saves
+from tinkerbell_server.scheduler import existing
+from tinkerbell_server.store import Store
+from tinkerbell_server.turns import Turns
+
+Request = (
+    CreateModelRequest
+    | ForwardRequest
+    | OptimStepRequest
+    | SampleRequest
+    | SaveRequest
+    | LoadRequest
+    | DeleteModelRequest
+)
+
+
+class Admission:
+    """Makes a command of a request, or raises why not."""
+
+    def __init__(self, store: Store, turns: Turns, saves: Saves) -> None:
+        self._store, self._turns, self._saves = store, turns, saves
+
+    def command(self, request: Request, kind: str, engine: EngineDescription) -> Callable[[], AnyCommand]:
+        """What the engine is to do, made when its turn has come. Raises what is wrong with the request."""
+        match request:
+            case CreateModelRequest():
+                spec = create_spec(request)
+                if not self._turns.of_model(spec.model_id):
+                    existing(self._store, spec)
+                self._saves.check_reference(spec)
+                return lambda: CreateModel(spec=spec)
+            case ForwardRequest():
+                return self._run_loss(request, kind, engine)
+            case SampleRequest():
+                if request.model_id is not None:
+                    self._check_known(request.model_id)
+                sample = sample_command(request, engine)
+                return lambda: sample
+            case OptimStepRequest():
+                self._check_known(request.model_id)
+                check_optim(request)
+                step = OptimStep(**msgspec.structs.asdict(request))
+                return lambda: step
+            case SaveRequest():
+                self._check_known(request.model_id)
+                self._saves.check_free(request.model_id, request.name)
+                return lambda: self._saves.save(request)
+            case LoadRequest():
+                self._check_known(request.model_id)
+                return lambda: self._saves.load(request)
+            case DeleteModelRequest():
+                self._check_known(request.model_id)
+                return lambda: DeleteModel(model_id=request.model_id)
+
+    def _run_loss(self, request: ForwardRequest, kind: str, engine: EngineDescription) -> Callable[[], AnyCommand]:
+        check_name("model_id", request.model_id)
+        loss = resolve(request.loss_fn, engine.losses)
+        hyperparameters = bind_hyperparameters(loss.name, loss.hyperparameters, request.loss_fn_config or {})
+        data = parse_call(
+            request.data,
+            request.loss_fn_inputs,
+            loss,
+            vocab_size=engine.vocab_size,
+            max_length=engine.max_length,
+        )
+        if isinstance(data, TextData) and data.kind == "chats" and not engine.has_chat_template:
+            raise BadData(
+                f"{engine.base_model} has no chat template, so chats cannot be tokenised; "
+                "send strings or token-id lists, or serve a chat model"
+            )
+        command = RunLoss(
+            model_id=request.model_id,
+            loss=loss.id,
+            data=data,
+            hyperparameters=hyperparameters,
+            backward=kind == "forward_backward",
+        )
+        return lambda: command
+
+    def _check_known(self, model_id: str) -> None:
+        known_ids = {model.id for model in self._store.models()} | self._turns.creating()
+        if model_id not in known_ids:
+            there = ", ".join(sorted(known_ids)[:8]) or "none yet: create_model makes one"
+            near = did_you_mean(model_id, known_ids)
+            raise UnknownModel(f"no model with the id {model_id[:140]!r}{near} (there is: {there})")
+
+    def tell_notice(self, request: Request, engine: EngineDescription) -> None:
+        """Raise, once, what the model of a request has lost; always, that it is of another base model."""
+        model = None if request.model_id is None else self._store.model(request.model_id)
+        if model is None or isinstance(request, DeleteModelRequest):
+            return
+        if engine.base_model != model.info.base_model:
+            raise Conflict(
+                f"model {model.id!r} was made on {model.info.base_model}, but this server runs {engine.base_model}; "
+                "serve that base again, or take another model_id"
+            )
+        if model.notice is not None and not isinstance(request, LoadRequest):
+            self._store.notice(model.id, None)
+            raise EngineLost(model.notice)
