@@ -1,4 +1,4 @@
-"""Every check and every chore, each one session. `nox` runs lint, types and the fast tests; `nox -t ci` all that CI runs."""
+"""Every check and every chore, each one session. `nox` runs lint, types, fast tests; `nox -t ci` all that CI runs."""
 
 from __future__ import annotations
 

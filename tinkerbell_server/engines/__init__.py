@@ -1,1 +1,1 @@
-"""Engines: what runs losses on a model. `base` says what one is; `host` runs one in its own process; `link` talks to it."""
+"""Engines run losses on a model. `base` says what one is, `host` runs one in its own process, `link` talks to it."""
