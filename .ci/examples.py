@@ -1,0 +1,18 @@
+"""Runs every example against one server that takes uploads, in whatever environment this Python has."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tinkerbell_server.config import Settings
+from tinkerbell_server.running import running
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+with tempfile.TemporaryDirectory() as folder, running(Settings(data_dir=folder, uploads="trusted")) as server:
+    for example in EXAMPLES:
+        print(f"--- {example.name}", flush=True)
+        subprocess.run([sys.executable, str(example), "--url", server.url], check=True)
