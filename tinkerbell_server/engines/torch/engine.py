@@ -62,7 +62,8 @@ from tinkerbell_server.engines.torch.trained import TrainedModel
 
 def create(config: EngineConfig) -> TorchEngine:
     """Load the base model, its tokenizer and the losses. Raises BadRequest where one cannot be had."""
-    disable_progress_bar()  # of loading and saving; the log says what matters
+    # bars of loading and saving; the log says what matters
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # not typed there
     return TorchEngine(config)
 
 
