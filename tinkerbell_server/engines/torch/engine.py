@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ import torch
 import torch._dynamo  # the first AdamW step imports it, which takes seconds: here, not there
 from transformers.utils.logging import disable_progress_bar
 
-from tinkerbell_core.errors import BadData, BadLoss, BadRequest, OutOfMemory, TinkerbellError
+from tinkerbell_core.errors import BadData, BadLoss, BadRequest, OutOfMemory
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.types import (
     DeleteModelOutput,
@@ -41,8 +39,8 @@ from tinkerbell_server.engines.base import (
     Save,
     TextData,
 )
-from tinkerbell_server.engines.torch import checkpoints, sampling
-from tinkerbell_server.engines.torch.batching import batch_bytes, data_of, token_budget
+from tinkerbell_server.engines.torch import checkpoints, memory, sampling
+from tinkerbell_server.engines.torch.batching import data_of, token_budget
 from tinkerbell_server.engines.torch.embedded import embedded_model
 from tinkerbell_server.engines.torch.losses import Losses
 from tinkerbell_server.engines.torch.model import (
@@ -63,7 +61,7 @@ from tinkerbell_server.engines.torch.trained import TrainedModel
 def create(config: EngineConfig) -> TorchEngine:
     """Load the base model, its tokenizer and the losses. Raises BadRequest where one cannot be had."""
     # bars of loading and saving; the log says what matters
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # not typed there
+    disable_progress_bar()
     return TorchEngine(config)
 
 
@@ -102,7 +100,7 @@ class TorchEngine:
             losses=self._losses.descriptions(),
             plugins=self._losses.plugins,
             has_chat_template=bool(self._tokenizer.chat_template),
-            memory_bytes=self._memory(),
+            memory_bytes=memory.peak_bytes(self._base.device),
         )
 
     def execute(self, command: Command) -> Result:
@@ -110,12 +108,10 @@ class TorchEngine:
         try:
             return self._execute(command)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError, BadLoss) as error:
-            if not _out_of_memory(error):
+            if not memory.ran_out(error):
                 raise
-            message = self._too_large(command, error)
-        gc.collect()  # the frames that held the tensors are gone with the except block
-        if self._base.device.type == "cuda":
-            torch.cuda.empty_cache()
+            message = memory.what_did_not_fit(command, error, self._base, self._budget)
+        memory.free(self._base.device)  # the frames that held the tensors are gone with the except block
         raise OutOfMemory(message)
 
     def _execute(self, command: Command) -> Result:
@@ -230,32 +226,3 @@ class TorchEngine:
         model = self._models.get(command.model_id)
         rank = None if model.adapter is None else model.spec.rank
         return LoadOutput(model_id=model.id, path=command.path, step=model.steps, rank=rank, optimizer=restored)
-
-    def _memory(self) -> int:
-        if self._base.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._base.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def _too_large(self, command: Command, error: BaseException) -> str:
-        what = type(command).__name__
-        if isinstance(command, RunLoss) and not isinstance(command.data, TextData):
-            lengths = [row.tokens.shape[0] for row in command.data]
-            padded = len(lengths) * max(lengths)
-            size = batch_bytes(padded, self._base.vocab_size)
-            what = f"{what} of {sum(lengths)} tokens ({padded} padded, about {size:,} bytes of logits)"
-        reason = str(error).strip().partition("\n")[0]
-        return (
-            f"out of memory on {self._base.device} in {what}: {reason}. Nothing was changed; "
-            f"send fewer or shorter rows, or serve with --micro-batch-tokens below {self._budget}"
-        )
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python ran out of memory, also inside a loss."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, TinkerbellError):
-        cause = error.__cause__
-        return cause is not None and not isinstance(cause, TinkerbellError) and _out_of_memory(cause)
-    # the CPU allocator has no exception of its own
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,30 @@
+"""A call that the device cannot hold fails alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.engine.calls import gradients, rows, run, same, step, upload, weights
+from tests.engine.conftest import MakeEngine
+from tinkerbell_core.errors import OutOfMemory
+from tinkerbell_core.output import LossFnOutput
+
+
+def test_running_out_of_memory_names_tokens_and_bytes_and_changes_nothing(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+
+    def greedy(model_outputs, loss_fn_inputs, attention_mask):
+        x = model_outputs.sum()
+        if attention_mask.shape[0] == 2:
+            x = x + torch.empty(1 << 58, device=x.device).sum()
+        return LossFnOutput(x)
+
+    name = upload(engine, greedy, "greedy")
+    run(engine, rows([4]))
+    before, kept = weights(engine), gradients(engine)
+    with pytest.raises(OutOfMemory, match=r"7 tokens \(8 padded, about 33,408 bytes"):
+        run(engine, rows([4, 3]), name)
+    assert same(before, weights(engine))
+    assert same(kept, gradients(engine))
+    step(engine)
