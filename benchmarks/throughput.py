@@ -14,6 +14,8 @@ from pathlib import Path
 import peft
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from tinker_client.backend import HFBackend
 from tinker_client.demo.server import running_server
@@ -24,7 +26,7 @@ LEARNING_RATE = 1e-4
 
 
 def write_model(folder: Path) -> None:
-    """An eight-layer Llama of random weights."""
+    """An eight-layer Llama of random weights, with a tokenizer that nothing here uses and a server asks for."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCAB,
@@ -38,6 +40,8 @@ def write_model(folder: Path) -> None:
         eos_token_id=None,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    words = WordLevel({str(id): id for id in range(VOCAB)}, unk_token="0")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(folder)
 
 
 def bare_loop(folder: Path, data: list[list[int]], device: str, dtype: torch.dtype) -> Callable[[int], float]:

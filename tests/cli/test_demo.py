@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -38,11 +39,13 @@ def test_the_demo_learns_to_read_and_then_to_prefer(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_demo_that_is_stopped_takes_its_server_with_it(tmp_path: Path) -> None:
-    with subprocess.Popen([*DEMO, "--out", str(tmp_path)], stdout=subprocess.PIPE, text=True) as demo:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([*DEMO, "--out", str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment) as demo:
         assert demo.stdout is not None
         for line in demo.stdout:
             if "held out" in line:  # the server is up
                 break
+        assert processes_that_mention(str(tmp_path))
         demo.send_signal(signal.SIGTERM)
         assert demo.wait(60) == 128 + signal.SIGTERM
-    assert not processes_that_mention("tinkerbell-demo-")
+    assert not processes_that_mention(str(tmp_path))
