@@ -1,0 +1,6 @@
+"""Logits as a loss sees them: stored, or computed chunk by chunk as the loss asks."""
+
+from tinkerbell_core.logits.plain import plain_logits
+from tinkerbell_core.logits.source import LogitsSource, Reading
+
+__all__ = ["LogitsSource", "Reading", "plain_logits"]
