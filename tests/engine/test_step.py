@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.engine.calls import CE, create, gradients, normalised, pairs, rows, run, same, step, upload, weights
 from tests.engine.conftest import MakeEngine
-from tinkerbell_core.errors import BadData, BadHyperparameter, BadLoss, NothingAccumulated, NothingAccumulated, UnknownLoss, UnknownModel
+from tinkerbell_core.errors import BadData, BadHyperparameter, BadLoss, NothingAccumulated, UnknownLoss, UnknownModel
 from tinkerbell_core.functional import hidden_states
 from tinkerbell_core.output import LossFnOutput
 
