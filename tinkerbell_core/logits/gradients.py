@@ -26,7 +26,7 @@ class Gradients:
         """A scalar every read takes as its input, so that backward comes by the tensors after all reads."""
         if self._token is None:
             with torch.enable_grad():
-                self._token = _Deliver.apply(self, *self.tensors)
+                self._token = _Deliver.apply(self, *self.tensors)  # type: ignore[no-untyped-call]
         return self._token
 
     def of(self, tensor: Tensor) -> Tensor | None:

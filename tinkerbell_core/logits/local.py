@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.head import Head
 from tinkerbell_core.logits.moments import Question
 from tinkerbell_core.logits.products import AnyProduct, Product
 from tinkerbell_core.logits.recompute import ANSWERS, Recompute
@@ -83,7 +82,7 @@ class LocalSource:
         product = self._product
         differentiable = torch.is_grad_enabled() and bool(product.gradients.tensors)
         token = product.gradients.token() if differentiable else product.hidden.new_zeros(())
-        answers = Recompute.apply(token, product, asked, self._width)
+        answers = Recompute.apply(token, product, asked, self._width)  # type: ignore[no-untyped-call]
         return {name: tensor for name, tensor in zip(ANSWERS, answers, strict=True) if tensor is not None}
 
     def _known_of(self, rows: Tensor, scale: float | Tensor) -> _Known:

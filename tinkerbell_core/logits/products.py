@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tinkerbell_core.logits.gradients import Gradients
+from tinkerbell_core.logits.head import Head
 
 # A chunk of logits and what takes its gradient [c, V], of the logits' dtype, back to the tensors behind it.
 Chunk = tuple[Tensor, Callable[[Tensor], None]]
@@ -39,7 +40,9 @@ class AnyProduct:
 
     def __init__(self, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> None:
         self.hidden, self.head = hidden, head
-        self.parameters = [p for p in head.parameters() if p.requires_grad] if isinstance(head, nn.Module) else []
+        self.parameters = (
+            [p for p in head.parameters() if p.requires_grad] if isinstance(head, nn.Module | Head) else []
+        )
         self.gradients = Gradients([hidden, *self.parameters])
         with torch.no_grad():
             sample = head(hidden[:1])  # [1, V]

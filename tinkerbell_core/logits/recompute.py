@@ -40,7 +40,7 @@ class Recompute(torch.autograd.Function):
         asked: Question = ctx.asked
         product: Product = ctx.product
         upstream = {name: g for name, g in zip(ANSWERS, gradients, strict=True) if g is not None}
-        for at in live_rows(upstream, len(asked.rows)).split(ctx.width):
+        for at in live_rows(upstream, len(asked.rows)).split(ctx.width):  # type: ignore[no-untyped-call]
             part = asked.part(at)
             logits, pull = product.chunk(part.rows)
             z = logits.to(torch.promote_types(product.dtype, torch.float32)) * part.factor()
