@@ -115,10 +115,9 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Every benchmark, one after the other; `nox -s bench -- --json` for programs."""
+    """Every benchmark, in one table; `nox -s bench -- --json` for programs."""
     install_working_tree(session)
-    for path in sorted((ROOT / "benchmarks").glob("[a-z]*.py")):
-        session.run("python", str(path), *session.posargs, env=OFFLINE)
+    session.run("python", "benchmarks/_all.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session(venv_backend="none")
@@ -126,5 +125,4 @@ def gpu(session: nox.Session) -> None:
     """The engine's tests and the benchmarks on cuda, in the environment that runs nox (its torch knows the driver)."""
     env = {**OFFLINE, "TINKERBELL_TEST_DEVICE": "cuda"}
     session.run(sys.executable, "-m", "pytest", "tests/engine", *session.posargs, env=env)
-    for path in sorted((ROOT / "benchmarks").glob("[a-z]*.py")):
-        session.run(sys.executable, str(path), "--device", "cuda", env=env)
+    session.run(sys.executable, "benchmarks/_all.py", "--device", "cuda", env=env)
