@@ -40,8 +40,8 @@ RULES = {
 
 AS_THEY_ARE = _all(
     """shape dtype device layout ndim requires_grad is_leaf itemsize nbytes is_cpu is_cuda is_meta is_mps is_quantized
-    is_sparse is_complex is_floating_point is_signed is_inference is_contiguous is_nested is_tensor is_same_size size dim
-    ndimension numel nelement stride storage_offset element_size get_device __len__ __hash__ __repr__ output_nr"""
+    is_sparse is_complex is_floating_point is_signed is_inference is_contiguous is_nested is_tensor is_same_size size
+    dim ndimension numel nelement stride storage_offset element_size get_device __len__ __hash__ __repr__ output_nr"""
 )
 
 _REFUSED = _all(
