@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.errors import LogitsTooLarge, PlainLogitsNeeded
-from tinkerbell_core.logits.source import LogitsSource, Statistic
+from tinkerbell_core.logits.source import LogitsSource
 
 if TYPE_CHECKING:
     from tinkerbell_core.logits.form import Form
 
 
 class Family:
-    """materialised: (operation, bytes) of each tensor `[..., V]` that had to be built. asked: the statistics read.
+    """materialised: (operation, bytes) of each tensor `[..., V]` that had to be built.
 
     root: the logits as they were given. budget: the most bytes of them that may be stored; None for any number.
     """
@@ -24,7 +24,6 @@ class Family:
         self.source = source
         self.budget = budget
         self.materialised: list[tuple[str, int]] = []
-        self.asked: set[Statistic] = set()
         self.root: Form
         self._stored: Tensor | None = None
         self._watched: list[tuple[Tensor, int]] = []

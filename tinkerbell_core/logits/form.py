@@ -117,7 +117,6 @@ class Form:
         pick: columns `[..., K]` or a number. weights: `[V]`, or `[..., V]`, one row for each.
         scale: another than the form's.
         """
-        self.family.asked.update(want)
         n, scale = self.rows.numel(), self.scale if scale is None else scale
         if isinstance(pick, Tensor):
             pick = pick.reshape(n, pick.shape[-1])

@@ -18,7 +18,7 @@ from tinkerbell_core.logits.dense import dense
 from tinkerbell_core.logits.family import Family
 from tinkerbell_core.logits.form import Form, Lazy, Product
 from tinkerbell_core.logits.rule import NotLazy
-from tinkerbell_core.logits.source import LogitsSource, Statistic
+from tinkerbell_core.logits.source import LogitsSource
 from tinkerbell_core.logits.table import AS_THEY_ARE, RULES, name_of, refused
 
 _plainly = torch._C.DisableTorchFunctionSubclass
@@ -48,11 +48,6 @@ class Logits(torch.Tensor):
     def materialised(self) -> list[tuple[str, int]]:
         """(operation, bytes) of all that had to be stored, of these logits and of what came of them."""
         return self.family.materialised
-
-    @property
-    def asked(self) -> frozenset[Statistic]:
-        """The statistics read so far."""
-        return frozenset(self.family.asked)
 
     @property
     def hidden_states(self) -> Tensor:
