@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.logits.dims import along_vocab, besides_vocab
-from tinkerbell_core.logits.form import Form, Kind, Lazy, PerRow, a_form, a_lazy, is_one, is_zero
+from tinkerbell_core.logits.form import Form, Kind, PerRow, a_form, is_one, is_zero
 from tinkerbell_core.logits.rule import need
+from tinkerbell_core.logits.weighted import Lazy, a_lazy
 
 
 def softmax(
