@@ -41,7 +41,7 @@ def live_rows(gradients: Mapping[str, Tensor], count: int, device: torch.device)
     """The rows, int64, to which any gradient comes that is not exactly zero: the others cost nothing."""
     live = torch.zeros(count, dtype=torch.bool, device=device)
     for gradient in gradients.values():
-        live |= gradient.reshape(count, -1).ne(0).any(1)
+        live |= gradient[..., None].flatten(1).ne(0).any(1)
     return live.nonzero()[:, 0]
 
 

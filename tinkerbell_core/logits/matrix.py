@@ -88,7 +88,7 @@ class Matrix:
 
 
 def blocks(x: Tensor) -> Iterator[slice]:
-    """Slices of the first dimension of x, some BLOCK_BYTES each."""
-    height = max(1, BLOCK_BYTES // max(1, x[:1].numel() * 4))
-    for start in range(0, x.shape[0], height):
+    """Slices of the first dimension of x, some BLOCK_BYTES each; one empty slice of none."""
+    height = max(1, BLOCK_BYTES // max(1, x.shape[1:].numel() * 4))
+    for start in range(0, max(1, x.shape[0]), height):
         yield slice(start, min(start + height, x.shape[0]))
