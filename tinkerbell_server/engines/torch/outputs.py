@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from tinkerbell_core.errors import LogitsTooLarge
 from tinkerbell_core.logits import LocalSource, Logits
+from tinkerbell_core.logits.source import Statistic
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_server.engines.base import MATERIALISED
 from tinkerbell_server.engines.torch.model import Network
@@ -28,15 +29,25 @@ def stored_because(network: Network, spec: LossSpec | None = None) -> str:
     return ""
 
 
-def model_outputs(network: Network, states: Tensor, because: str = "", budget: int | None = None) -> Tensor:
+def model_outputs(
+    network: Network,
+    states: Tensor,
+    because: str = "",
+    budget: int | None = None,
+    *,
+    reads: Collection[Statistic] = (),
+    beside: Collection[Statistic] = (),
+) -> Tensor:
     """Logits `[B, T, V]` of `network.states`; lazy unless `because` says why not.
 
-    budget: the most bytes of logits that may be stored, None for any number. Raises LogitsTooLarge.
+    budget: the most bytes of logits that may be stored, None for any number. reads, beside: as in `LossSpec`.
+    Raises LogitsTooLarge.
     """
     if not because:
         head = network.head()
         assert head is not None
-        return Logits.over(LocalSource(states.flatten(0, 1), head), states.shape[:2], budget=budget)
+        source = LocalSource(states.flatten(0, 1), head, together=frozenset(reads), beside=frozenset(beside))
+        return Logits.over(source, states.shape[:2], budget=budget)
     size = stored_bytes(network, states)
     if budget is not None and size > budget:
         shape = [*states.shape[:2], network.vocab_size]

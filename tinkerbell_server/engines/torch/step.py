@@ -101,27 +101,32 @@ def _one_pass(
 
 
 def _two_passes(network: Network, step: Step, parts: list[list[int]], collected: _Collected, backward: bool) -> None:
-    """States of all micro-batches without a graph, the loss once on the whole, each micro-batch again with one."""
+    """States of all micro-batches, the loss once on the whole, each micro-batch again with its part of the gradient.
+
+    Only the last one keeps its graph meanwhile, so that it need not be run again.
+    """
     whole = collate(step.rows, network.device)
     pieces = list(_batches(network, step, parts))
+    last = len(parts) - 1
     states: Tensor | None = None
     for index, (part, batch) in enumerate(zip(parts, pieces, strict=True)):
         step.seed_of(index)
-        with torch.no_grad():
+        with torch.set_grad_enabled(backward and index == last):
             piece = network.states(batch.tokens, batch.padding)  # [b, t, H]
         if states is None:
             states = piece.new_zeros(*whole.tokens.shape, piece.shape[-1])  # [B, T, H]
-        states[part, : piece.shape[1]] = piece
+        states[part, : piece.shape[1]] = piece.detach()
     assert states is not None
     leaf = states.requires_grad_(backward or step.stored_because != "")
     step.seed_of(-1)
     collected.add(whole, list(range(len(step.rows))), _loss_on(network, step, leaf, whole), leaf, backward)
     if not backward or leaf.grad is None:
         return
-    for index, (part, batch) in enumerate(zip(parts, pieces, strict=True)):
+    torch.autograd.backward(piece, leaf.grad[parts[last], : piece.shape[1]])
+    for index, (part, batch) in enumerate(zip(parts[:last], pieces, strict=False)):
         step.seed_of(index)
-        states = network.states(batch.tokens, batch.padding)  # [b, t, H]
-        torch.autograd.backward(states, leaf.grad[part, : batch.tokens.shape[1]])
+        piece = network.states(batch.tokens, batch.padding)
+        torch.autograd.backward(piece, leaf.grad[part, : batch.tokens.shape[1]])
 
 
 def _batches(network: Network, step: Step, parts: list[list[int]]) -> Iterator[Batch]:
@@ -132,7 +137,14 @@ def _batches(network: Network, step: Step, parts: list[list[int]]) -> Iterator[B
 def _loss_on(network: Network, step: Step, leaf: Tensor, batch: Batch) -> LossFnOutput:
     # a forward call does without half of the work on lazy logits; a loss that needs stored ones may need a graph too
     with torch.set_grad_enabled(leaf.requires_grad):
-        logits = model_outputs(network, leaf, step.stored_because, step.logits_budget)  # [B, T, V]
+        logits = model_outputs(
+            network,
+            leaf,
+            step.stored_because,
+            step.logits_budget,
+            reads=step.spec.reads,
+            beside=step.spec.reads_beside,
+        )  # [B, T, V]
         try:
             output = run_loss(step.spec, logits, batch.inputs, batch.attention_mask, step.hyperparameters)
         except BadLoss as error:
