@@ -77,6 +77,18 @@ def test_a_loss_gives_what_it_gives_on_stored_logits(
         assert lazy.micro_batches == plain.micro_batches
 
 
+@pytest.mark.parametrize("which", ["frozen capped head", "adapter on the head", "trained head", "trained tied head"])
+def test_in_bfloat16_too(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    base, model = MODELS[which]
+    engine = make_engine(base, dtype="bfloat16")
+    (lazy, gradient), (plain, expected) = both(engine, monkeypatch, CE, **model)
+    assert stored(lazy) == {}
+    assert lazy.loss == pytest.approx(plain.loss, rel=1e-3)
+    for name, one in gradient.items():
+        apart = float((one - expected[name]).float().norm() / expected[name].float().norm())
+        assert apart < 5e-2, name
+
+
 def test_forward_gives_the_numbers_of_forward_backward(make_engine: MakeEngine) -> None:
     engine = make_engine()
     name = upload(engine, normalised, "mine")
