@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.core.naive import StoredSource
 from tinkerbell_core.errors import LogitsTooLarge, PlainLogitsNeeded
-from tinkerbell_core.logits import Logits
+from tinkerbell_core.logits import Head, LocalSource, Logits
 
 B, T, H, V = 2, 4, 5, 33
 TARGETS = torch.arange(B * T).view(B, T)
@@ -340,11 +340,18 @@ def test_looking_at_logits_stores_nothing() -> None:
     assert x.materialised == []
 
 
-def test_lazy_logits_are_let_go_with_the_loss() -> None:
-    x = logits()
-    source = weakref.ref(x.family.source)
-    loss = chosen(x.log_softmax(-1)).sum() + x.cos().sum()
-    loss.backward()
-    del x, loss
-    gc.collect()
-    assert source() is None
+@pytest.mark.parametrize("kind", ["stored", "local"])
+def test_lazy_logits_are_let_go_with_the_loss_without_waiting_for_a_collection(kind: str) -> None:
+    gc.disable()
+    try:
+        hidden, weight = states()
+        head = Head(weight)
+        source = StoredSource(hidden[0], weight) if kind == "stored" else LocalSource(hidden[0], head, chunk_bytes=99)
+        gone, x = weakref.ref(source), Logits.over(source, (T,))
+        del source
+        loss = x.log_softmax(-1)[:, 3].sum() + (x.softmax(-1) * x.log_softmax(-1)).sum() + x.cos().sum()
+        loss.backward()
+        del x, loss
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -11,21 +11,19 @@ from torch import Tensor
 from tinkerbell_core.errors import LogitsTooLarge, PlainLogitsNeeded
 from tinkerbell_core.logits.source import LogitsSource
 
-if TYPE_CHECKING:
-    from tinkerbell_core.logits.form import Form
-
 
 class Family:
     """materialised: (operation, bytes) of each tensor `[..., V]` that had to be built.
 
-    root: the logits as they were given. budget: the most bytes of them that may be stored; None for any number.
+    rows: all of them, in the shape they were given in. budget: the most bytes of logits that may be stored; None for
+    any number.
     """
 
-    def __init__(self, source: LogitsSource, budget: int | None) -> None:
+    def __init__(self, source: LogitsSource, rows: Tensor, budget: int | None) -> None:
         self.source = source
         self.budget = budget
         self.materialised: list[tuple[str, int]] = []
-        self.root: Form
+        self.rows = rows
         self._stored: Tensor | None = None
         self._watched: list[tuple[Tensor, int]] = []
         self._refusal: PlainLogitsNeeded | None = None

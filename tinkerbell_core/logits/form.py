@@ -56,6 +56,20 @@ class Form:
         return torch.Size((*self.rows.shape[: self.axis], self.vocab, *self.rows.shape[self.axis :]))
 
     @property
+    def bare(self) -> bool:
+        """Whether it is its kind and no more."""
+        return is_one(self.coefficient) and is_zero(self.offset) and self.given is None
+
+    @property
+    def as_given(self) -> bool:
+        """Whether these are the logits the loss was given."""
+        return (
+            self.rows is self.family.rows
+            and (self.kind, self.attached, self.bare) == ("logits", True, True)
+            and is_one(self.scale)
+        )
+
+    @property
     def last(self) -> bool:
         """Whether the vocabulary is the last dimension."""
         return self.axis == self.rows.dim()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.form import Form, a_form, is_one, is_zero
+from tinkerbell_core.logits.form import Form, a_form
 from tinkerbell_core.logits.picks import columns
 from tinkerbell_core.logits.rule import need
 from tinkerbell_core.logits.softmaxes import softmax
@@ -77,14 +77,9 @@ def kl_div(
 def _from_model(target: Form, input: Any, log_target: bool) -> Weighted:
     """The divergence of the model's probabilities from given log-probabilities."""
     need(isinstance(input, Tensor), input.shape == target.shape, input.dtype == target.dtype, target.last)
-    need(target.kind == ("logprobs" if log_target else "probs"), _is_bare(target))
+    need(target.kind == ("logprobs" if log_target else "probs"), target.bare)
     value = replace(replace(target, kind="logprobs").plus_given(input), share=-1.0)
     return Weighted(replace(target, kind="probs"), value)
-
-
-def _is_bare(form: Form) -> bool:
-    """Whether it is its kind and no more."""
-    return is_one(form.coefficient) and is_zero(form.offset) and form.given is None
 
 
 def _hard_targets(

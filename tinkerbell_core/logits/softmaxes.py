@@ -63,7 +63,7 @@ def exp(input: object) -> Form:
 
 def log(input: object) -> Form:
     form = a_form(input)
-    need(form.kind == "probs", is_one(form.coefficient), is_zero(form.offset), form.given is None)
+    need(form.kind == "probs", form.bare)
     return replace(form, kind="logprobs")
 
 

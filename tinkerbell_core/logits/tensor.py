@@ -37,9 +37,7 @@ class Logits(torch.Tensor):
     def over(source: LogitsSource, shape: Sequence[int], budget: int | None = None) -> Logits:
         """The logits of all rows of a source, `[*shape, V]`; at most `budget` bytes of them may come to be stored."""
         rows = torch.arange(source.count, device=source.device).view(*shape)
-        root = Form(Family(source, budget), rows, rows.dim())
-        root.family.root = root
-        return _tensor(root)
+        return _tensor(Form(Family(source, rows, budget), rows, rows.dim()))
 
     @property
     def family(self) -> Family:
@@ -53,18 +51,26 @@ class Logits(torch.Tensor):
     @property
     def hidden_states(self) -> Tensor:
         """Of the logits as they were given, `[..., H]`; AttributeError for what was computed from them."""
-        if self.form is not self.family.root:
+        form, rows = self.form, self.family.rows
+        if not (
+            isinstance(form, Form)
+            and form.rows is rows
+            and form.attached
+            and form.bare
+            and form.kind == "logits"
+            and is_one(form.scale)
+        ):
             raise AttributeError("hidden_states")
-        rows = self.family.root.rows
         return self.family.source.hidden(rows.reshape(-1)).view(*rows.shape, -1)
 
     def stored(self, operation: str) -> Tensor:
         """The true tensor, attached where this one is. Raises LogitsTooLarge."""
         self.family.check()
         if self._value is None:
+            stored = self.family.stored(operation)
             with torch.enable_grad():
-                self._value = dense(self.form, self.family.stored(operation))
-            if self.form is not self.family.root:
+                self._value = dense(self.form, stored)
+            if not _share_memory(self._value, stored):
                 self.family.record(operation, self._value)
         return self._value if torch.is_grad_enabled() else self._value.detach()
 
