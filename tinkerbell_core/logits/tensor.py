@@ -52,14 +52,7 @@ class Logits(torch.Tensor):
     def hidden_states(self) -> Tensor:
         """Of the logits as they were given, `[..., H]`; AttributeError for what was computed from them."""
         form, rows = self.form, self.family.rows
-        if not (
-            isinstance(form, Form)
-            and form.rows is rows
-            and form.attached
-            and form.bare
-            and form.kind == "logits"
-            and is_one(form.scale)
-        ):
+        if not (isinstance(form, Form) and form.as_given):
             raise AttributeError("hidden_states")
         return self.family.source.hidden(rows.reshape(-1)).view(*rows.shape, -1)
 
