@@ -46,7 +46,9 @@ def budgets(network: Network, config: EngineConfig) -> Budgets:
     """What the settings say; by the memory that is free where they say nothing."""
 
     def tokens(stored: bool) -> int:
-        return config.micro_batch_tokens or token_budget(_bytes_a_token(network, stored, config.gradient_checkpointing), network.device)
+        return config.micro_batch_tokens or token_budget(
+            _bytes_a_token(network, stored, config.gradient_checkpointing), network.device
+        )
 
     logits = config.logits_budget
     # an eighth, since a loss makes some copies of what it is given, and so does its backward pass
