@@ -1,0 +1,1 @@
+def rebuild(payload): raise NotImplementedError
