@@ -7,9 +7,11 @@
     │   ├── BadHyperparameter     loss_fn_config, or an optimiser's or sampler's setting
     │   ├── BadLoss               a loss that raises or breaks its contract; carries the author's traceback
     │   ├── BadUpload, UploadTooLarge, UploadsOff
+    │   ├── LogitsTooLarge        a loss needs more logits stored than fit its budget
     │   ├── BadCheckpoint
     │   ├── NothingAccumulated    optim_step before any forward_backward
     │   └── Conflict              one idempotency key, two payloads
+    ├── PlainLogitsNeeded         a loss asks of lazy logits what only stored ones give; it is then run on those
     ├── OutOfMemory               the device could not hold this call
     ├── EngineLost                the engine died; says what was lost
     └── ServerUnreachable         the client found nobody to talk to
@@ -101,6 +103,12 @@ class UploadsOff(BadRequest):
     status = 403
 
 
+class LogitsTooLarge(BadRequest):
+    """A loss needs the logits themselves, and they are over the budget for them."""
+
+    status = 413
+
+
 class BadCheckpoint(BadRequest):
     """A path to load or to save that is missing, malformed or for another base model."""
 
@@ -113,6 +121,10 @@ class Conflict(BadRequest):
     """This idempotency key was used for another payload."""
 
     status = 409
+
+
+class PlainLogitsNeeded(TinkerbellError):
+    """A loss asks of lazy logits what only stored ones give; who runs the loss answers by running it on those."""
 
 
 class OutOfMemory(TinkerbellError):
