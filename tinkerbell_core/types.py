@@ -129,7 +129,8 @@ class DeleteModelRequest(Wire, frozen=True):
 class RegisterLossRequest(Wire, frozen=True):
     """An uploaded loss.
 
-    payload: cloudpickle bytes; magic: `importlib.util.MAGIC_NUMBER` of the Python that made them, in hex.
+    kind: how it travels. payload: cloudpickle bytes, with magic the `importlib.util.MAGIC_NUMBER` of the Python that made
+    them, in hex; or a portable source (`tinkerbell_core.travel`), which any Python reads.
     """
 
     name: str
@@ -143,6 +144,7 @@ class RegisterLossRequest(Wire, frozen=True):
     coupling: Literal["sequence", "batch"] = "batch"
     group_size: int = 1
     example_inputs: dict[str, TensorData] | None = None
+    kind: Literal["cloudpickle", "source"] = "cloudpickle"
 
 
 # ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────────────

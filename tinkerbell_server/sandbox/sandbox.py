@@ -19,13 +19,18 @@ from torch import Tensor
 
 from tinkerbell_core.errors import BadLoss, TinkerbellError
 from tinkerbell_server.sandbox import bubblewrap, mechanisms
+from tinkerbell_server.sandbox.memory import Arena, room
 from tinkerbell_server.sandbox.messages import Failed, Fork, Forked, FromWorker, Prove, Proved, Ready
 from tinkerbell_server.sandbox.paths import readable
-from tinkerbell_server.sandbox.wire import BadMessage, Channel, Check, Late
+from tinkerbell_server.sandbox.wire import SHARED_FROM, BadMessage, Channel, Check, Late
 from tinkerbell_server.sandbox.worker import Limits
 from tinkerbell_server.sandbox.zygote import bootstrap
 
 log = logging.getLogger("tinkerbell.sandbox")
+
+# large buffers in huge pages: half the time of a loss that takes whole logits goes into page faults
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "THP_MEM_ALLOC_ENABLE": "1"}
+"""All that a sandbox is told of the world."""
 
 _START_SECONDS = 60.0
 _FORK_SECONDS = 5.0
@@ -126,13 +131,13 @@ class Sandbox:
         with theirs:
             program = [*python, "-c", bootstrap(self._readable.imports), str(theirs.fileno()), limits]
             if self._bubblewrapped:
-                program = bubblewrap.command([*self._readable.files, python[0]], program)
+                program = bubblewrap.command([*self._readable.files, python[0]], program, ENVIRONMENT)
             self._zygote = subprocess.Popen(
                 program,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 cwd="/",
-                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+                env=ENVIRONMENT,
                 start_new_session=True,
             )
         self._channel = Channel(ours, Ready | Forked)
@@ -162,6 +167,7 @@ class Worker:
         self._channel: Channel[Any] = Channel(sock, FromWorker)  # Any: a union is no type to mypy
         self._handle = handle
         self._dead = False
+        self._arenas: dict[str, Arena] = {}
 
     def ask(
         self, message: msgspec.Struct, tensors: Sequence[Tensor | None] = (), *, seconds: float, check: Check | None = None
@@ -176,13 +182,31 @@ class Worker:
         self._channel.deadline = deadline
 
     def tell(self, message: msgspec.Struct, tensors: Sequence[Tensor | None] = (), fds: Sequence[int] = ()) -> None:
+        """Large tensors, and all that come with fds, go by way of an arena."""
+        present = [tensor for tensor in tensors if tensor is not None]
+        size = room(present)
         try:
-            if fds:
-                self._channel.send_shared(message, tensors, fds)
+            if fds or size >= SHARED_FROM:
+                arena = self.arena(type(message).__name__ + (f" {fds[0]}" if fds else ""), size, writable=False)
+                self._channel.send_shared(message, tensors, arena, fds)
             else:
-                self._channel.send_best(message, tensors)
+                self._channel.send(message, tensors)
         except OSError:
             raise Lost from None
+
+    def arena(self, use: str, size: int, *, writable: bool) -> Arena:
+        """Memory shared with this worker alone, the same for each use while it is large enough."""
+        arena = self._arenas.get(use)
+        if arena is None or arena.size < size:
+            if arena is not None:
+                arena.close()
+            arena = self._arenas[use] = Arena(size, writable=writable)
+        return arena
+
+    def give_back(self) -> None:
+        """Let go of what is shared with it."""
+        while self._arenas:
+            self._arenas.popitem()[1].close()
 
     def hear(self, check: Check | None = None) -> tuple[FromWorker, list[Tensor | None]]:
         try:
@@ -205,6 +229,7 @@ class Worker:
         self._signal(signal.SIGKILL)
         self._channel.close()
         os.close(self._handle)
+        self.give_back()
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):

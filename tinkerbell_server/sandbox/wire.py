@@ -101,19 +101,13 @@ class Channel(Generic[T]):
             if tensor is not None and tensor.numel():
                 self._write(bytes_of(tensor.detach().cpu().contiguous()))
 
-    def send_shared(self, message: msgspec.Struct, tensors: Sequence[Tensor | None], fds: Sequence[int] = ()) -> None:
-        """As `send`, the tensors in sealed memory: what the engine does with large ones."""
+    def send_shared(
+        self, message: msgspec.Struct, tensors: Sequence[Tensor | None], arena: memory.Arena, fds: Sequence[int] = ()
+    ) -> None:
+        """As `send`, the tensors by way of an arena with room for them: what the engine does with large ones."""
+        arena.put([tensor for tensor in tensors if tensor is not None and tensor.numel()])
         infos = [None if tensor is None else Info.of(tensor) for tensor in tensors]
-        fd = memory.sealed([tensor for tensor in tensors if tensor is not None and tensor.numel()])
-        try:
-            self._head_out(message, infos, True, [fd, *fds])
-        finally:
-            memory.close(fd)
-
-    def send_best(self, message: msgspec.Struct, tensors: Sequence[Tensor | None]) -> None:
-        """`send` or `send_shared`, by size."""
-        large = sum(tensor.nbytes for tensor in tensors if tensor is not None) >= SHARED_FROM
-        (self.send_shared if large else self.send)(message, tensors)
+        self._head_out(message, infos, True, [arena.fd, *fds])
 
     def _head_out(
         self, message: msgspec.Struct, infos: list[Info | None], shared: bool, fds: Sequence[int]
