@@ -7,7 +7,9 @@
     │   ├── BadHyperparameter     loss_fn_config, or an optimiser's or sampler's setting
     │   ├── BadLoss               a loss that raises or breaks its contract; carries the author's traceback
     │   ├── BadUpload, UploadTooLarge, UploadsOff
-    │   ├── BadCheckpoint
+    │   ├── BadCheckpoint, UnknownCheckpoint
+    │   ├── Unauthorized, Forbidden   no key or a wrong one; a key that may not do this
+    │   ├── TooManyRequests       a limit of this server; says when to come again
     │   ├── NothingAccumulated    optim_step before any forward_backward
     │   └── Conflict              one idempotency key, two payloads
     ├── OutOfMemory               the device could not hold this call
@@ -103,6 +105,34 @@ class UploadsOff(BadRequest):
 
 class BadCheckpoint(BadRequest):
     """A path to load or to save that is missing, malformed or for another base model."""
+
+
+class UnknownCheckpoint(BadCheckpoint):
+    """No save of this tenant has this name or path."""
+
+    status = 404
+
+
+class Unauthorized(BadRequest):
+    """The server wants an API key, and was sent none or one it does not take."""
+
+    status = 401
+
+
+class Forbidden(BadRequest):
+    """The API key may not do this."""
+
+    status = 403
+
+
+class TooManyRequests(BadRequest):
+    """Over a limit of the server: its rate, requests at once, or its queue. `retry_after` seconds from now it may go."""
+
+    status = 429
+
+    def __init__(self, message: str, traceback: str | None = None, retry_after: float = 1.0) -> None:
+        super().__init__(message, traceback)
+        self.retry_after = retry_after
 
 
 class NothingAccumulated(BadRequest):
