@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from jinja2 import TemplateError
 
@@ -31,9 +31,17 @@ class Tokenizer(Protocol):
 
 
 def rows_from_text(
-    text: TextData, tokenizer: Tokenizer, loss: LossDescription, *, vocab_size: int, max_length: int
+    text: TextData,
+    tokenizer: Tokenizer,
+    loss: LossDescription,
+    *,
+    vocab_size: int,
+    max_length: int,
+    chat_tokens: Literal["assistant", "all"] = "assistant",
 ) -> list[Row]:
     """Tokenise, shift and check. Preference record i makes rows 2i (chosen) and 2i+1 (rejected).
+
+    chat_tokens: which tokens of a chat count; of a preference record the answer's do, whatever it says.
 
     Raises BadData naming the row, and the turn where a template drops what earlier turns said.
     """
@@ -44,7 +52,12 @@ def rows_from_text(
                 ids = list(tokenizer(item)["input_ids"])
                 counted.append((ids, [True] * len(ids)))
             case "chats":
-                counted.append(_chat(f"data[{index}]", item, tokenizer))
+                whose = f"data[{index}]"
+                if chat_tokens == "all":
+                    ids = chat_ids(whose, item, tokenizer)
+                    counted.append((ids, [True] * len(ids)))
+                else:
+                    counted.append(_chat(whose, item, tokenizer))
             case "preferences":
                 counted += [_completion(f"data[{index}]", item, part, tokenizer) for part in ("chosen", "rejected")]
     names = row_names(text.kind, len(counted))

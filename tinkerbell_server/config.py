@@ -34,6 +34,8 @@ class Settings:
     micro_batch_tokens: int | None = None
     plugins: bool = True
     disabled_plugins: tuple[str, ...] = ()
+    required_plugins: tuple[str, ...] = ()
+    chat_tokens: Literal["assistant", "all"] = "assistant"
     engine: Literal["torch", "fake"] = "torch"
 
     def __post_init__(self) -> None:
@@ -46,6 +48,8 @@ class Settings:
             )
         if not 0 <= self.port <= 65535:
             raise BadRequest(f"port is {self.port}, but must be between 0 and 65535")
+        if self.chat_tokens not in ("assistant", "all"):
+            raise BadRequest(f"chat_tokens is {self.chat_tokens!r}, but must be 'assistant' or 'all'")
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
             raise BadRequest(f"micro_batch_tokens is {self.micro_batch_tokens}, but must be at least 1")
 
@@ -77,4 +81,6 @@ class Settings:
             micro_batch_tokens=self.micro_batch_tokens,
             plugins=self.plugins,
             disabled_plugins=self.disabled_plugins,
+            required_plugins=self.required_plugins,
+            chat_tokens=self.chat_tokens,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import platform
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinkerbell_core.errors import BadRequest
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.spec import LossFn, loss
 from tinkerbell_core.types import CreateModelRequest, ForwardOutput, OptimStepOutput, RegisterLossRequest, SampleOutput
@@ -35,8 +37,10 @@ def rows(lengths: list[int], seed: int = 0, **inputs: list[Any]) -> list[Row]:
 def run(
     engine: TorchEngine, data: list[Row], loss: str = CE, model: str = "m", backward: bool = True, **settings: Any
 ) -> ForwardOutput:
-    create = CreateModelRequest(model_id=model, rank=4)
-    command = RunLoss(model_id=model, loss=loss, data=data, hyperparameters=settings, backward=backward, create=create)
+    """Run a loss on a model, which is made where it is not there."""
+    with contextlib.suppress(BadRequest):  # it exists already
+        create(engine, model)
+    command = RunLoss(model_id=model, loss=loss, data=data, hyperparameters=settings, backward=backward)
     result = engine.execute(command)
     assert isinstance(result, ForwardOutput)
     return result

@@ -190,7 +190,7 @@ def test_a_loss_may_ask_for_hidden_states(make_engine: MakeEngine) -> None:
     assert same(gradients(small), gradients(large), 1e-9)
 
 
-def test_bad_calls_are_refused_and_make_no_model(make_engine: MakeEngine) -> None:
+def test_bad_calls_are_refused_and_accumulate_nothing(make_engine: MakeEngine) -> None:
     engine = make_engine()
     name = upload(engine, pairs, "pairs", group_size=2)
     with pytest.raises(BadData, match="pairs"):
@@ -201,8 +201,10 @@ def test_bad_calls_are_refused_and_make_no_model(make_engine: MakeEngine) -> Non
         run(engine, rows([3]), CE, betta=1.0)
     with pytest.raises(BadData, match="takes 64"):
         run(engine, rows([65]))
-    with pytest.raises(UnknownModel):
+    with pytest.raises(NothingAccumulated):
         step(engine)
+    with pytest.raises(UnknownModel):
+        step(engine, "another")
 
 
 def _sum(model_outputs, loss_fn_inputs, attention_mask):

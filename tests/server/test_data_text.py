@@ -93,6 +93,14 @@ def test_assistant_tokens_of_a_chat_count(template: str) -> None:
     assert counted(row, made) == "yo|4|"
 
 
+def test_all_tokens_of_a_chat_count_where_the_server_is_told_so() -> None:
+    made = tokenizer()
+    text = parse_call([CHAT], None, LOSS, vocab_size=len(made), max_length=64)
+    assert isinstance(text, TextData)
+    (row,) = rows_from_text(text, made, LOSS, vocab_size=len(made), max_length=64, chat_tokens="all")
+    assert counted(row, made) == "u>hi|<a>yo|<u>2+2|<a>4|"
+
+
 def test_a_template_that_drops_earlier_turns_is_refused_by_turn() -> None:
     chat = [*CHAT[:1], {"role": "assistant", "content": "thinking=yo"}, *CHAT[2:]]
     with pytest.raises(

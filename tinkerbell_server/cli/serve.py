@@ -32,6 +32,13 @@ NEEDED = ("starlette", "uvicorn", "torch", "transformers", "peft", "safetensors"
 @setting(
     "--disable-plugin", "disabled_plugins", multiple=True, help="A plugin or distribution to leave out; repeatable."
 )
+@setting("--require-plugin", "required_plugins", multiple=True, help="Do not start without this one; repeatable.")
+@setting(
+    "--chat-tokens",
+    type=click.Choice(["assistant", "all"]),
+    default="assistant",
+    help="Which tokens of a chat count in training.",
+)
 @setting("--engine", type=click.Choice(["torch", "fake"]), default="torch", hidden=True)
 def serve(**settings: Any) -> None:  # Any: one value a setting
     """Serve MODEL: a hub id, a local folder, or nothing for the embedded tiny model.

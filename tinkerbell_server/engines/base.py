@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -49,17 +49,13 @@ class CreateModel(Command, frozen=True):
 
 
 class RunLoss(Command, frozen=True):
-    """forward (backward=False) or forward_backward.
-
-    loss: an id; hyperparameters: bound; create: make an unknown model.
-    """
+    """forward (backward=False) or forward_backward. loss: an id; hyperparameters: bound."""
 
     model_id: str
     loss: str
     data: list[Row] | TextData
     hyperparameters: dict[str, Any]
     backward: bool
-    create: CreateModelRequest | None = None
 
 
 class OptimStep(Command, frozen=True):
@@ -164,3 +160,5 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     micro_batch_tokens: int | None = None
     plugins: bool = True
     disabled_plugins: tuple[str, ...] = ()
+    required_plugins: tuple[str, ...] = ()
+    chat_tokens: Literal["assistant", "all"] = "assistant"

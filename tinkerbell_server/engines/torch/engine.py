@@ -87,6 +87,8 @@ class TorchEngine:
         self._models = Models(self._base, load)
         self._budget = config.micro_batch_tokens or token_budget(self._base.vocab_size, device)
         self._losses = Losses(self._base.vocab_size, device, enabled=config.plugins, disabled=config.disabled_plugins)
+        self._losses.check_required(config.required_plugins)
+        self._chat_tokens = config.chat_tokens
         self._references = ReferenceCache()
 
     def describe(self) -> EngineDescription:
@@ -141,17 +143,12 @@ class TorchEngine:
         spec = self._losses.get(command.loss)
         hyperparameters = spec.bind(command.hyperparameters)
         rows = self._rows(command.data, LossDescription.of(spec))
-        model, created = self._models.get_or_create(command.model_id, command.create)
-        try:
-            rows = self._with_references(rows, spec, model)
-            network = self._models.activate(model)
-            network.mode(train=command.backward)
-            step = Step(spec, hyperparameters, rows, self._budget, model.call_seed)
-            result = run_step(network, list(model.parameters.values()), step, backward=command.backward)
-        except BaseException:
-            if created:
-                self._models.delete(model.id)
-            raise
+        model = self._models.get(command.model_id)
+        rows = self._with_references(rows, spec, model)
+        network = self._models.activate(model)
+        network.mode(train=command.backward)
+        step = Step(spec, hyperparameters, rows, self._budget, model.call_seed)
+        result = run_step(network, list(model.parameters.values()), step, backward=command.backward)
         sequences = len(rows) // spec.group_size
         if command.backward:
             model.accumulate(result.counted_tokens, sequences)
@@ -166,13 +163,19 @@ class TorchEngine:
             sequences=sequences,
             micro_batches=result.micro_batches,
             seconds=time.perf_counter() - start,
-            created=created,
         )
 
     def _rows(self, data: list[Row] | TextData, loss: LossDescription) -> Sequence[Row]:
         vocab_size, max_length = self._base.vocab_size, self._base.max_length
         if isinstance(data, TextData):
-            return rows_from_text(data, self._tokenizer, loss, vocab_size=vocab_size, max_length=max_length)
+            return rows_from_text(
+                data,
+                self._tokenizer,
+                loss,
+                vocab_size=vocab_size,
+                max_length=max_length,
+                chat_tokens=self._chat_tokens,
+            )
         if not data:
             raise BadData("data is empty: pass at least one row")
         names = [f"data[{index}]" for index in range(len(data))]

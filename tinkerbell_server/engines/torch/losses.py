@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from tinkerbell_core.dryrun import dry_run
-from tinkerbell_core.errors import TinkerbellError
+from tinkerbell_core.errors import BadRequest, TinkerbellError, did_you_mean
 from tinkerbell_core.registry import build_registry
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.types import LossDescription, PluginDescription, RegisterLossRequest
@@ -32,6 +32,19 @@ class Losses:
                 failed[spec.id] = error.message
                 self._registry.remove(spec.id)
         self.plugins = [_without(info.describe(), failed) for info in found]
+
+    def check_required(self, names: Collection[str]) -> None:
+        """Raise BadRequest for a plugin or distribution that is not here, or not whole."""
+        for name in names:
+            named = [plugin for plugin in self.plugins if name in (plugin.id, plugin.distribution)]
+            if not named:
+                known = [plugin.id for plugin in self.plugins]
+                raise BadRequest(
+                    f"required plugin {name!r} is not installed, or is left out{did_you_mean(name, known)}"
+                )
+            for plugin in named:
+                if plugin.error:
+                    raise BadRequest(f"required plugin {plugin.id!r} is broken: {plugin.error}")
 
     def get(self, name: str) -> LossSpec:
         """Raises UnknownLoss, AmbiguousLoss."""
