@@ -6,6 +6,7 @@
     │   ├── BadData               data or loss_fn_inputs
     │   ├── BadHyperparameter     loss_fn_config, or an optimiser's or sampler's setting
     │   ├── BadLoss               a loss that raises or breaks its contract; carries the author's traceback
+    │   │   └── LossKilled        its process was ended: out of time, out of memory, or not allowed
     │   ├── BadUpload, UploadTooLarge, UploadsOff
     │   ├── BadCheckpoint, UnknownCheckpoint
     │   ├── Unauthorized, Forbidden   no key or a wrong one; a key that may not do this
@@ -87,6 +88,10 @@ class BadLoss(BadRequest):
     """A loss raised, or returned what the contract does not allow."""
 
 
+class LossKilled(BadLoss):
+    """The process an uploaded loss ran in was ended; the message, which is the server's own, says why."""
+
+
 class BadUpload(BadRequest):
     """An upload cannot be accepted: its envelope, its name, or what it unpickles to."""
 
@@ -126,7 +131,7 @@ class Forbidden(BadRequest):
 
 
 class TooManyRequests(BadRequest):
-    """Over a limit of the server: its rate, requests at once, or its queue. `retry_after` seconds from now it may go."""
+    """Over a limit of the server: its rate, requests at once, or its queue. retry_after: seconds until it may go."""
 
     status = 429
 
