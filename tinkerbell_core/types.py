@@ -147,6 +147,20 @@ class RegisterLossRequest(Wire, frozen=True):
     kind: Literal["cloudpickle", "source"] = "cloudpickle"
 
 
+class DeleteLossesRequest(Wire, frozen=True):
+    """Uploads to forget: `name` means every version, `name@digest` or an id one. tenant: another's, for an admin."""
+
+    name: str
+    tenant: str | None = None
+
+
+class PublishLossRequest(Wire, frozen=True):
+    """An upload that all tenants may use from now on. tenant: whose it is; the admin's own by default."""
+
+    name: str
+    tenant: str | None = None
+
+
 # ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -246,6 +260,12 @@ class LoadOutput(Wire, frozen=True):
 class DeleteModelOutput(Wire, frozen=True):
     model_id: str
     steps: int
+
+
+class DeleteLossesOutput(Wire, frozen=True):
+    """The ids of what is gone."""
+
+    deleted: list[str]
 
 
 class LossDescription(Wire, frozen=True):

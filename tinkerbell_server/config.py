@@ -10,21 +10,28 @@ from typing import Literal
 from tinkerbell_core.errors import BadRequest
 from tinkerbell_server.engines.base import EngineConfig
 
-BODY_LIMIT = 256 << 20
-"""The most bytes a request's body may have."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Settings of `tinkerbell serve`. port 0: a free one. model None: the embedded tiny model.
 
     uploads "trusted": uploaded losses run with the rights of the server; refused unless host is loopback.
+    auth "auto": API keys are asked for once there is one, and always unless host is loopback.
+    body_limit: MiB of a request with data; rate_limit: requests of a key a minute, 0 for no limit; concurrency_limit:
+    requests of a key at once; queue_limit: requests that wait for the engine, of which a tenant may have half.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     data_dir: str = "tinkerbell-data"
     uploads: Literal["off", "trusted"] = "off"
+    auth: Literal["auto", "on", "off"] = "auto"
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    body_limit: int = 256
+    rate_limit: int = 6000
+    concurrency_limit: int = 64
+    queue_limit: int = 2048
     model: str | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -46,6 +53,13 @@ class Settings:
                 f"--uploads trusted runs what is uploaded with your rights, so it is refused on host {self.host!r}; "
                 "serve on --host 127.0.0.1, or leave uploads off"
             )
+        if self.auth not in ("auto", "on", "off"):
+            raise BadRequest(f"auth is {self.auth!r}, but must be 'auto', 'on' or 'off'")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise BadRequest("ssl_keyfile is there, but ssl_certfile is not: TLS needs the certificate too")
+        for name, least in (("body_limit", 1), ("rate_limit", 0), ("concurrency_limit", 1), ("queue_limit", 2)):
+            if getattr(self, name) < least:
+                raise BadRequest(f"{name} is {getattr(self, name)}, but must be at least {least}")
         if not 0 <= self.port <= 65535:
             raise BadRequest(f"port is {self.port}, but must be between 0 and 65535")
         if self.chat_tokens not in ("assistant", "all"):

@@ -32,6 +32,7 @@ from tinkerbell_server.engines.wire import AnyCommand
 from tinkerbell_server.recovery import AGAIN, bring_back, fall_back
 from tinkerbell_server.store import Store
 from tinkerbell_server.supervisor import Supervisor
+from tinkerbell_server.tenancy import LOCAL, qualified
 from tinkerbell_server.turns import Job, Turns
 
 log = logging.getLogger("tinkerbell.server")
@@ -178,7 +179,7 @@ class Scheduler:
                 load = msgspec.msgpack.decode(result, type=LoadOutput)
                 self._store.loaded(command.model_id, load.path, load.step, optimizer=load.optimizer)
             case RegisterLoss():
-                self._store.add_upload(command.upload)
+                self._store.add_upload(qualified(command.owner or LOCAL, command.upload.name), command.upload)
             case _:
                 pass
 

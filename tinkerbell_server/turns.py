@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tinkerbell_core.errors import TinkerbellError
+from tinkerbell_core.errors import TinkerbellError, TooManyRequests
 from tinkerbell_server.engines.wire import AnyCommand
+from tinkerbell_server.tenancy import LOCAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -21,6 +22,7 @@ class Job:
 
     id: str
     kind: str
+    tenant: str = LOCAL
     model_id: str | None
     command: Callable[[], AnyCommand]
     started: Callable[[], None]
@@ -42,6 +44,21 @@ class Turns:
         self._ring: deque[str | None] = deque()
         self._filled = asyncio.Event()
         self.running: Job | None = None
+
+    def check_room(self, tenant: str, limit: int) -> None:
+        """Raise TooManyRequests where the queue is full, or half full with this tenant's own jobs."""
+        waiting = [job.tenant for queue in self._queues.values() for job in queue]
+        if len(waiting) >= limit:
+            raise TooManyRequests(
+                f"the queue is full: {len(waiting)} requests wait for the engine; try again later", retry_after=5.0
+            )
+        own = waiting.count(tenant)
+        if own >= limit // 2:
+            raise TooManyRequests(
+                f"you have {own} requests waiting for the engine, which is the most here: wait for some to end, "
+                "then send more",
+                retry_after=5.0,
+            )
 
     def put(self, job: Job) -> None:
         if job.model_id not in self._queues:

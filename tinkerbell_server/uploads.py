@@ -63,6 +63,6 @@ def known(upload: RegisterLossRequest, losses: Sequence[LossDescription]) -> Los
     return latest if same else None
 
 
-def job_id(upload: RegisterLossRequest) -> str:
+def job_id(upload: RegisterLossRequest, owner: str) -> str:
     """What an upload is called while it waits for the engine."""
-    return "upload-" + hashlib.sha256(f"{upload.name}@{upload.digest}".encode()).hexdigest()[:12]
+    return "upload-" + hashlib.sha256(f"{owner}/{upload.name}@{upload.digest}".encode()).hexdigest()[:12]

@@ -35,7 +35,7 @@ def test_a_name_means_the_latest_upload_and_older_versions_stay() -> None:
     registry = LossRegistry([OLD, NEW])
     assert registry.get("mine") is NEW
     assert registry.get("mine@1111") is OLD
-    assert registry.get("upload:mine@" + "1" * 12) is OLD
+    assert registry.get("upload:me/mine@" + "1" * 12) is OLD
     assert registry.get("upload:mine@" + "1" * 64) is OLD
     assert registry.get("upload:mine") is NEW
 

@@ -8,6 +8,7 @@ import msgspec
 
 from tinkerbell_core.types import (
     CreateModelRequest,
+    DeleteLossesOutput,
     DeleteModelOutput,
     ForwardOutput,
     LoadOutput,
@@ -49,13 +50,17 @@ class CreateModel(Command, frozen=True):
 
 
 class RunLoss(Command, frozen=True):
-    """forward (backward=False) or forward_backward. loss: an id; hyperparameters: bound."""
+    """forward (backward=False) or forward_backward. loss: an id; hyperparameters: bound.
+
+    tenant: who calls, so that no two tenants share a process that runs an uploaded loss.
+    """
 
     model_id: str
     loss: str
     data: list[Row] | TextData
     hyperparameters: dict[str, Any]
     backward: bool
+    tenant: str | None = None
 
 
 class OptimStep(Command, frozen=True):
@@ -103,9 +108,19 @@ class DeleteModel(Command, frozen=True):
 
 
 class RegisterLoss(Command, frozen=True):
-    """Unpickle, dry-run and keep an uploaded loss. Only sent where the operator chose `trusted`."""
+    """Unpickle, dry-run and keep an uploaded loss. Only sent where the operator chose `trusted`.
+
+    owner: the tenant it belongs to; a part of the loss's id, so names of two tenants never meet.
+    """
 
     upload: RegisterLossRequest
+    owner: str | None = None
+
+
+class DeleteLosses(Command, frozen=True):
+    """Forget uploaded losses; an id that is not there is no error."""
+
+    ids: list[str]
 
 
 Result = (
@@ -117,6 +132,7 @@ Result = (
     | LoadOutput
     | DeleteModelOutput
     | LossDescription
+    | DeleteLossesOutput
 )
 
 

@@ -21,6 +21,7 @@ from tinkerbell_core.errors import BadCheckpoint, BadLoss, NothingAccumulated, U
 from tinkerbell_core.spec import Provenance
 from tinkerbell_core.types import (
     CreateModelRequest,
+    DeleteLossesOutput,
     DeleteModelOutput,
     ForwardOutput,
     LoadOutput,
@@ -82,7 +83,7 @@ class FakeEngine:
         )
 
     def execute(self, command: base.Command) -> base.Result:
-        model_id = getattr(command, "model_id", None) or ""
+        model_id = _word(getattr(command, "model_id", None) or "")
         if model_id.startswith("slow-"):
             time.sleep(0.3)
         if model_id.startswith("bug-") and isinstance(command, base.RunLoss):
@@ -106,7 +107,9 @@ class FakeEngine:
                 del self._models[command.model_id]
                 return DeleteModelOutput(model_id=command.model_id, steps=model.step)
             case base.RegisterLoss():
-                return self._register(command.upload)
+                return self._register(command.upload, command.owner)
+            case base.DeleteLosses():
+                return DeleteLossesOutput(deleted=[id for id in command.ids if self._losses.pop(id, None)])
             case _:
                 raise AssertionError(type(command).__name__)
 
@@ -129,7 +132,7 @@ class FakeEngine:
 
     def _run_loss(self, command: base.RunLoss) -> ForwardOutput:
         model = self._model(command.model_id)
-        if command.model_id.startswith("crash-"):
+        if _word(command.model_id).startswith("crash-"):
             os._exit(9)
         lengths = _lengths(command.data)
         loss = self._losses[command.loss]
@@ -206,11 +209,13 @@ class FakeEngine:
             optimizer=command.optimizer,
         )
 
-    def _register(self, upload: RegisterLossRequest) -> LossDescription:
+    def _register(self, upload: RegisterLossRequest, owner: str | None) -> LossDescription:
         if upload.payload == b"broken":
             raise BadLoss(f"the loss {upload.name!r} raised in its dry run", "Traceback (most recent call last): ...")
         loss = LossDescription(
-            id=f"upload:{upload.name}@{upload.digest[:12]}",
+            id=f"upload:{owner}/{upload.name}@{upload.digest[:12]}"
+            if owner
+            else f"upload:{upload.name}@{upload.digest[:12]}",
             name=upload.name,
             summary=upload.source.partition("\n")[0],
             inputs=("target_tokens",),
@@ -219,13 +224,18 @@ class FakeEngine:
             coupling=upload.coupling,
             group_size=upload.group_size,
             finite=(),
-            provenance=Provenance(kind="upload"),
+            provenance=Provenance(kind="upload", owner=owner),
             digest=upload.digest,
             source=upload.source,
         )
         self._losses.pop(loss.id, None)
         self._losses[loss.id] = loss
         return loss
+
+
+def _word(model_id: str) -> str:
+    """A model id without its tenant: the part that makes this engine misbehave."""
+    return model_id.rpartition("/")[2]
 
 
 def _lengths(data: list[base.Row] | base.TextData) -> list[int]:

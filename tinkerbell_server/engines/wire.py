@@ -11,6 +11,7 @@ import msgspec
 from tinkerbell_core.errors import Problem
 from tinkerbell_server.engines.base import (
     CreateModel,
+    DeleteLosses,
     DeleteModel,
     EngineDescription,
     Load,
@@ -21,7 +22,7 @@ from tinkerbell_server.engines.base import (
     Save,
 )
 
-AnyCommand = CreateModel | RunLoss | OptimStep | Sample | Save | Load | DeleteModel | RegisterLoss
+AnyCommand = CreateModel | RunLoss | OptimStep | Sample | Save | Load | DeleteModel | RegisterLoss | DeleteLosses
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):

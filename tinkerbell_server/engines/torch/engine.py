@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from tinkerbell_core.errors import BadData, BadLoss, BadRequest, OutOfMemory
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.types import (
+    DeleteLossesOutput,
     DeleteModelOutput,
     ForwardOutput,
     LoadOutput,
@@ -26,6 +27,7 @@ from tinkerbell_server.checks import check_rows
 from tinkerbell_server.engines.base import (
     Command,
     CreateModel,
+    DeleteLosses,
     DeleteModel,
     EngineConfig,
     EngineDescription,
@@ -135,7 +137,9 @@ class TorchEngine:
             case DeleteModel():
                 return DeleteModelOutput(model_id=command.model_id, steps=self._models.delete(command.model_id).steps)
             case RegisterLoss():
-                return LossDescription.of(self._losses.upload(command.upload))
+                return LossDescription.of(self._losses.upload(command.upload, command.owner))
+            case DeleteLosses():
+                return DeleteLossesOutput(deleted=self._losses.delete(command.ids))
         raise BadRequest(f"the torch engine knows no command {type(command).__name__}")
 
     def _run_loss(self, command: RunLoss) -> ForwardOutput:
