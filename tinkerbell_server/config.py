@@ -15,7 +15,9 @@ from tinkerbell_server.engines.base import EngineConfig
 class Settings:
     """Settings of `tinkerbell serve`. port 0: a free one. model None: the embedded tiny model.
 
-    uploads "trusted": uploaded losses run with the rights of the server; refused unless host is loopback.
+    uploads "sandboxed": uploaded losses run in locked-down processes; "trusted": with the rights of the server, and
+    refused unless host is loopback. A call of a sandboxed loss may take sandbox_seconds, and sandbox_seconds_per_token
+    for each padded token; its trial dry_run_seconds. sandbox_memory: MiB it may have, None: by the machine.
     auth "auto": API keys are asked for once there is one, and always unless host is loopback.
     body_limit: MiB of a request with data; rate_limit: requests of a key a minute, 0 for no limit; concurrency_limit:
     requests of a key at once; queue_limit: requests that wait for the engine, of which a tenant may have half.
@@ -24,7 +26,11 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     data_dir: str = "tinkerbell-data"
-    uploads: Literal["off", "trusted"] = "off"
+    uploads: Literal["off", "sandboxed", "trusted"] = "sandboxed"
+    sandbox_seconds: float = 10.0
+    sandbox_seconds_per_token: float = 0.002
+    dry_run_seconds: float = 5.0
+    sandbox_memory: int | None = None
     auth: Literal["auto", "on", "off"] = "auto"
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
@@ -46,12 +52,16 @@ class Settings:
     engine: Literal["torch", "fake"] = "torch"
 
     def __post_init__(self) -> None:
-        if self.uploads not in ("off", "trusted"):
-            raise BadRequest(f"uploads is {self.uploads!r}, but must be 'off' or 'trusted'")
+        if self.uploads not in ("off", "sandboxed", "trusted"):
+            raise BadRequest(f"uploads is {self.uploads!r}, but must be 'off', 'sandboxed' or 'trusted'")
+        if min(self.sandbox_seconds, self.dry_run_seconds) <= 0 or self.sandbox_seconds_per_token < 0:
+            raise BadRequest("a sandbox needs more than no time: see sandbox_seconds and dry_run_seconds")
+        if self.sandbox_memory is not None and self.sandbox_memory < 256:
+            raise BadRequest(f"sandbox_memory is {self.sandbox_memory} MiB, but must be at least 256")
         if self.uploads == "trusted" and not self.on_loopback:
             raise BadRequest(
                 f"--uploads trusted runs what is uploaded with your rights, so it is refused on host {self.host!r}; "
-                "serve on --host 127.0.0.1, or leave uploads off"
+                "serve on --host 127.0.0.1, or use --uploads sandboxed"
             )
         if self.auth not in ("auto", "on", "off"):
             raise BadRequest(f"auth is {self.auth!r}, but must be 'auto', 'on' or 'off'")
@@ -93,6 +103,11 @@ class Settings:
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             micro_batch_tokens=self.micro_batch_tokens,
+            uploads=self.uploads,
+            sandbox_seconds=self.sandbox_seconds,
+            sandbox_seconds_per_token=self.sandbox_seconds_per_token,
+            dry_run_seconds=self.dry_run_seconds,
+            sandbox_memory=self.sandbox_memory,
             plugins=self.plugins,
             disabled_plugins=self.disabled_plugins,
             required_plugins=self.required_plugins,

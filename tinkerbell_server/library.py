@@ -80,8 +80,8 @@ class Library:
             return await self._register(PUBLIC, version.upload)
 
     async def _register(self, owner: str, upload: RegisterLossRequest) -> LossDescription:
-        check_on(self._settings.uploads)
         engine = await self._supervisor.described()
+        check_on(engine)
         check_upload(upload, engine.losses)
         there = known(upload, [loss for loss in engine.losses if owner_of_loss(loss) == owner])
         if there is not None:

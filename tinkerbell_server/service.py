@@ -41,10 +41,10 @@ class Service:
         self.store = Store(settings.data_path)
         self.keys = Keys(settings.data_path)
         self.audit = Audit(settings.data_path)
-        self.turns = Turns()
+        self.turns = Turns(sandboxed=settings.uploads == "sandboxed")
         self.futures = Futures(self.store, self.turns.position)
         self.admission = Admission(self.store, self.turns, Saves(self.store, settings.data_path))
-        self.scheduler = Scheduler(self.store, self.turns, uploads=settings.uploads == "trusted")
+        self.scheduler = Scheduler(self.store, self.turns, uploads=settings.uploads != "off")
         self.supervisor = Supervisor(settings.engine_config(), self.scheduler.born, self.scheduler.died)
         self.library = Library(settings, self.store, self.turns, self.supervisor, self.audit)
         self._tasks: list[asyncio.Task[None]] = []
@@ -92,7 +92,9 @@ class Service:
             "dtype": engine and engine.dtype,
             "vocab_size": engine and engine.vocab_size,
             "max_length": engine and engine.max_length,
-            "uploads": self.settings.uploads,
+            "uploads": self.settings.uploads if engine is None else engine.uploads,
+            "uploads_problem": engine and engine.uploads_problem,
+            "mechanisms": [] if engine is None else list(engine.mechanisms),
             "auth": self.settings.auth,
             "queue": len(self.turns),
             "restarts": self.supervisor.restarts,

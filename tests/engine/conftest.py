@@ -66,7 +66,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def make_engine(bases: dict[str, Path], device: str, tmp_path: Path) -> MakeEngine:
     """An engine on one of the bases, float64 unless told."""
 
-    def make(base: str = "llama", dtype: str = "float64", micro_batch_tokens: int | None = None) -> TorchEngine:
+    def make(base: str = "llama", dtype: str = "float64", micro_batch_tokens: int | None = None, uploads: str = "trusted") -> TorchEngine:
         model = str(bases[base]) if base in bases else None
         return create(
             EngineConfig(
@@ -75,6 +75,7 @@ def make_engine(bases: dict[str, Path], device: str, tmp_path: Path) -> MakeEngi
                 device=device,
                 dtype=dtype,
                 micro_batch_tokens=micro_batch_tokens,
+                uploads=uploads,
             )
         )
 

@@ -137,7 +137,10 @@ Result = (
 
 
 class EngineDescription(msgspec.Struct, frozen=True, kw_only=True):
-    """What the API answers and validates from, so that a listing says what the engine really has."""
+    """What the API answers and validates from, so that a listing says what the engine really has.
+
+    uploads: how uploaded losses run here; mechanisms: what confines them; uploads_problem: why they are off.
+    """
 
     engine: str
     base_model: str
@@ -149,6 +152,9 @@ class EngineDescription(msgspec.Struct, frozen=True, kw_only=True):
     plugins: list[PluginDescription]
     has_chat_template: bool
     memory_bytes: int = 0
+    uploads: Literal["off", "sandboxed", "trusted"] = "off"
+    mechanisms: tuple[str, ...] = ()
+    uploads_problem: str | None = None
 
 
 class Engine(Protocol):
@@ -159,7 +165,13 @@ class Engine(Protocol):
 
     def describe(self) -> EngineDescription: ...
 
-    def execute(self, command: Command) -> Result: ...
+    def execute(self, command: Command) -> Result:
+        """May be called on several threads; the engine sees to it that they do not meet."""
+        ...
+
+    def close(self) -> None:
+        """Nothing will be asked any more; commands under way may fail."""
+        ...
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,6 +186,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None = None
     trust_remote_code: bool = False
     micro_batch_tokens: int | None = None
+    uploads: Literal["off", "sandboxed", "trusted"] = "off"
+    sandbox_seconds: float = 10.0
+    sandbox_seconds_per_token: float = 0.002
+    dry_run_seconds: float = 5.0
+    sandbox_memory: int | None = None
     plugins: bool = True
     disabled_plugins: tuple[str, ...] = ()
     required_plugins: tuple[str, ...] = ()

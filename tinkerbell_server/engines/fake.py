@@ -14,6 +14,7 @@ import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -56,14 +57,14 @@ def create(config: base.EngineConfig) -> FakeEngine:
         raise BadCheckpoint("there is no model in 'refuses'")
     if config.model == "exits":
         os._exit(3)
-    return FakeEngine(config.model or "fake")
+    return FakeEngine(config.model or "fake", config.uploads)
 
 
 class FakeEngine:
     """Implements `Engine`."""
 
-    def __init__(self, base_model: str) -> None:
-        self._base_model = base_model
+    def __init__(self, base_model: str, uploads: Literal["off", "sandboxed", "trusted"] = "off") -> None:
+        self._base_model, self._uploads = base_model, uploads
         self._models: dict[str, _Model] = {}
         self._losses = built_ins()
 
@@ -80,7 +81,11 @@ class FakeEngine:
                 PluginDescription(id="fake:broken", distribution="fake", version="0", error="ImportError: on purpose")
             ],
             has_chat_template=False,
+            uploads=self._uploads,
         )
+
+    def close(self) -> None:
+        """Holds nothing."""
 
     def execute(self, command: base.Command) -> base.Result:
         model_id = _word(getattr(command, "model_id", None) or "")

@@ -25,13 +25,25 @@ from tinkerbell_server.engines.base import (
 AnyCommand = CreateModel | RunLoss | OptimStep | Sample | Save | Load | DeleteModel | RegisterLoss | DeleteLosses
 
 
+class Ask(msgspec.Struct, frozen=True):
+    """A command and its number. apart: it spends its time in a sandbox, and runs beside others."""
+
+    number: int
+    command: AnyCommand
+    apart: bool = False
+
+
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The answer to one command. result: the Result in msgpack. description: at start and when the losses change."""
+    """The answer to the command of this number. result: the Result in msgpack.
+
+    description: at start and when the losses change.
+    """
 
     result: msgspec.Raw = msgspec.Raw()
     problem: Problem | None = None
     description: EngineDescription | None = None
     memory_bytes: int = 0
+    number: int = 0
 
 
 _LENGTH = struct.Struct("<Q")

@@ -117,7 +117,7 @@ async def list_models(request: Request) -> Response:
 
 async def register_custom_loss(request: Request) -> Response:
     service = _service(request)
-    uploads.check_on(service.settings.uploads)
+    uploads.check_on(await service.supervisor.described())
     body = await read_body(request, uploads.BODY_LIMIT, uploads.too_large())
     upload = decode(request, body, RegisterLossRequest)
     return answer(request, await service.library.register(caller_of(request), upload))

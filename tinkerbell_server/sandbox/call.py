@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.errors import BadLoss, TinkerbellError
+from tinkerbell_core.errors import BadLoss, LossKilled, TinkerbellError
 from tinkerbell_core.logits import LogitsSource
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_server.sandbox.memory import Arena
@@ -59,7 +59,7 @@ class Call:
                 left -= time.monotonic() - start
             return self._output(message, found, run)
         except Late:
-            raise BadLoss(f"timed out after {self.seconds:g} seconds, and its process was killed") from None
+            raise LossKilled(f"timed out after {self.seconds:g} seconds, and its process was killed") from None
 
     def _check(self, message: object, infos: Sequence[Info | None], run: Run) -> None:
         if isinstance(message, Question):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.errors import BadLoss, TinkerbellError
+from tinkerbell_core.errors import BadLoss, LossKilled, TinkerbellError
 from tinkerbell_core.logits import LogitsSource
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.spec import Coupling, Hyperparameter, LossSpec, Provenance
@@ -21,7 +21,7 @@ from tinkerbell_core.types import RegisterLossRequest
 from tinkerbell_server.sandbox.call import Away, Call, names_and_tensors
 from tinkerbell_server.sandbox.logits import budget_of, source_of
 from tinkerbell_server.sandbox.messages import Described, Failed, Open, Opened, Run, Try
-from tinkerbell_server.sandbox.sandbox import Lost, Sandbox, Worker
+from tinkerbell_server.sandbox.sandbox import Sandbox, Worker
 from tinkerbell_server.sandbox.trouble import error_of, shown
 from tinkerbell_server.sandbox.wire import BadMessage, Info, Late
 
@@ -66,7 +66,7 @@ class SandboxedLosses:
                 ask = Try(vocab_size=vocab_size, examples=list(examples))
                 said, _ = worker.ask(ask, list(examples.values()), seconds=seconds)
             except Late:
-                raise BadLoss(f"timed out: its trial on a tiny batch took over {seconds:g} seconds") from None
+                raise LossKilled(f"timed out: its trial on a tiny batch took over {seconds:g} seconds") from None
             if isinstance(said, Failed):
                 raise error_of(said)
             if not isinstance(said, Described):
@@ -87,7 +87,7 @@ class SandboxedLosses:
                 output = Call(worker, source, seconds, limit, self._away).run(run, tensors)
             except TinkerbellError as error:
                 # an error that the loss's own process has told leaves it as good as before
-                if isinstance(error, Lost) or str(error).startswith("timed out"):
+                if isinstance(error, LossKilled):
                     worker.kill()
                 else:
                     self._keep(key, worker)
@@ -148,7 +148,7 @@ class SandboxedLosses:
         try:
             said, _ = worker.ask(message, seconds=seconds)
         except Late:
-            raise BadLoss(f"timed out: opening it took over {seconds:g} seconds") from None
+            raise LossKilled(f"timed out: opening it took over {seconds:g} seconds") from None
         if isinstance(said, Failed):
             raise error_of(said)
         if not isinstance(said, Opened):
@@ -225,10 +225,10 @@ def _as_bad_loss(name: str) -> Iterator[None]:
     try:
         yield
     except BadMessage as error:
-        raise BadLoss(f"loss {name!r} answered what no loss can: {str(error)[:200]}") from None
+        raise LossKilled(f"loss {name!r} answered what no loss can ({str(error)[:200]}); its process was killed") from None
     except OSError as error:
-        raise BadLoss(f"loss {name!r}: its process cannot be asked any more ({error})") from None
+        raise LossKilled(f"loss {name!r}: its process cannot be asked any more ({error})") from None
     except BadLoss as error:
         if repr(name) in error.message:
             raise
-        raise BadLoss(f"loss {name!r}: {error.message}", error.traceback) from None
+        raise type(error)(f"loss {name!r}: {error.message}", error.traceback) from None

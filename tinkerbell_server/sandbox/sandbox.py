@@ -17,7 +17,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from tinkerbell_core.errors import BadLoss, TinkerbellError
+from tinkerbell_core.errors import LossKilled, TinkerbellError
 from tinkerbell_server.sandbox import bubblewrap, mechanisms
 from tinkerbell_server.sandbox.memory import Arena, room
 from tinkerbell_server.sandbox.messages import Failed, Fork, Forked, FromWorker, Prove, Proved, Ready
@@ -29,7 +29,7 @@ from tinkerbell_server.sandbox.zygote import bootstrap
 log = logging.getLogger("tinkerbell.sandbox")
 
 # large buffers in huge pages: half the time of a loss that takes whole logits goes into page faults
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "THP_MEM_ALLOC_ENABLE": "1"}
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "USER": "sandbox", "THP_MEM_ALLOC_ENABLE": "1"}
 """All that a sandbox is told of the world."""
 
 _START_SECONDS = 60.0
@@ -172,7 +172,7 @@ class Worker:
     def ask(
         self, message: msgspec.Struct, tensors: Sequence[Tensor | None] = (), *, seconds: float, check: Check | None = None
     ) -> tuple[FromWorker, list[Tensor | None]]:
-        """Its answer. Raises Late, Lost or BadMessage; then it must be killed. Tensors only where `check` allows them."""
+        """Its answer. Raises Late, LossKilled or BadMessage; then it must be killed. Tensors only where `check` allows them."""
         self.until(time.monotonic() + seconds)
         self.tell(message, tensors)
         return self.hear(check)
@@ -192,7 +192,7 @@ class Worker:
             else:
                 self._channel.send(message, tensors)
         except OSError:
-            raise Lost from None
+            raise LossKilled(_LOST) from None
 
     def arena(self, use: str, size: int, *, writable: bool) -> Arena:
         """Memory shared with this worker alone, the same for each use while it is large enough."""
@@ -212,7 +212,7 @@ class Worker:
         try:
             message, tensors = self._channel.receive(check or _no_tensors)
         except (EOFError, OSError):
-            raise Lost from None
+            raise LossKilled(_LOST) from None
         return message, tensors
 
     def freeze(self) -> None:
@@ -236,11 +236,7 @@ class Worker:
             signal.pidfd_send_signal(self._handle, number)
 
 
-class Lost(BadLoss):
-    """The worker's process ended."""
-
-    def __init__(self) -> None:
-        super().__init__("its process ended without an answer: it crashed, was ended by its own code, or ran out of memory")
+_LOST = "its process ended without an answer: it crashed, was ended by its own code, or ran out of memory"
 
 
 def _no_tensors(message: object, tensors: Sequence[object]) -> None:

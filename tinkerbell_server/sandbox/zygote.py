@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Sequence
 
 import msgspec
@@ -28,6 +29,7 @@ def main() -> None:
 
     sock = socket.socket(fileno=int(sys.argv[1]))
     limits = msgspec.json.decode(sys.argv[2], type=Limits)
+    tempfile.tempdir = "/tmp"  # there is none; libraries that only name it work all the same
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the dead are buried by the kernel
     _warm_up()

@@ -42,6 +42,7 @@ from tinkerbell_server.engines.base import (
     TextData,
 )
 from tinkerbell_server.engines.torch import checkpoints, memory, sampling
+from tinkerbell_server.engines.torch.baton import Baton
 from tinkerbell_server.engines.torch.batching import data_of, token_budget
 from tinkerbell_server.engines.torch.embedded import embedded_model
 from tinkerbell_server.engines.torch.losses import Losses
@@ -58,6 +59,7 @@ from tinkerbell_server.engines.torch.optimizer import optim_step
 from tinkerbell_server.engines.torch.references import KEY, ReferenceCache, with_references
 from tinkerbell_server.engines.torch.step import Step, run_step
 from tinkerbell_server.engines.torch.trained import TrainedModel
+from tinkerbell_server.engines.torch.uploads import Uploads
 
 
 def create(config: EngineConfig) -> TorchEngine:
@@ -71,6 +73,8 @@ class TorchEngine:
     """One base model on one device, the models trained on it, and the losses that are installed here."""
 
     def __init__(self, config: EngineConfig) -> None:
+        self._baton = Baton()
+        self._uploads = Uploads(config, self._baton)  # first: its process starts while the model is loaded
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
         source = config.model or str(embedded_model(Path(config.data_dir)))
@@ -88,10 +92,17 @@ class TorchEngine:
         self._base = load(source, dtype)
         self._models = Models(self._base, load)
         self._budget = config.micro_batch_tokens or token_budget(self._base.vocab_size, device)
-        self._losses = Losses(self._base.vocab_size, device, enabled=config.plugins, disabled=config.disabled_plugins)
+        self._losses = Losses(
+            self._base.vocab_size,
+            device,
+            self._uploads,
+            enabled=config.plugins,
+            disabled=config.disabled_plugins,
+        )
         self._losses.check_required(config.required_plugins)
         self._chat_tokens = config.chat_tokens
         self._references = ReferenceCache()
+        self._uploads.prove()
 
     def describe(self) -> EngineDescription:
         return EngineDescription(
@@ -105,10 +116,24 @@ class TorchEngine:
             plugins=self._losses.plugins,
             has_chat_template=bool(self._tokenizer.chat_template),
             memory_bytes=memory.peak_bytes(self._base.device),
+            uploads=self._uploads.mode,
+            mechanisms=self._uploads.mechanisms,
+            uploads_problem=self._uploads.problem,
         )
 
     def execute(self, command: Command) -> Result:
-        """Raises TinkerbellError for what can be answered to the user; then nothing has changed."""
+        """Raises TinkerbellError for what can be answered to the user; then nothing has changed.
+
+        One command computes at a time, but for those whose loss is in a sandbox, while it is there.
+        """
+        with self._baton.held():
+            return self._execute_held(command)
+
+    def close(self) -> None:
+        """End the sandbox; losses under way there fail."""
+        self._uploads.close()
+
+    def _execute_held(self, command: Command) -> Result:
         try:
             return self._execute(command)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError, BadLoss) as error:
@@ -152,7 +177,13 @@ class TorchEngine:
         network = self._models.activate(model)
         network.mode(train=command.backward)
         step = Step(spec, hyperparameters, rows, self._budget, model.call_seed)
-        result = run_step(network, list(model.parameters.values()), step, backward=command.backward)
+
+        def resume() -> None:
+            self._models.activate(model)
+            network.mode(train=command.backward)
+
+        with self._baton.resuming(resume), self._uploads.asked_by(command):
+            result = run_step(network, list(model.parameters.values()), step, backward=command.backward)
         sequences = len(rows) // spec.group_size
         if command.backward:
             model.accumulate(result.counted_tokens, sequences)
