@@ -71,7 +71,7 @@ def test_uploads_are_registered_again(serve: Any, make_upload: Any) -> None:
         caller.http.post("/register_custom_loss", content=body, headers={"content-type": "application/json"})
         caller.kill_engine()
         assert caller.done("/forward", model_id="m", data=ROWS, loss_fn="mine")["loss_fn"] == "mine"
-    with serve() as caller:
+    with serve(uploads="off") as caller:
         assert "mine" not in caller.http.get("/list_loss_functions").json()["available_loss_functions"]
 
 
