@@ -1,4 +1,4 @@
-"""Reads of rows under any head: chunk by chunk forward, and again in backward."""
+"""Reads of rows under any head: logits a chunk at a time forward, and the same again in backward."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinkerbell_core.logits.chunks import live_rows, outputs, slices, times, upstream
+from tinkerbell_core.logits.matrix import blocks
 from tinkerbell_core.logits.moments import Question, answer, slope
 from tinkerbell_core.logits.products import Product
-
-ANSWERS = ("columns", "values", "logsumexp", "entropy", "total", "dot", "expectation")
 
 
 class Recompute(torch.autograd.Function):
@@ -18,50 +18,40 @@ class Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, _: Tensor, product: Product, asked: Question, width: int) -> Any:  # Any: autograd's own
+        ctx.product, ctx.asked, ctx.width = product, asked, width
         dtype = torch.promote_types(product.dtype, torch.float32)
+        buffer = _buffer(product, len(asked.rows), width)
         parts = []
         for at in slices(len(asked.rows), width):
             part = asked.part(at)
-            z = product.logits(part.rows).to(dtype).mul_(part.factor())
-            parts.append(answer(z, part))
-        if not parts:  # no rows: empty answers
-            parts.append(answer(product.hidden.new_empty(0, product.vocab, dtype=dtype), asked))
-        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        ctx.product, ctx.asked, ctx.width = product, asked, width
-        ctx.known = {name: tensor.clone() for name, tensor in found.items()}
-        ctx.set_materialize_grads(False)
-        if "columns" in found:
-            ctx.mark_non_differentiable(found["columns"])
-        return tuple(found.get(name) for name in ANSWERS)
+            logits = product.logits(part.rows, buffer[: len(part.rows)])  # [c, V]
+            for block in blocks(logits):
+                inner = part.part(block)
+                parts.append(answer(times(logits[block].to(dtype), inner.factor()), inner)[0])
+        return outputs(ctx, asked, parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        refuse_double_backward()
+        came = upstream(gradients)
         asked: Question = ctx.asked
         product: Product = ctx.product
-        upstream = {name: g for name, g in zip(ANSWERS, gradients, strict=True) if g is not None}
-        for at in live_rows(upstream, len(asked.rows)).split(ctx.width):  # type: ignore[no-untyped-call]
-            part = asked.part(at)
-            logits, pull = product.chunk(part.rows)
-            z = logits.to(torch.promote_types(product.dtype, torch.float32)) * part.factor()
-            known = {name: tensor[at] for name, tensor in ctx.known.items()}
-            bent = slope(z, part, known, {name: g[at] for name, g in upstream.items()})
-            pull(bent.mul_(part.factor()).to(logits.dtype))
+        dtype = torch.promote_types(product.dtype, torch.float32)
+        live = live_rows(came, len(asked.rows), asked.rows.device)
+        buffer = _buffer(product, len(live), ctx.width)
+        for at in slices(len(live), ctx.width):
+            rows = live[at]
+            part = asked.part(rows)
+            logits, pull = product.chunk(part.rows, buffer[: len(rows)])  # [c, V]
+            for block in blocks(logits):
+                inner, these = part.part(block), rows[block]
+                bend = product.bend(logits[block])
+                known = {name: tensor[these] for name, tensor in ctx.known.items()}
+                came_here = {name: gradient[these] for name, gradient in came.items()}
+                bent = slope(times(logits[block].to(dtype), inner.factor()), inner, known, came_here)
+                logits[block] = times(times(bent, inner.factor()), bend)
+            pull(logits)
         return product.hidden.new_zeros(()), None, None, None
 
 
-def slices(count: int, width: int) -> list[slice]:
-    """`count` rows, `width` at a time."""
-    return [slice(start, min(start + width, count)) for start in range(0, count, width)]
-
-
-def live_rows(upstream: dict[str, Tensor], count: int) -> Tensor:
-    """The rows, int64, to which any gradient comes that is not exactly zero: the others cost nothing."""
-    live = [gradient.reshape(count, -1).ne(0).any(1) for gradient in upstream.values()]
-    return torch.stack(live).any(0).nonzero()[:, 0]
-
-
-def refuse_double_backward() -> None:
-    """Raise inside the backward pass of a graph that is itself to be differentiated."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("logits computed in chunks have no second derivative: this loss needs plain logits")
+def _buffer(product: Product, count: int, width: int) -> Tensor:
+    return torch.empty(min(count, width), product.vocab, dtype=product.dtype, device=product.hidden.device)
