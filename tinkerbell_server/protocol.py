@@ -6,7 +6,7 @@ import asyncio
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 20.0
+HEAD_SECONDS = 10.0
 """A request's first line and headers arrive within this time of the connection, or of the answer before."""
 
 

@@ -43,6 +43,8 @@ def run(settings: Settings, sock: socket.socket | None = None) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    if settings.ssl_certfile is not None:
+        _check_tls(settings.ssl_certfile, settings.ssl_keyfile)
     with sock or _listen(settings) as listening:
         app = create_app(settings)
         config = uvicorn.Config(
@@ -58,7 +60,6 @@ def run(settings: Settings, sock: socket.socket | None = None) -> int:
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
         )
-        _check_tls(config)
         server = _Server(config, app.state.service)
         # uvicorn raises the signal again once it is down; by then everything has been told
         with contextlib.suppress(KeyboardInterrupt):
@@ -86,15 +87,16 @@ async def _serve(server: _Server, service: Service, sock: socket.socket) -> str 
     return service.supervisor.problem if refused else None
 
 
-def _check_tls(config: uvicorn.Config) -> None:
-    """Raise BadRequest for a certificate or a key that cannot be used; uvicorn would exit with a traceback."""
-    if not config.is_ssl:
-        return
+def _check_tls(certfile: str, keyfile: str | None) -> None:
+    """Raise BadRequest for a certificate or a key that cannot be used; uvicorn would end in a traceback."""
     try:
-        config.load()
+        # a password given here is one that is not asked for on the terminal
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, password="")
     except (OSError, ssl.SSLError) as error:
+        beside = "the key in it" if keyfile is None else keyfile
         raise BadRequest(
-            f"TLS: {config.ssl_certfile} with {config.ssl_keyfile or 'no key beside it'} cannot be used: {error}"
+            f"TLS: {certfile} with {beside} cannot be used: {error}; "
+            "pass a PEM certificate chain and its key, which has no password"
         ) from None
 
 

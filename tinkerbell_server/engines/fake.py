@@ -18,7 +18,7 @@ from typing import Literal
 
 import msgspec
 
-from tinkerbell_core.errors import BadCheckpoint, BadLoss, NothingAccumulated, UnknownModel
+from tinkerbell_core.errors import BadCheckpoint, BadLoss, NothingAccumulated, UnknownLoss, UnknownModel
 from tinkerbell_core.spec import Provenance
 from tinkerbell_core.types import (
     CreateModelRequest,
@@ -120,7 +120,7 @@ class FakeEngine:
 
     def _model(self, model_id: str) -> _Model:
         if model_id not in self._models:
-            raise UnknownModel(f"no model with the id {model_id!r}")
+            raise UnknownModel(f"no model with the id {model_id!r} (there is: {', '.join(self._models)})")
         return self._models[model_id]
 
     def _info(self, spec: CreateModelRequest) -> ModelInfo:
@@ -140,6 +140,8 @@ class FakeEngine:
         if _word(command.model_id).startswith("crash-"):
             os._exit(9)
         lengths = _lengths(command.data)
+        if command.loss not in self._losses:
+            raise UnknownLoss(f"no loss {command.loss!r} (there is: {', '.join(self._losses)})")
         loss = self._losses[command.loss]
         seed = _number(msgspec.msgpack.encode([command.data, command.hyperparameters, loss.digest]))
         value = sum(lengths) * (1 + seed) / (1 + abs(model.value))

@@ -48,7 +48,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tinkerbell_core.errors import BadRequest
+from tinkerbell_core.errors import BadRequest, did_you_mean
 from tinkerbell_core.types import (
     CreateModelRequest,
     DeleteLossesRequest,
@@ -134,6 +134,9 @@ async def publish_custom_loss(request: Request) -> Response:
 
 
 async def future(request: Request) -> Response:
+    for name in request.query_params:
+        if name != "wait":
+            raise BadRequest(f"no parameter {name[:40]!r}{did_you_mean(name, ['wait'])} (there is: wait)")
     try:
         wait = float(request.query_params.get("wait", "0"))
     except ValueError:
