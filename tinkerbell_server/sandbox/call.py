@@ -36,6 +36,7 @@ class Call:
     budget: int
     away: Away
     _kept: list[tuple[list[Tensor | None], Arena | None]] = field(default_factory=list)
+    materialised: list[tuple[str, int]] = field(default_factory=list)
     _held: int = 0
 
     def run(self, run: Run, tensors: Sequence[Tensor]) -> LossFnOutput:
@@ -70,11 +71,12 @@ class Call:
             raise BadMessage("tensors that were not asked for")
 
     def _check_done(self, done: Done, infos: Sequence[Info | None], run: Run) -> None:
-        if len(done.shared) != len(self._kept) or len(done.diagnostics) > 64 or not infos:
+        kept = self._kept[max(0, done.dropped) :]
+        if len(done.shared) != len(kept) or len(done.diagnostics) > 64 or not infos:
             raise BadMessage("a reply that fits no call")
         expected = [
             None if tensor is None or arena is not None else Info.of(tensor)
-            for values, arena in self._kept
+            for values, arena in kept
             for tensor in values
         ]
         if len(infos) != 1 + len(expected):
@@ -124,6 +126,8 @@ class Call:
             if not name.isprintable():
                 raise BadMessage("a diagnostic whose name cannot be shown")
         logprobs, *flat = tensors
+        self._kept = self._kept[max(0, message.dropped) :]
+        self.materialised = message.materialised
         gradients = self._gradients(message, flat)
         device, dtype = self.source.device, self.source.dtype
         pairs = [

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.errors import BadLoss, LossKilled, TinkerbellError
-from tinkerbell_core.logits import LogitsSource
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.spec import Coupling, Hyperparameter, LossSpec, Provenance
 from tinkerbell_core.types import RegisterLossRequest
 from tinkerbell_server.sandbox.call import Away, Call, names_and_tensors
-from tinkerbell_server.sandbox.logits import budget_of, source_of
+from tinkerbell_server.sandbox.logits import budget_of, record, source_of
 from tinkerbell_server.sandbox.messages import Described, Failed, Open, Opened, Run, Try
 from tinkerbell_server.sandbox.sandbox import Sandbox, Worker
 from tinkerbell_server.sandbox.trouble import error_of, shown
-from tinkerbell_server.sandbox.wire import BadMessage, Info, Late
+from tinkerbell_server.sandbox.wire import BadMessage, Late
 
 _IDLE = 32  # workers that wait for their next call; each is little memory beyond the zygote's
 
@@ -74,7 +73,7 @@ class SandboxedLosses:
             return self._spec_of(upload, said)
 
     def call(
-        self, upload: RegisterLossRequest, source: LogitsSource, budget: int | None, run: Run, tensors: Sequence[Tensor]
+        self, upload: RegisterLossRequest, model_outputs: Tensor, run: Run, tensors: Sequence[Tensor]
     ) -> LossFnOutput:
         """Run an opened loss, in the worker that the asker has for it."""
         batch, length, _ = run.shape
@@ -83,8 +82,10 @@ class SandboxedLosses:
         with _as_bad_loss(upload.name):
             worker = self._take(key, upload)
             try:
-                limit = self._budget if budget is None else budget
-                output = Call(worker, source, seconds, limit, self._away).run(run, tensors)
+                limit = run.budget if run.budget is not None else max(self._budget, model_outputs.nbytes)
+                call = Call(worker, source_of(model_outputs), seconds, limit, self._away)
+                output = call.run(run, tensors)
+                record(model_outputs, call.materialised)
             except TinkerbellError as error:
                 # an error that the loss's own process has told leaves it as good as before
                 if isinstance(error, LossKilled):
@@ -131,6 +132,9 @@ class SandboxedLosses:
             source=upload.source,
             digest=upload.digest,
             provenance=Provenance("upload"),
+            plain_logits=shown(said.plain_logits),
+            materialises=tuple(shown(name) for name in said.materialises[:64]),
+            reads=tuple(said.reads),
         )
 
     def _open(self, worker: Worker, upload: RegisterLossRequest, seconds: float) -> None:
@@ -197,22 +201,20 @@ class _Proxy:
         *args: Any,
         **hyperparameters: Any,  # Any: each loss has its own
     ) -> LossFnOutput:
-        source = source_of(model_outputs)
         batch, length, vocab = model_outputs.shape
         names, tensors = names_and_tensors(attention_mask, loss_fn_inputs)
-        budget = budget_of(model_outputs)
         run = Run(
             inputs=names,
             shape=(batch, length, vocab),
-            dtype=Info.of(torch.empty(0, dtype=source.dtype)).dtype,
+            dtype=str(model_outputs.dtype).removeprefix("torch."),
             hyperparameters=hyperparameters,
             plain=self._plain,
             backward=asker.get().backward,
             # the engine's own sequence of random numbers, so that a call that is replayed is the same again
             seed=int(torch.randint(2**62, ())),
-            budget=budget,
+            budget=budget_of(model_outputs),
         )
-        return self._losses.call(self._upload, source, budget, run, tensors)
+        return self._losses.call(self._upload, model_outputs, run, tensors)
 
 
 def _coupling(upload: RegisterLossRequest) -> Coupling:

@@ -115,6 +115,8 @@ class Described(Message, frozen=True):
     optional_inputs: list[str]
     hyperparameters: list[Setting]
     plain_logits: str = ""
+    materialises: list[str] = []
+    reads: list[Literal["logsumexp", "entropy", "total", "dot", "expectation"]] = []
 
 
 class Question(Message, frozen=True):
@@ -134,12 +136,14 @@ class Done(Message, frozen=True):
     """Tensors: logprobs or None; then, for each question that was kept, a gradient (or None) of each of its answers.
 
     Gradients of `full` are in the memory that came with the answer, and are marked here: shared[i] for question i.
+    dropped: how many kept questions, the first ones, came to nothing, since the loss was begun again.
     """
 
     loss: float
     diagnostics: dict[str, float]
     shared: list[bool]
     materialised: list[tuple[str, int]] = []
+    dropped: int = 0
 
 
 class Failed(Message, frozen=True):

@@ -46,6 +46,9 @@ class RemoteSource:
         want: frozenset[Statistic] = frozenset(),
         weights: Tensor | None = None,
     ) -> Reading:
+        for name, given in {"scale": scale, "weights": weights}.items():
+            if isinstance(given, Tensor) and given.requires_grad and torch.is_grad_enabled():
+                raise ValueError(f"{name} takes a gradient of its own, which rows of the engine do not give")
         columns = isinstance(pick, int)
         question = Question(
             op="read",

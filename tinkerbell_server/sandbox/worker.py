@@ -13,13 +13,13 @@ import msgspec
 import torch
 from torch import Tensor
 
-from tinkerbell_core.dryrun import discover, run_loss
-from tinkerbell_core.errors import BadLoss, TinkerbellError
+from tinkerbell_core.dryrun import dry_run, run_loss
+from tinkerbell_core.errors import BadLoss, PlainLogitsNeeded, TinkerbellError
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_server.sandbox import memory
 from tinkerbell_server.sandbox.lockdown import escapes, lock_down
-from tinkerbell_server.sandbox.logits import logits_over, needs_plain
+from tinkerbell_server.sandbox.logits import logits_over, materialised
 from tinkerbell_server.sandbox.messages import (
     Described,
     Done,
@@ -107,11 +107,9 @@ class Worker:
                 self._run(message, tensors)
 
     def _described(self, vocab_size: int, examples: dict[str, Tensor]) -> Described:
-        """Tried twice: a loss that works once only would fail in the first training step."""
+        # discover runs it several times: one that works once only would fail in the first training step
         assert self._spec is not None
-        for _ in range(2):
-            spec, _ = discover(self._spec, vocab_size, "cpu", examples or None)
-        self._spec = spec
+        spec = self._spec = dry_run(self._spec, vocab_size, "cpu", examples or None)
         return Described(
             summary=spec.summary[:1000],
             inputs=list(spec.inputs or ()),
@@ -121,7 +119,9 @@ class Worker:
                 for hyper in spec.hyperparameters
                 if isinstance(hyper.default, bool | int | float | str | None)
             ],
-            plain_logits=getattr(spec, "plain_logits", ""),
+            plain_logits=spec.plain_logits[:1000],
+            materialises=[name[:80] for name in spec.materialises],
+            reads=list(spec.reads),
         )
 
     def _run(self, run: Run, tensors: Sequence[Tensor | None]) -> None:
@@ -130,27 +130,32 @@ class Worker:
         assert mask is not None
         inputs = {name: tensor for name, tensor in zip(run.inputs, rest, strict=True) if tensor is not None}
         torch.manual_seed(run.seed)
-        try:
-            self._once(run, self._spec, inputs, mask, run.plain)
-        except BaseException as error:
-            if run.plain or not needs_plain(error):
-                raise
-            self._once(run, self._spec, inputs, mask, True)
-
-    def _once(self, run: Run, spec: LossSpec, inputs: dict[str, Tensor], mask: Tensor, plain: bool) -> None:
         batch, length, vocab = run.shape
         source = RemoteSource(self._channel, batch * length, vocab, run.dtype)
         try:
-            with torch.set_grad_enabled(run.backward):
-                logits, materialised = logits_over(source, (batch, length), plain, run.budget)
-                output = run_loss(spec, logits, inputs, mask, run.hyperparameters)
-            if run.backward:
-                torch.autograd.backward(output.loss)
-            self._done(output, source.kept, materialised())
+            try:
+                output, stored = self._once(run, self._spec, source, inputs, mask, run.plain)
+                dropped = 0
+            except PlainLogitsNeeded as refusal:
+                dropped = len(source.kept)
+                torch.manual_seed(run.seed)
+                output, _ = self._once(run, self._spec, source, inputs, mask, True)
+                stored = [(refusal.message, source.count * vocab * source.dtype.itemsize)]
+            self._done(output, source.kept[dropped:], stored, dropped)
         finally:
             source.close()
 
-    def _done(self, output: LossFnOutput, kept: list[Kept], materialised: list[tuple[str, int]]) -> None:
+    def _once(
+        self, run: Run, spec: LossSpec, source: RemoteSource, inputs: dict[str, Tensor], mask: Tensor, plain: bool
+    ) -> tuple[LossFnOutput, list[tuple[str, int]]]:
+        with torch.set_grad_enabled(run.backward):
+            logits = logits_over(source, run.shape[:2], plain, run.budget)
+            output = run_loss(spec, logits, inputs, mask, run.hyperparameters)
+        if run.backward:
+            torch.autograd.backward(output.loss)
+        return output, materialised(logits)
+
+    def _done(self, output: LossFnOutput, kept: list[Kept], stored: list[tuple[str, int]], dropped: int) -> None:
         gradients: list[Tensor | None] = []
         shared = []
         for each in kept:
@@ -162,8 +167,11 @@ class Worker:
             else:
                 gradients += each.gradients
         names = {str(name): float(value) for name, value in output.diagnostics.items()}
-        done = Done(loss=output.loss.item(), diagnostics=names, shared=shared, materialised=materialised)
-        self._channel.send(done, [output.logprobs, *gradients])
+        done = Done(
+            loss=output.loss.item(), diagnostics=names, shared=shared, materialised=stored[:64], dropped=dropped
+        )
+        logprobs = None if output.logprobs is None or output.logprobs.dtype == torch.float64 else output.logprobs.float()
+        self._channel.send(done, [output.logprobs if logprobs is None else logprobs, *gradients])
 
 
 def _failed(error: BaseException) -> Failed:
