@@ -1,1 +1,0 @@
-def rebuild(payload): raise NotImplementedError
