@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from tinker_client.backend import HFBackend
 from tinker_client.transport import Transport
+from tinkerbell_core.registry import resolve
 from tinkerbell_core.types import (
     DeleteLossesOutput,
     DeleteLossesRequest,
@@ -66,6 +67,10 @@ class TinkerClient:
     def list_loss_functions(self) -> LossFunctions:
         """Every loss the server has, and the plugins they come from, broken ones with their reason."""
         return self._transport.get("/list_loss_functions", LossFunctions)
+
+    def get_loss_source(self, name: str) -> str:
+        """The text of a loss as its author wrote it: by name (the latest upload), id or `name@digest`."""
+        return resolve(name, self.list_loss_functions()["losses"]).source
 
     def delete_custom_loss(self, name: str) -> list[str]:
         """Delete an uploaded loss: every version of `name`, or the one of `name@digest`; the ids of what is gone."""

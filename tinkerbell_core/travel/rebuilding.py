@@ -104,7 +104,8 @@ def _show(function: Function) -> None:
     lines = linecache.getlines(function.filename)[:]
     own = [f"{line}\n" for line in function.text.splitlines()]
     first = min(max(1, function.first_line), 1_000_000)
-    if [line.strip() for line in lines[first - 1 : first - 1 + len(own)]] == [line.strip() for line in own]:
+    there = lines[first - 1 : first - 1 + len(own)]
+    if len(there) == len(own) and all(mine.strip() in line for mine, line in zip(own, there, strict=True)):
         return
     lines += ["\n"] * (first - 1 + len(own) - len(lines))
     lines[first - 1 : first - 1 + len(own)] = own
