@@ -40,9 +40,9 @@ def custom_loss(
     """Upload a loss to the server, which tries it on a tiny batch, and give the function back as it was.
 
     name: what `loss_fn` will say; the function's own by default. example_inputs: inputs for the trial, where the server
-    cannot guess them. via: "source" sends the function's text with the values it uses, "cloudpickle" its bytecode; "auto"
-    the first where what is rebuilt from it gives the same, else the second. include: modules to send along besides the
-    ones found, which takes cloudpickle. An unchanged loss is not sent again.
+    cannot guess them. via: "source" sends the function's text with the values it uses, "cloudpickle" its bytecode;
+    "auto" the first where what is rebuilt from it gives the same, else the second. include: modules to send along
+    besides the ones found, which takes cloudpickle. An unchanged loss is not sent again.
 
     Raises BadUpload for what cannot travel, and BadLoss with your own traceback where the trial fails.
     """

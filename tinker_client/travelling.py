@@ -61,4 +61,8 @@ def _same(one: list[Any], other: list[Any]) -> bool:  # Any: as above
 def _equal(one: str | Tensor | None, other: str | Tensor | None) -> bool:
     if one is None or other is None or isinstance(one, str) or isinstance(other, str):
         return one is other or (isinstance(one, str) and one == other)
-    return one.dtype == other.dtype and one.shape == other.shape and bool(one.allclose(other, equal_nan=True, rtol=0, atol=0))
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and bool(one.allclose(other, equal_nan=True, rtol=0, atol=0))
+    )

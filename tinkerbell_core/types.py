@@ -129,8 +129,8 @@ class DeleteModelRequest(Wire, frozen=True):
 class RegisterLossRequest(Wire, frozen=True):
     """An uploaded loss.
 
-    kind: how it travels. payload: cloudpickle bytes, with magic the `importlib.util.MAGIC_NUMBER` of the Python that made
-    them, in hex; or a portable source (`tinkerbell_core.travel`), which any Python reads.
+    kind: how it travels. payload: cloudpickle bytes, with magic the `importlib.util.MAGIC_NUMBER` of the Python that
+    made them, in hex; or source and values (`tinkerbell_core.travel`), which any Python reads.
     """
 
     name: str

@@ -16,7 +16,6 @@ from tinkerbell_server.engines.base import RunLoss
 from tinkerbell_server.engines.wire import AnyCommand
 from tinkerbell_server.tenancy import LOCAL
 
-
 APART = 8
 """The most jobs that run in sandboxes at once."""
 

@@ -44,7 +44,9 @@ def check_upload(upload: RegisterLossRequest, losses: Sequence[LossDescription])
             f"but this server runs Python {platform.python_version()} (bytecode {magic}); use the same minor version"
         )
     if not upload.payload:
-        raise BadUpload(f"the upload of {upload.name[:80]!r} has no payload; send the function as cloudpickle or source")
+        raise BadUpload(
+            f"the upload of {upload.name[:80]!r} has no payload; send the function as cloudpickle or source"
+        )
     if not re.fullmatch(r"[0-9a-f]{64}", upload.digest):
         raise BadUpload(f"digest is {upload.digest[:80]!r}, but must be the 64 hex digits of the loss's sha256")
     if upload.group_size < 1:

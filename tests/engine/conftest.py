@@ -66,7 +66,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def make_engine(bases: dict[str, Path], device: str, tmp_path: Path) -> MakeEngine:
     """An engine on one of the bases, float64 unless told."""
 
-    def make(base: str = "llama", dtype: str = "float64", micro_batch_tokens: int | None = None, uploads: str = "trusted") -> TorchEngine:
+    def make(
+        base: str = "llama", dtype: str = "float64", micro_batch_tokens: int | None = None, uploads: str = "trusted"
+    ) -> TorchEngine:
         model = str(bases[base]) if base in bases else None
         return create(
             EngineConfig(

@@ -17,7 +17,6 @@ from tinkerbell_core.output import LossFnOutput
 from tinkerbell_server.engines.torch.batching import data_of, tensor_of
 from tinkerbell_server.engines.torch.engine import TorchEngine
 
-
 AT_ONCE = {"seconds": data_of(torch.zeros(4))}
 
 

@@ -105,8 +105,14 @@ class World:
         while len(self.results) <= since and time.monotonic() < deadline:
             time.sleep(0.02)
         new = self.results[since:]
-        return (["no result"] if not new else []) + [error for _, error in new if error] + (
-            [f"other numbers: {set(self.results)}"] if len({loss for loss, error in self.results if not error}) > 1 else []
+        return (
+            (["no result"] if not new else [])
+            + [error for _, error in new if error]
+            + (
+                [f"other numbers: {set(self.results)}"]
+                if len({loss for loss, error in self.results if not error}) > 1
+                else []
+            )
         )
 
     def _changed(self) -> bool:
@@ -165,7 +171,10 @@ def _work(world: World) -> None:
         client.hf_backend.create_model("neighbour", seed=3)
         while not world.stop.is_set():
             try:
-                losses = [client.hf_backend.forward("neighbour", ROWS, name).loss for name in ("neighbours_own", "cross_entropy")]
+                losses = [
+                    client.hf_backend.forward("neighbour", ROWS, name).loss
+                    for name in ("neighbours_own", "cross_entropy")
+                ]
                 world.results.append((losses[0] + losses[1], ""))
             except TinkerbellError as error:
                 world.results.append((0.0, str(error)))

@@ -12,7 +12,7 @@ class _Value(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 
 
 class Plain(_Value, frozen=True):
-    value: None | bool | int | float | str
+    value: bool | int | float | str | None
 
 
 class Raw(_Value, frozen=True):

@@ -21,7 +21,7 @@ _WIDE = 1 << 63  # msgpack's integers are smaller
 
 
 def pack(fn: Callable[..., Any]) -> bytes:
-    """The baggage of `fn` in msgpack. Raises BadUpload that names the variable that cannot travel so, and the remedy."""
+    """The baggage of `fn` in msgpack. Raises BadUpload that names what cannot travel so, and the remedy."""
     root = fn.fn if isinstance(fn, LossSpec) else fn
     if not isinstance(root, types.FunctionType):
         raise BadUpload(f"a {type(root).__name__} has no source text of its own: make the loss a function")
@@ -120,7 +120,7 @@ def _text_of(fn: types.FunctionType) -> tuple[str, int]:
     return segment, max(start, 1) + lambdas[0].lineno - 1
 
 
-def _array(value: object) -> Array | None:
+def _array(value: Any) -> Array | None:  # Any: a tensor, an array or anything else
     torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
     if torch is not None and type(value) is torch.Tensor and not value.requires_grad:
         flat = value.detach().cpu().contiguous()

@@ -1,7 +1,6 @@
 """Makes a function of baggage. Runs nothing of it but `def`; importing what it names runs installed code only."""
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -64,21 +63,25 @@ class _Rebuilding:
 
 def _defined(function: Function) -> types.FunctionType:
     """The function with an empty scope and placeholders for defaults: their expressions belong to another place."""
-    mode = "eval" if function.name == "<lambda>" else "exec"
+    is_lambda = function.name == "<lambda>"
+    # any name will do for a lambda: it is not looked up again
+    text = f"_ = {function.text}" if is_lambda else function.text
     try:
-        tree = ast.parse(function.text, function.filename, mode=mode)
-        node = tree.body if isinstance(tree, ast.Expression) else tree.body[0]  # type: ignore[attr-defined]
+        tree = ast.parse(text, function.filename)
+        first = tree.body[0] if tree.body else None
+        node = first.value if is_lambda and isinstance(first, ast.Assign) else first
         if not isinstance(node, ast.FunctionDef | ast.Lambda):
             raise BadUpload(f"the text of {function.name!r} is not a function's")
         _strip(node)
         ast.increment_lineno(tree, max(1, function.first_line) - 1)
         flags = __future__.annotations.compiler_flag
-        code = compile(tree, function.filename, mode, flags, dont_inherit=True)
+        code = compile(tree, function.filename, "exec", flags, dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError) as error:
         raise BadUpload(f"the text of {function.name!r} does not compile here: {error}") from None
     _show(function)
     scope: dict[str, Any] = {"__name__": _MODULE, "__builtins__": __builtins__}
-    made = eval(code, scope) if mode == "eval" else exec(code, scope) or scope.pop(function.name, None)
+    exec(code, scope)
+    made = scope.pop("_" if is_lambda else function.name, None)
     if not isinstance(made, types.FunctionType):
         raise BadUpload(f"the text of {function.name!r} is not its function's")
     return made

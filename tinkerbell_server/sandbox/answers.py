@@ -60,7 +60,9 @@ def check_question(question: Question, infos: Sequence[Info | None], source: Log
             raise BadMessage(f"a question whose {name} cannot be")
 
 
-def answer(question: Question, tensors: Sequence[Tensor | None], source: LogitsSource, budget: int) -> list[Tensor | None]:
+def answer(
+    question: Question, tensors: Sequence[Tensor | None], source: LogitsSource, budget: int
+) -> list[Tensor | None]:
     """What was asked, with a graph where gradients will come. Raises BadMessage, LogitsTooLarge."""
     device = source.device
     rows, pick, scale, weights = (None if tensor is None else tensor.to(device) for tensor in tensors)
@@ -87,7 +89,7 @@ def _check_budget(size: int, budget: int) -> None:
 
 
 def _within(index: Tensor, limit: int) -> Tensor:
-    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < limit):
+    if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < limit):
         raise BadMessage(f"an index is outside 0..{limit - 1}")
     return index
 

@@ -13,7 +13,7 @@ _SECONDS = 20.0
 
 
 def command(files: Sequence[str], program: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """`program` in user, pid, network, ipc, uts, cgroup and mount namespaces of its own, `files` read-only beneath it."""
+    """`program` in user, pid, network, ipc, uts, cgroup and mount namespaces of its own, `files` read-only in them."""
     line = ["bwrap", "--unshare-all", "--new-session", "--cap-drop", "ALL", "--clearenv", "--hostname", "sandbox"]
     for name, value in environment.items():
         line += ["--setenv", name, value]
@@ -42,7 +42,9 @@ def version() -> str:
 def refusal(files: Sequence[str], program: Sequence[str]) -> str | None:
     """Why `program`, which should end with status 0, does not run in it here; None where it does."""
     try:
-        done = subprocess.run(command(files, program, {}), capture_output=True, text=True, timeout=_SECONDS, check=False)
+        done = subprocess.run(
+            command(files, program, {}), capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
     lines = done.stderr.strip().splitlines()

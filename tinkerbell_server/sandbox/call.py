@@ -15,8 +15,8 @@ from torch import Tensor
 from tinkerbell_core.errors import BadLoss, LossKilled, TinkerbellError
 from tinkerbell_core.logits import LogitsSource
 from tinkerbell_core.output import LossFnOutput
-from tinkerbell_server.sandbox.memory import Arena
 from tinkerbell_server.sandbox.answers import QUESTIONS, answer, check_question
+from tinkerbell_server.sandbox.memory import Arena
 from tinkerbell_server.sandbox.messages import Answer, Done, Failed, FromWorker, Question, Run
 from tinkerbell_server.sandbox.sandbox import Worker
 from tinkerbell_server.sandbox.trouble import error_of
@@ -137,7 +137,8 @@ class Call:
         ]
         loss = torch.tensor(message.loss, dtype=dtype, device=device)
         if pairs:
-            loss = _Returned.apply(loss, [gradient for _, gradient in pairs], *(value for value, _ in pairs))
+            values, gradients = [value for value, _ in pairs], [gradient for _, gradient in pairs]
+            loss = _Returned.apply(loss, gradients, *values)  # type: ignore[no-untyped-call]
         elif not run.backward:
             loss.requires_grad_()  # nobody asked for a gradient, so none was computed
         return LossFnOutput(loss, None if logprobs is None else logprobs.to(device), dict(message.diagnostics))

@@ -18,7 +18,8 @@ def abi() -> int:
     """The version of Landlock in this kernel; 0 where there is none or it is off."""
     if sys.platform != "linux":
         return 0
-    return max(0, _libc().syscall(_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
+    found: int = _libc().syscall(_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+    return max(0, found)
 
 
 def restrict(readable: Iterable[str], listable: Iterable[str] = ()) -> None:

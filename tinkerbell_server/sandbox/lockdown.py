@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from tinkerbell_server.sandbox import landlock, seccomp
 
@@ -62,7 +63,7 @@ def escapes(outside: Sequence[str]) -> list[str]:
         "make a file in memory": lambda: os.memfd_create("escape"),
         "read its parent's environment": lambda: os.open(f"/proc/{os.getppid()}/environ", os.O_RDONLY),
         "raise its memory limit": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (63, 63)),
-        **{f"read {path}": (lambda path=path: os.open(path, os.O_RDONLY)) for path in outside},
+        **{f"read {path}": partial(os.open, path, os.O_RDONLY) for path in outside},
     }
     found = []
     for what, attempt in attempts.items():

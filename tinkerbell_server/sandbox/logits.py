@@ -1,4 +1,4 @@
-"""Logits on both sides of the wall: the source behind what a loss was given, and what a worker gives its loss instead."""
+"""Logits on both sides of the wall: the source behind what a loss was given, and what a worker gives instead."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """On whose behalf a loss is called: workers are never shared between two. backward: whether gradients are wanted."""
+    """On whose behalf a loss is called: no two share a worker. backward: whether gradients are wanted."""
 
     name: str = ""
     backward: bool = True
@@ -105,11 +105,15 @@ class SandboxedLosses:
             for key in [key for key in self._idle if key[1] == digest]:
                 self._idle.pop(key).kill()
 
-    def close(self) -> None:
-        """End every worker."""
+    def rest(self) -> None:
+        """End the workers that wait for a call; the next call makes new ones."""
         with self._lock:
             while self._idle:
                 self._idle.popitem()[1].kill()
+
+    def close(self) -> None:
+        """End every worker and the sandbox."""
+        self.rest()
         self._sandbox.close()
 
     def _spec_of(self, upload: RegisterLossRequest, said: Described) -> LossSpec:
@@ -227,7 +231,9 @@ def _as_bad_loss(name: str) -> Iterator[None]:
     try:
         yield
     except BadMessage as error:
-        raise LossKilled(f"loss {name!r} answered what no loss can ({str(error)[:200]}); its process was killed") from None
+        raise LossKilled(
+            f"loss {name!r} answered what no loss can ({str(error)[:200]}); its process was killed"
+        ) from None
     except OSError as error:
         raise LossKilled(f"loss {name!r}: its process cannot be asked any more ({error})") from None
     except BadLoss as error:

@@ -58,7 +58,7 @@ class RemoteSource:
             scale=float(scale) if not isinstance(scale, Tensor) else None,
         )
         asked = [self._rows(rows), None if columns else pick, scale if isinstance(scale, Tensor) else None, weights]
-        return Reading(*self._ask(question, asked))  # type: ignore[arg-type]
+        return Reading(*self._ask(question, asked))
 
     def full(self, rows: Tensor) -> Tensor:
         return self._one("full", rows)

@@ -21,7 +21,7 @@ from tinkerbell_core.errors import LossKilled, TinkerbellError
 from tinkerbell_server.sandbox import bubblewrap, mechanisms
 from tinkerbell_server.sandbox.memory import Arena, room
 from tinkerbell_server.sandbox.messages import Failed, Fork, Forked, FromWorker, Prove, Proved, Ready
-from tinkerbell_server.sandbox.paths import readable
+from tinkerbell_server.sandbox.paths import PROCESSORS, readable
 from tinkerbell_server.sandbox.wire import SHARED_FROM, BadMessage, Channel, Check, Late
 from tinkerbell_server.sandbox.worker import Limits
 from tinkerbell_server.sandbox.zygote import bootstrap
@@ -46,9 +46,14 @@ class Sandbox:
     """One zygote, started again when it dies. `mechanisms`: what confines its workers, each tried."""
 
     def __init__(
-        self, *, hidden: Sequence[str] = (), memory: int = 4 << 30, threads: int | None = None, bubblewrapped: bool = True
+        self,
+        *,
+        hidden: Sequence[str] = (),
+        memory: int = 4 << 30,
+        threads: int | None = None,
+        bubblewrapped: bool = True,
     ) -> None:
-        """hidden: directories no loss may read. memory: bytes a worker may have. Raises NoSandbox; waits for nothing."""
+        """hidden: directories no loss may read. memory: bytes a worker may have. Raises NoSandbox, without a wait."""
         self._readable = readable(hidden)
         found = mechanisms.examine(self._readable)
         if not mechanisms.enough(found):
@@ -58,7 +63,7 @@ class Sandbox:
         self.mechanisms = tuple(works)
         self._bubblewrapped = "bubblewrap" in works
         self._limits = Limits(
-            list(self._readable.files) + ["/sys/devices/system/cpu", "/dev/null", "/dev/urandom"],
+            [*self._readable.files, PROCESSORS, "/dev/null", "/dev/urandom"],
             list(self._readable.names),
             memory,
             threads or torch.get_num_threads(),
@@ -161,7 +166,7 @@ class Sandbox:
 
 
 class Worker:
-    """One worker, as the engine sees it: a channel and a handle to kill it by. Nothing it says is believed unchecked."""
+    """One worker, as the engine sees it: a channel, and a handle to kill it by. Nothing it says is believed."""
 
     def __init__(self, sock: socket.socket, handle: int) -> None:
         self._channel: Channel[Any] = Channel(sock, FromWorker)  # Any: a union is no type to mypy
@@ -170,9 +175,14 @@ class Worker:
         self._arenas: dict[str, Arena] = {}
 
     def ask(
-        self, message: msgspec.Struct, tensors: Sequence[Tensor | None] = (), *, seconds: float, check: Check | None = None
+        self,
+        message: msgspec.Struct,
+        tensors: Sequence[Tensor | None] = (),
+        *,
+        seconds: float,
+        check: Check | None = None,
     ) -> tuple[FromWorker, list[Tensor | None]]:
-        """Its answer. Raises Late, LossKilled or BadMessage; then it must be killed. Tensors only where `check` allows them."""
+        """Its answer, with tensors where `check` allows them. Raises Late, LossKilled, BadMessage: then it must die."""
         self.until(time.monotonic() + seconds)
         self.tell(message, tensors)
         return self.hear(check)

@@ -14,17 +14,19 @@ _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _EQ, _MASKED_EQ = 4, 7
 _CLONE_THREAD = 0x10000
 
-PLAIN = """
-read write readv writev pread64 preadv close fstat newfstatat stat lstat statx lseek getdents64 getcwd
-open openat access faccessat faccessat2 readlink readlinkat fadvise64
-mmap munmap mremap mprotect madvise brk
-futex set_robust_list rseq sched_yield sched_getaffinity getcpu membarrier
-rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack exit exit_group restart_syscall
-clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time times
-getpid gettid getppid getuid geteuid getgid getegid getrusage getrlimit sysinfo uname getrandom
-recvfrom recvmsg poll ppoll select pselect6
-""".split()
+# fmt: off
+PLAIN = (
+    "read", "write", "readv", "writev", "pread64", "preadv", "close", "fstat", "newfstatat", "stat", "lstat",
+    "statx", "lseek", "getdents64", "getcwd", "open", "openat", "access", "faccessat", "faccessat2", "readlink",
+    "readlinkat", "fadvise64", "mmap", "munmap", "mremap", "mprotect", "madvise", "brk", "futex", "set_robust_list",
+    "rseq", "sched_yield", "sched_getaffinity", "getcpu", "membarrier", "rt_sigaction", "rt_sigprocmask",
+    "rt_sigreturn", "sigaltstack", "exit", "exit_group", "restart_syscall", "clock_gettime", "clock_getres",
+    "clock_nanosleep", "nanosleep", "gettimeofday", "time", "times", "getpid", "gettid", "getppid", "getuid",
+    "geteuid", "getgid", "getegid", "getrusage", "getrlimit", "sysinfo", "uname", "getrandom", "recvfrom",
+    "recvmsg", "poll", "ppoll", "select", "pselect6",
+)
 """Allowed with any arguments. No call here makes a socket, a process, a file or a signal to another process."""
+# fmt: on
 
 
 class _Argument(ctypes.Structure):

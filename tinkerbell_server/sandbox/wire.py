@@ -1,7 +1,7 @@
 """Messages and tensors over a socket: a msgpack header, then raw bytes. Nothing here is ever unpickled.
 
-The receiver allocates: it sees dtypes and shapes first and may refuse them. Large tensors go through sealed memory whose
-descriptor comes along; only the engine sends descriptors, and it takes none from a worker.
+The receiver allocates: it sees dtypes and shapes first and may refuse them. Large tensors go through sealed memory,
+whose descriptor comes along; only the engine sends descriptors, and it takes none from a worker.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import torch
@@ -90,7 +90,7 @@ class Channel(Generic[T]):
     def __init__(self, sock: socket.socket, receives: object, limit: int = HEADER_LIMIT) -> None:
         self._sock = sock
         self._limit = limit
-        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(receives)  # type: ignore[call-overload]
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(receives)
         self._header = msgspec.msgpack.Decoder(Header)
         self.deadline: float | None = None
 
@@ -109,9 +109,7 @@ class Channel(Generic[T]):
         infos = [None if tensor is None else Info.of(tensor) for tensor in tensors]
         self._head_out(message, infos, True, [arena.fd, *fds])
 
-    def _head_out(
-        self, message: msgspec.Struct, infos: list[Info | None], shared: bool, fds: Sequence[int]
-    ) -> None:
+    def _head_out(self, message: msgspec.Struct, infos: list[Info | None], shared: bool, fds: Sequence[int]) -> None:
         header = msgspec.msgpack.encode(Header(msgspec.Raw(msgspec.msgpack.encode(message)), infos, shared))
         self._write(struct.pack("<I", len(header)), fds)
         self._write(header)
@@ -212,4 +210,5 @@ class Channel(Generic[T]):
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor of at least one element, to read or to write."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # Any: numpy's stubs know no buffers
+    return memoryview(array)

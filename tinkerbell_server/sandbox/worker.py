@@ -1,4 +1,4 @@
-"""One locked-down process that opens one uploaded loss and runs it when asked. Its every word is doubted by the engine."""
+"""One locked-down process that opens one uploaded loss and runs it when asked. The engine doubts its every word."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import socket
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import msgspec
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tinkerbell_core.dryrun import dry_run, run_loss
 from tinkerbell_core.errors import BadLoss, PlainLogitsNeeded, TinkerbellError
+from tinkerbell_core.logits.source import Statistic
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_server.sandbox import memory
@@ -121,7 +122,7 @@ class Worker:
             ],
             plain_logits=spec.plain_logits[:1000],
             materialises=[name[:80] for name in spec.materialises],
-            reads=list(spec.reads),
+            reads=[name for name in get_args(Statistic) if name in spec.reads],
         )
 
     def _run(self, run: Run, tensors: Sequence[Tensor | None]) -> None:
@@ -170,7 +171,9 @@ class Worker:
         done = Done(
             loss=output.loss.item(), diagnostics=names, shared=shared, materialised=stored[:64], dropped=dropped
         )
-        logprobs = None if output.logprobs is None or output.logprobs.dtype == torch.float64 else output.logprobs.float()
+        logprobs = (
+            None if output.logprobs is None or output.logprobs.dtype == torch.float64 else output.logprobs.float()
+        )
         self._channel.send(done, [output.logprobs if logprobs is None else logprobs, *gradients])
 
 
@@ -180,6 +183,6 @@ def _failed(error: BaseException) -> Failed:
     if isinstance(error, TinkerbellError):
         return Failed(kind=error.kind, message=error.message[:4000], traceback=(error.traceback or "")[-6000:] or None)
     text = "".join(traceback.format_exception(error))
-    return Failed(kind=BadLoss.__name__, message=f"the loss raised {type(error).__name__}: {error}"[:4000], traceback=text[-6000:])
-
-
+    return Failed(
+        kind=BadLoss.__name__, message=f"the loss raised {type(error).__name__}: {error}"[:4000], traceback=text[-6000:]
+    )

@@ -64,12 +64,9 @@ def _warm_up() -> None:
     import torch
     import torch.distributions
 
-    import tinker_client
-    import tinkerbell_core.functional
+    import tinker_client  # noqa: F401
     from tinkerbell_core.dryrun import dry_run
     from tinkerbell_core.losses.cross_entropy import cross_entropy
 
     torch.set_num_threads(1)
     dry_run(cross_entropy, vocab_size=16)
-
-

@@ -38,7 +38,7 @@ class Baton:
     def away(self) -> Iterator[None]:
         """Others may compute meanwhile. Random numbers go on afterwards as if nobody had."""
         state = torch.get_rng_state()
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
         self._lock.release()
         try:
             yield

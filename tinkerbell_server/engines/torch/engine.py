@@ -42,8 +42,8 @@ from tinkerbell_server.engines.base import (
     TextData,
 )
 from tinkerbell_server.engines.torch import checkpoints, memory, sampling
-from tinkerbell_server.engines.torch.baton import Baton
 from tinkerbell_server.engines.torch.batching import data_of, token_budget
+from tinkerbell_server.engines.torch.baton import Baton
 from tinkerbell_server.engines.torch.embedded import embedded_model
 from tinkerbell_server.engines.torch.losses import Losses
 from tinkerbell_server.engines.torch.model import (

@@ -1,4 +1,4 @@
-"""How this engine takes uploaded losses: not at all, confined to a sandbox, or in its own process where it is trusted."""
+"""How this engine takes uploaded losses: not at all, confined to a sandbox, or in its own process as trusted ones."""
 
 from __future__ import annotations
 
@@ -118,4 +118,5 @@ def _as(who: Asker) -> Iterator[None]:
 
 
 def _share_of_memory() -> int:
-    return min(16 << 30, max(2 << 30, psutil.virtual_memory().total // 4))
+    total: int = psutil.virtual_memory().total
+    return min(16 << 30, max(2 << 30, total // 4))
