@@ -46,10 +46,10 @@ def test_a_flag_is_over_the_environment_and_that_over_the_file(served: list[Sett
     assert (settings.port, settings.host, settings.dtype) == (1003, "127.0.0.3", "float32")
 
 
-def test_the_defaults_are_a_loopback_server_without_uploads(served: list[Settings], tmp_path: Path) -> None:
+def test_the_defaults_are_a_loopback_server_with_sandboxed_uploads(served: list[Settings], tmp_path: Path) -> None:
     assert serve(XDG_DATA_HOME=str(tmp_path)).exit_code == 0
     settings = one(served)
-    assert (settings.host, settings.port, settings.uploads, settings.model) == ("127.0.0.1", 8000, "off", None)
+    assert (settings.host, settings.port, settings.uploads, settings.model) == ("127.0.0.1", 8000, "sandboxed", None)
     assert settings.data_dir == str(tmp_path / "tinkerbell")
 
 
