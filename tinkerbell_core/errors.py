@@ -8,11 +8,13 @@
     │   ├── BadLoss               a loss that raises or breaks its contract; carries the author's traceback
     │   │   └── LossKilled        its process was ended: out of time, out of memory, or not allowed
     │   ├── BadUpload, UploadTooLarge, UploadsOff
+    │   ├── LogitsTooLarge        a loss needs more logits stored than fit its budget
     │   ├── BadCheckpoint, UnknownCheckpoint
     │   ├── Unauthorized, Forbidden   no key or a wrong one; a key that may not do this
     │   ├── TooManyRequests       a limit of this server; says when to come again
     │   ├── NothingAccumulated    optim_step before any forward_backward
     │   └── Conflict              one idempotency key, two payloads
+    ├── PlainLogitsNeeded         a loss asks of lazy logits what only stored ones give; it is then run on those
     ├── OutOfMemory               the device could not hold this call
     ├── EngineLost                the engine died; says what was lost
     └── ServerUnreachable         the client found nobody to talk to
@@ -108,6 +110,12 @@ class UploadsOff(BadRequest):
     status = 403
 
 
+class LogitsTooLarge(BadRequest):
+    """A loss needs the logits themselves, and they are over the budget for them."""
+
+    status = 413
+
+
 class BadCheckpoint(BadRequest):
     """A path to load or to save that is missing, malformed or for another base model."""
 
@@ -148,6 +156,10 @@ class Conflict(BadRequest):
     """This idempotency key was used for another payload."""
 
     status = 409
+
+
+class PlainLogitsNeeded(TinkerbellError):
+    """A loss asks of lazy logits what only stored ones give; who runs the loss answers by running it on those."""
 
 
 class OutOfMemory(TinkerbellError):

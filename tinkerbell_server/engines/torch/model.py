@@ -1,9 +1,9 @@
-"""A causal language model cut in two: states, then logits of states. Knows nothing of losses or adapters."""
+"""A causal language model cut in two: states, then logits of states. Knows nothing of losses."""
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinkerbell_core.errors import BadRequest
 from tinkerbell_core.logits import plain_logits
+from tinkerbell_core.logits.head import Head
+from tinkerbell_server.engines.torch.heads import Tail, head_of, possible_tails
 
 # Any: transformers' models and tokenizers are made by remote or generated code
 Transformer = Any
+
+_LARGE = 100.0
+"""The largest head output that a model is tried with."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass(slots=True)
 class Network:
-    """A loaded model. splits: its logits are its head on its backbone's states; else its states ARE its logits.
+    """A loaded model.
 
+    tail: what follows its head on its backbone's states; None: it cannot be cut there, and its states ARE its logits.
     autocast: the dtype its matrix products are computed in, where its weights are wider.
     """
 
@@ -31,8 +37,12 @@ class Network:
     source: str
     device: torch.device
     dtype: torch.dtype
-    splits: bool = False
+    tail: Tail | None = None
     autocast: torch.dtype | None = None
+
+    @property
+    def splits(self) -> bool:
+        return self.tail is not None
 
     def states(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Of int64 `[B, T]`: hidden states after the final norm `[B, T, H]`; logits `[B, T, V]` if not split."""
@@ -47,9 +57,15 @@ class Network:
     def logits(self, states: Tensor) -> Tensor:
         """Logits `[B, T, V]`, float32 or better, that know their hidden states where the model is split."""
         if not self.splits:
-            return states if states.dtype in (torch.float32, torch.float64) else states.float()
+            return _wide(states)
         with self._precision():
-            return plain_logits(states, self.model.get_output_embeddings())
+            return plain_logits(states, self._on_states)
+
+    def head(self) -> Head | None:
+        """The head as it is now; None where it is of a form that only the model itself can run."""
+        if self.tail is None:
+            return None
+        return head_of(self.model.get_output_embeddings(), self.tail, self.autocast)
 
     def extend(self, tokens: Tensor, cache: Transformer) -> tuple[Tensor, Transformer]:
         """Logits `[B, V]` of the last of int64 `[B, T]` positions that follow the cache; and the new cache."""
@@ -58,7 +74,7 @@ class Network:
                 output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
                 return output.logits[:, -1], output.past_key_values
             output = self.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
-            return self.model.get_output_embeddings()(output.last_hidden_state[:, -1]), output.past_key_values
+            return self._on_states(output.last_hidden_state[:, -1]), output.past_key_values
 
     def mode(self, *, train: bool) -> None:
         """Dropout on or off."""
@@ -72,6 +88,10 @@ class Network:
     @property
     def max_length(self) -> int:
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000)
+
+    def _on_states(self, states: Tensor) -> Tensor:
+        assert self.tail is not None
+        return self.tail(self.model.get_output_embeddings()(states))
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         if self.autocast is None:
@@ -109,8 +129,12 @@ def load_network(
     attn: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> Network:
-    """A hub id or a local folder, on the device, frozen, in eval mode. Raises BadRequest where it cannot be had."""
+    """A hub id or a local folder, on the device, frozen, in eval mode.
+
+    gradient_checkpointing: in train mode, keep each layer's input only. Raises BadRequest where it cannot be had.
+    """
     options: dict[str, Any] = {
         "revision": revision,
         "trust_remote_code": trust_remote_code,
@@ -122,8 +146,15 @@ def load_network(
     except (OSError, ValueError, ImportError) as error:
         raise BadRequest(f"cannot load the model {str(source)!r}: {_first_line(error)}") from error
     model.to(device).eval().requires_grad_(False)
+    if gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise BadRequest(f"{str(source)!r} knows no gradient checkpointing: leave --gradient-checkpointing out")
+        # the second name is the one of older releases
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        # the reentrant kind loses the gradient of an adapter under a frozen embedding
+        enable({"use_reentrant": False})
     network = Network(model, str(source), device, dtype)
-    network.splits = head_is_all_there_is(network)
+    network.tail = find_tail(network)
     return network
 
 
@@ -136,28 +167,40 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None, trust_rem
 
 
 @torch.no_grad()
-def head_is_all_there_is(network: Network) -> bool:
-    """Whether logits are the head on the backbone's states: compared on two short rows, with large head outputs.
+def find_tail(network: Network) -> Tail | None:
+    """What makes the model's logits of its head on the backbone's states; None where nothing that is known does.
 
-    Large, because soft-capping or scaling of the small logits of a new model is below rounding.
+    Compared on two short rows with large head outputs: soft-capping of the small logits of a new model is below
+    rounding.
     """
     model = network.model
     head = model.get_output_embeddings()
     if head is None or model.base_model is model:
-        return False
+        return None
     tokens = torch.arange(12, device=network.device).reshape(2, 6) % network.vocab_size  # [B, T]
-    split = Network(model, network.source, network.device, network.dtype, splits=True, autocast=network.autocast)
+    split = replace(network, tail=Tail())
     try:
-        ours = head(split.states(tokens, None))
-        factor = 100 / ours.abs().amax().clamp(min=1e-6)
-        hook = head.register_forward_hook(lambda _module, _inputs, output: output * factor)
+        large = _wide(head(split.states(tokens, None)))  # [B, T, V]
+        factor = _LARGE / large.abs().amax().clamp(min=1e-6)
+        large = large * factor
+        # wide, so that a multiplier of 1.01 is not lost in bfloat16
+        hook = head.register_forward_hook(lambda _module, _inputs, output: _wide(output) * factor)
         try:
-            theirs = network.states(tokens, None)
+            theirs = _wide(network.states(tokens, None))
         finally:
             hook.remove()
     except (AttributeError, TypeError, ValueError):
-        return False  # not a backbone and a head of the usual shape
-    return ours.shape == theirs.shape and torch.allclose((ours * factor).float(), theirs.float(), rtol=1e-3, atol=1e-2)
+        return None  # not a backbone and a head of the usual shape
+    if large.shape != theirs.shape:
+        return None
+    for tail in possible_tails(model.config.get_text_config()):
+        if torch.allclose(tail(large), theirs, rtol=1e-3, atol=1e-2):
+            return tail
+    return None
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,208 @@
+"""A head that was found gives what the model itself gives: the loss, and every gradient."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+
+from tests.engine.conftest import SMALL
+from tinkerbell_core.functional import target_logprobs
+from tinkerbell_core.logits.head import Head
+from tinkerbell_server.engines.torch.heads import Tail
+from tinkerbell_server.engines.torch.model import Network, find_tail, load_network
+
+Model = Any  # a transformers or a PEFT model
+
+FALCON = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8}
+
+MODELS: dict[str, Callable[[], Model]] = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)),
+    "llama, tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SMALL, head_dim=8)),
+    "gpt2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=261, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1)
+    ),
+    "phi, a bias": lambda: hf.PhiForCausalLM(hf.PhiConfig(**SMALL | {"num_key_value_heads": 4})),
+    "gemma2, a cap": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SMALL, **GEMMA, final_logit_softcapping=5.0)),
+    "gemma3, a cap": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**SMALL, **GEMMA, final_logit_softcapping=7.0)),
+    "cohere, scaled": lambda: hf.CohereForCausalLM(hf.CohereConfig(**SMALL, logit_scale=0.0625)),
+    "cohere2, scaled": lambda: hf.Cohere2ForCausalLM(hf.Cohere2Config(**SMALL, logit_scale=1.01)),
+    "granite, divided": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**SMALL, logits_scaling=8.0)),
+    "falcon h1, scaled": lambda: hf.FalconH1ForCausalLM(hf.FalconH1Config(**SMALL, **FALCON, lm_head_multiplier=0.3)),
+}
+
+TAILS = {
+    "gemma2, a cap": Tail(1.0, 5.0),
+    "gemma3, a cap": Tail(1.0, 7.0),
+    "cohere, scaled": Tail(0.0625),
+    "cohere2, scaled": Tail(1.01),
+    "granite, divided": Tail(1 / 8.0),
+    "falcon h1, scaled": Tail(0.3),
+}
+
+DTYPES = {"float64": (torch.float64, 1e-9), "float32": (torch.float32, 2e-4)}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def network_of(model: Model, device: str, dtype: torch.dtype) -> Network:
+    """As a server loads it, with a bias that is not zero."""
+    model.to(device, dtype).eval().requires_grad_(False)
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        torch.nn.init.normal_(head.bias)
+    network = Network(model, "a model", torch.device(device), dtype)
+    network.tail = find_tail(network)
+    return network
+
+
+def with_adapter(network: Network, *targets: str, **settings: Any) -> Model:
+    """A LoRA that is off zero, on modules of the network."""
+    config = LoraConfig(
+        **{"r": 3, "lora_alpha": 5, "target_modules": list(targets), "task_type": "CAUSAL_LM"} | settings
+    )
+    with warnings.catch_warnings():  # of a tied head, and of a layer that stores its weight transposed
+        warnings.simplefilter("ignore")
+        model = PeftModel(network.model, config, adapter_name="m0")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def compare(network: Network, dtype: str) -> dict[str, Tensor]:
+    """Assert that loss and gradients through the head are those of the model's own forward; the gradients."""
+    tolerance = DTYPES[dtype][1]
+    head = network.head()
+    assert isinstance(head, Head)
+    tokens, targets = torch.randint(256, (2, 2, 9), device=network.device)  # [B, T]
+    trained = {name: p for name, p in network.model.named_parameters() if p.requires_grad}
+    assert trained
+
+    def grown(logits: Tensor, leaf: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = -target_logprobs(logits, targets).sum() + logits.logsumexp(-1).square().sum()
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        return loss.detach(), {n: g for n, g in zip(trained, gradients, strict=True) if g is not None}
+
+    loss, gradients = grown(network.model(input_ids=tokens, use_cache=False).logits)
+    assert gradients
+    for logits in (network.logits(network.states(tokens, None)), head(network.states(tokens, None))):
+        ours, own = grown(logits)
+        torch.testing.assert_close(ours, loss, rtol=tolerance, atol=tolerance)
+        assert own.keys() == gradients.keys()
+        largest = max(float(g.abs().max()) for g in gradients.values())
+        for name, gradient in gradients.items():
+            worst = float((own[name] - gradient).abs().max())
+            assert worst <= tolerance * largest, (name, worst, largest)
+    return gradients
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_frozen_head_under_an_adapter_gives_what_the_model_gives(name: str, device: str, dtype: str) -> None:
+    network = network_of(MODELS[name](), device, DTYPES[dtype][0])
+    assert network.tail == TAILS.get(name, Tail())
+    names = [n for n, m in network.model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
+    leaves = {n.rpartition(".")[2] for n in names} or {"c_attn"}
+    with_adapter(network, *(leaves - {"out_proj"}))
+    assert network.head().lora is None  # type: ignore[union-attr]
+    compare(network, dtype)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "phi, a bias", "gemma2, a cap", "granite, divided"])
+def test_an_adapter_on_the_head_gives_what_the_model_gives(name: str, device: str, dtype: str) -> None:
+    network = network_of(MODELS[name](), device, DTYPES[dtype][0])
+    model = with_adapter(network, "lm_head", "q_proj")
+    gradients = compare(network, dtype)
+    assert any("lm_head" in name for name in gradients)
+    model.base_model.disable_adapter_layers()
+    assert network.head().lora is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "phi, a bias", "gemma2, a cap", "cohere, scaled"])
+def test_a_head_that_is_trained_whole_gives_what_the_model_gives(name: str, device: str, dtype: str) -> None:
+    network = network_of(MODELS[name](), device, DTYPES[dtype][0])
+    network.model.requires_grad_(True)
+    gradients = compare(network, dtype)
+    assert any("lm_head" in name or "embed_tokens" in name for name in gradients)
+
+
+def test_the_active_adapter_is_the_one_that_is_found(device: str) -> None:
+    network = network_of(MODELS["llama"](), device, torch.float64)
+    model = with_adapter(network, "lm_head")
+    model.add_adapter("m1", LoraConfig(r=2, lora_alpha=8, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    model.base_model.set_adapter("m1")
+    lora = network.head().lora  # type: ignore[union-attr]
+    assert lora is not None
+    assert (lora.a.shape[0], lora.scaling) == (2, 4.0)
+    model.base_model.set_adapter("m0")
+    assert network.head().lora.a.shape[0] == 3  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("settings", [{"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}])
+def test_a_head_of_another_form_is_left_to_the_model(settings: dict[str, Any], device: str) -> None:
+    network = network_of(MODELS["phi, a bias"](), device, torch.float64)
+    with_adapter(network, "lm_head", **settings)
+    network.mode(train=True)
+    assert network.head() is None
+
+
+def test_dropout_on_the_head_does_no_harm_where_it_is_off(device: str) -> None:
+    network = network_of(MODELS["llama"](), device, torch.float64)
+    with_adapter(network, "lm_head", lora_dropout=0.5).eval()
+    compare(network, "float64")
+
+
+def test_a_model_that_does_something_else_to_its_logits_is_not_cut(device: str) -> None:
+    model = MODELS["granite, divided"]()
+    model.config.logits_scaling, model.config.logit_scale = 8.0, 3.0  # a number that explains nothing does no harm
+    assert network_of(model, device, torch.float64).tail == Tail(1 / 8.0)
+
+    own = model.forward
+
+    def clamped(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        output.logits = output.logits.clamp(max=5.0)
+        return output
+
+    model.forward = clamped
+    assert network_of(model, device, torch.float64).tail is None
+
+
+def test_a_small_multiplier_is_found_in_bfloat16(device: str) -> None:
+    assert network_of(MODELS["cohere2, scaled"](), device, torch.bfloat16).tail == Tail(1.01)
+
+
+def test_checkpointing_keeps_the_gradient(bases: dict[str, Path], device: str) -> None:
+    tokens = torch.randint(256, (2, 9), device=device)
+    found = []
+    for checkpointing in (False, True):
+        network = load_network(
+            bases["llama"], torch.device(device), torch.float64, gradient_checkpointing=checkpointing
+        )
+        torch.manual_seed(3)
+        model = with_adapter(network, "q_proj", "lm_head")
+        network.mode(train=True)
+        F.cross_entropy(network.logits(network.states(tokens, None)).flatten(0, 1), tokens.flatten()).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert network.model.is_gradient_checkpointing == checkpointing
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)

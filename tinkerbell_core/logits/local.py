@@ -1,0 +1,155 @@
+"""Logits of a head in this process, computed a chunk of rows at a time, as each question needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tinkerbell_core.errors import PlainLogitsNeeded
+from tinkerbell_core.logits.head import Head
+from tinkerbell_core.logits.known import REMEMBERED, Known, Memory
+from tinkerbell_core.logits.linear import LinearProduct
+from tinkerbell_core.logits.matrix import BLOCK_BYTES
+from tinkerbell_core.logits.moments import ANSWERS, Question
+from tinkerbell_core.logits.picked import Picked
+from tinkerbell_core.logits.products import AnyProduct
+from tinkerbell_core.logits.recompute import Recompute
+from tinkerbell_core.logits.source import Reading, Statistic
+from tinkerbell_core.logits.stored import Stored
+from tinkerbell_core.logits.sweep import Sweep
+
+CHUNK_BYTES = 256 << 20
+
+# Columns of a row read one by one, as a share of the vocabulary: more of them cost more than a whole matrix product.
+_FEW = 1 / 64
+
+
+class LocalSource:
+    """head(hidden) of hidden `[N, H]`, never much more than chunk_bytes of logits at once.
+
+    head: a `Head`, an nn.Linear, or anything callable; a module's parameters take gradients. together: statistics the
+    loss is known to ask of the rows it reads, so that one sweep answers them all; beside: those it asks under no_grad.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Callable[[Tensor], Tensor],
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        together: frozenset[Statistic] = frozenset(),
+        beside: frozenset[Statistic] = frozenset(),
+    ) -> None:
+        if type(head) is nn.Linear:
+            head = Head(head.weight, head.bias)
+        self._head = head
+        self._product = LinearProduct(hidden, head) if isinstance(head, Head) else AnyProduct(hidden, head)
+        self._together = (together & REMEMBERED) - self._sums_of(None)
+        self._beside = (beside & REMEMBERED) - self._sums_of(None)
+        self._chunk_bytes = self._keep_bytes = chunk_bytes
+        self._memory = Memory()
+        self.count, self.vocab, self.device = hidden.shape[0], self._product.vocab, hidden.device
+        self.dtype = torch.promote_types(self._product.dtype, torch.float32)
+
+    def read(
+        self,
+        rows: Tensor,
+        scale: float | Tensor = 1.0,
+        pick: Tensor | int | None = None,
+        want: frozenset[Statistic] = frozenset(),
+        weights: Tensor | None = None,
+    ) -> Reading:
+        """As `LogitsSource.read` says. Raises PlainLogitsNeeded for a scale or weights that take a gradient."""
+        scale = _constant(scale, "scales logits by") if isinstance(scale, Tensor) else float(scale)
+        weights = None if weights is None else _constant(weights, "weighs logits with")
+        differentiable = torch.is_grad_enabled() and bool(self.anchors())
+        known = self._memory.of(rows, scale)
+        found: dict[str, Tensor] = {}
+        for name in want & self._sums_of(weights):
+            found[name] = self._sum(known, weights if name == "dot" else None)
+        missing = frozenset(name for name in want - found.keys() if not known.has(name, differentiable))
+        if missing or pick is not None:
+            asked = self._question(known, pick, missing, weights, differentiable)
+            found |= known.add(self._ask(asked, known, differentiable), asked.sloped)
+        for name in want & REMEMBERED - self._sums_of(None):
+            found[name] = known.get(name, differentiable)
+        return Reading(**{name: found[name] for name in found.keys() & want | found.keys() & {"columns", "values"}})
+
+    def full(self, rows: Tensor) -> Tensor:
+        """The rows themselves, unscaled: `[n]` -> `[n, V]`."""
+        return self._head(self._product.hidden[rows]).to(self.dtype)
+
+    def hidden(self, rows: Tensor) -> Tensor:
+        """The hidden states of rows, after the final norm: `[n]` -> `[n, H]`."""
+        return self._product.hidden[rows]
+
+    def anchors(self) -> list[Tensor]:
+        """The tensors a gradient may flow to; empty under a frozen model without a leaf."""
+        return list(self._product.gradients.tensors)
+
+    def _sums_of(self, weights: Tensor | None) -> frozenset[Statistic]:
+        """The statistics that are one vector times the states, if these are the weights: no logits are needed."""
+        if not isinstance(self._product, LinearProduct) or not self._product.plain:
+            return frozenset()
+        return frozenset({"total", "dot"}) if weights is not None and weights.dim() == 1 else frozenset({"total"})
+
+    def _sum(self, known: Known, weights: Tensor | None) -> Tensor:
+        assert isinstance(self._product, LinearProduct)
+        vector, constant = self._product.sums(weights)  # [H]
+        return (self.hidden(known.rows).to(self.dtype) @ vector + constant) * known.scale
+
+    def _question(
+        self,
+        known: Known,
+        pick: Tensor | int | None,
+        missing: frozenset[Statistic],
+        weights: Tensor | None,
+        differentiable: bool,
+    ) -> Question:
+        """What to ask: what is missing, and with it what the loss will ask later."""
+        if not missing:
+            return Question(known.rows, known.scale, pick)
+        later = frozenset(name for name in self._together if not known.has(name, differentiable))
+        aside = frozenset(name for name in self._beside if not known.has(name, sloped=False))
+        sloped = missing | later if differentiable else frozenset()
+        return Question(known.rows, known.scale, pick, missing | later | aside, weights, sloped)
+
+    def _ask(self, asked: Question, known: Known, differentiable: bool) -> dict[str, Tensor]:
+        """Answers by name, by the cheapest way there is to them."""
+        product, pick = self._product, asked.pick
+        source: Tensor = product.gradients.token() if differentiable else product.hidden.new_zeros(())
+        few = not isinstance(pick, Tensor) or pick.shape[1] <= max(1, self.vocab * _FEW)
+        way: type[torch.autograd.Function] = Recompute
+        how: tuple[object, ...] = (product, asked, self._width(product.copies))
+        if isinstance(product, LinearProduct) and few and not asked.want and isinstance(pick, Tensor):
+            row_bytes = pick.shape[1] * product.hidden.shape[1] * product.dtype.itemsize
+            way, how = Picked, (product, asked, max(1, BLOCK_BYTES // max(1, row_bytes)))
+        elif isinstance(product, LinearProduct) and few and product.frozen:
+            way, how = Sweep, (product, asked, self._width(len(asked.sloped)))
+        elif differentiable and self._keep(known):
+            assert known.logits is not None
+            way, source, how = Stored, known.logits, (asked,)
+        answers = way.apply(source, *how)  # type: ignore[no-untyped-call]
+        return {name: tensor for name, tensor in zip(ANSWERS, answers, strict=True) if tensor is not None}
+
+    def _keep(self, known: Known) -> bool:
+        """Whether these rows' logits are kept for backward: they are, while all that are kept fit one chunk."""
+        if known.logits is None:
+            held = 2 * len(known.rows) * self.vocab * self._product.dtype.itemsize  # and their gradient
+            if held > self._keep_bytes:
+                return False
+            self._keep_bytes -= held
+            known.logits = self._head(self._product.hidden[known.rows])
+        return True
+
+    def _width(self, copies: int) -> int:
+        """Rows of a chunk that holds so many tensors."""
+        return max(1, self._chunk_bytes // (self.vocab * self._product.dtype.itemsize * max(1, copies)))
+
+
+def _constant(x: Tensor, use: str) -> Tensor:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise PlainLogitsNeeded(f"the loss {use} a tensor that takes a gradient itself")
+    return x.detach()
