@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tinkerbell_core.errors import PlainLogitsNeeded
 from tinkerbell_core.logits import Head, LocalSource, Lora, Reading
 from tinkerbell_core.logits.moments import ANSWERS
 from tinkerbell_core.logits.source import Statistic
@@ -49,9 +50,7 @@ HEADS: dict[str, Callable[[], Any]] = {
     "lora, bias, soft-capped": lambda: Head(of(V, H), of(V), low_rank(grad=True), multiplier=1.3, softcap=2.0),
     "trainable": lambda: Head(of(V, H, grad=True)),
     "trainable bias": lambda: Head(of(V, H), of(V, grad=True)),
-    "all trainable": lambda: Head(
-        of(V, H, grad=True), of(V, grad=True), low_rank(grad=True), multiplier=1.3, softcap=2
-    ),
+    "all trainable": lambda: Head(of(V, H, grad=True), of(V, grad=True), low_rank(grad=True), multiplier=1.3, softcap=2),
     "linear module": lambda: nn.Linear(H, V, dtype=torch.float64),
     "any module": CappedModule,
     "a function": lambda: torch.tanh,

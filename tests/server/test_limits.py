@@ -121,12 +121,11 @@ def test_a_body_over_its_limit_is_refused_while_it_comes(serve: Any) -> None:
 
 def test_a_body_that_stops_coming_is_waited_for_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problems, "_CHUNK_SECONDS", 0.05)
-    sent = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+    sent = [b"{"]
 
-    async def receive() -> Any:
-        for message in sent:
-            return message
-        await asyncio.sleep(60)
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0 if sent else 60)
+        return {"type": "http.request", "body": sent.pop(), "more_body": True}
 
     request = StarletteRequest({"type": "http", "headers": [], "method": "POST"}, receive)
     with pytest.raises(problems.HttpProblem, match="1 bytes so far") as caught:
