@@ -5,7 +5,7 @@ Tensors travel as raw little-endian buffers (`TensorData`); as JSON they may als
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -26,6 +26,9 @@ DTYPES = {
 }
 """dtype name → bytes an element; the dtypes a tensor on the wire may have."""
 
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""A whole number that every format and every tensor can hold; JSON has larger ones."""
+
 UPLOAD_LIMIT = 1 << 20
 """The most bytes an uploaded loss may have, decoded."""
 
@@ -39,7 +42,7 @@ class TensorData(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     data: bytes
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[Int64, ...]
 
 
 class Datum(Wire, frozen=True):
@@ -78,7 +81,7 @@ class ForwardRequest(Wire, frozen=True):
     data: list[Any]
     loss_fn: str = "cross_entropy"
     loss_fn_inputs: dict[str, Any] | None = None
-    loss_fn_config: dict[str, bool | int | float | str | None] | None = None
+    loss_fn_config: dict[str, bool | Int64 | float | str | None] | None = None
 
 
 class OptimStepRequest(Wire, frozen=True):
@@ -140,9 +143,9 @@ class RegisterLossRequest(Wire, frozen=True):
     digest: str
     source: str = ""
     filename: str = ""
-    first_line: int = 1
+    first_line: Int64 = 1
     coupling: Literal["sequence", "batch"] = "batch"
-    group_size: int = 1
+    group_size: Int64 = 1
     example_inputs: dict[str, TensorData] | None = None
     kind: Literal["cloudpickle", "source"] = "cloudpickle"
 

@@ -66,7 +66,8 @@ class Watched:
 
     def __init__(self, audit: Audit, caller: Caller, action: str, name: str | None, sha256: str | None) -> None:
         self.sha256 = sha256
-        self._audit, self._caller, self._action, self._name = audit, caller, action, name
+        # what a caller calls a thing may be a megabyte long
+        self._audit, self._caller, self._action, self._name = audit, caller, action, name and name[:200]
         self._began = time.monotonic()
 
     def __enter__(self) -> Watched:

@@ -57,7 +57,8 @@ class Library:
 
     async def register(self, caller: Caller, upload: RegisterLossRequest) -> LossDescription:
         """An uploaded loss, once the engine has tried it."""
-        with self._audit.watch(caller, "register_custom_loss", upload.name, _sha256(upload)):
+        name = Version(caller.tenant, upload).id
+        with self._audit.watch(caller, "register_custom_loss", name, _sha256(upload)):
             return await self._register(caller.tenant, upload)
 
     async def delete(self, caller: Caller, request: DeleteLossesRequest) -> DeleteLossesOutput:
@@ -134,7 +135,7 @@ def _owner(caller: Caller, tenant: str | None) -> str:
 
 
 def _told(request: DeleteLossesRequest | PublishLossRequest) -> str:
-    return request.name[:200] if request.tenant is None else f"{request.tenant[:40]}/{request.name[:200]}"
+    return request.name if request.tenant is None else f"{request.tenant[:40]}/{request.name}"
 
 
 def _sha256(upload: RegisterLossRequest) -> str:

@@ -167,11 +167,12 @@ class Store:
         return [row[0] for row in self._db.execute("SELECT id FROM requests WHERE finished IS NULL ORDER BY rowid")]
 
     def prune(self, keep_seconds: float, keep: int) -> None:
-        """Drop finished requests that are older than `keep_seconds`, and all but the newest `keep`."""
+        """Drop finished requests that are older than `keep_seconds`, and all but each tenant's newest `keep`."""
         self._db.execute("DELETE FROM requests WHERE finished < ?", (time.time() - keep_seconds,))
         self._db.execute(
-            "DELETE FROM requests WHERE id IN (SELECT id FROM requests WHERE finished IS NOT NULL"
-            " ORDER BY finished DESC LIMIT -1 OFFSET ?)",
+            "DELETE FROM requests WHERE id IN (SELECT id FROM (SELECT id, row_number() OVER ("
+            " PARTITION BY substr(id, 1, instr(id, '/')) ORDER BY finished DESC) AS place"
+            " FROM requests WHERE finished IS NOT NULL) WHERE place > ?)",
             (keep,),
         )
 

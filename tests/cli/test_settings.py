@@ -57,6 +57,8 @@ def test_every_setting_of_the_file_is_read(served: list[Settings]) -> None:
     Path("tinkerbell.toml").write_text(
         'model = "here"\nplugins = false\ndisabled_plugins = ["a:b", "c"]\nmicro_batch_tokens = 512\n'
         'data_dir = "runs"\nuploads = "trusted"\ntrust_remote_code = true\n'
+        'auth = "on"\nssl_certfile = "c.pem"\nssl_keyfile = "k.pem"\n'
+        "body_limit = 8\nrate_limit = 60\nconcurrency_limit = 4\nqueue_limit = 32\n"
     )
     answer = serve()
     assert answer.exit_code == 0, answer.output
@@ -66,6 +68,9 @@ def test_every_setting_of_the_file_is_read(served: list[Settings]) -> None:
     assert settings.disabled_plugins == ("a:b", "c")
     assert settings.micro_batch_tokens == 512
     assert settings.trust_remote_code
+    assert (settings.auth, settings.ssl_certfile, settings.ssl_keyfile) == ("on", "c.pem", "k.pem")
+    assert (settings.body_limit, settings.rate_limit) == (8, 60)
+    assert (settings.concurrency_limit, settings.queue_limit) == (4, 32)
 
 
 def test_an_unknown_key_in_the_file_is_an_error_that_names_the_nearest(served: list[Settings]) -> None:

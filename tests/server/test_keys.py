@@ -194,6 +194,7 @@ def test_the_audit_log_tells_who_did_what_and_no_secret(serve: Any, keys: Keys, 
     ]
     assert {line["key_id"] for line in lines[:3]} == {key.id}
     assert len(lines[1]["sha256"]) == 64
+    assert lines[1]["name"] == lines[2]["name"]
     assert lines[2]["name"].startswith("upload:ann/mine@")
     assert lines[4]["reason"] == "unknown key"
     assert lines[4]["address"] == "127.0.0.1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -12,7 +13,10 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from starlette.requests import Request as StarletteRequest
 
+from tinkerbell_core.errors import BadRequest
+from tinkerbell_server import problems
 from tinkerbell_server.keys import Keys
 from tinkerbell_server.protocol import HEAD_SECONDS
 from tinkerbell_server.rates import Rates
@@ -113,6 +117,20 @@ def test_a_body_over_its_limit_is_refused_while_it_comes(serve: Any) -> None:
             answer = caller.http.post(path, content=much(), headers=headers)
             assert answer.status_code == 413, path
             assert says in answer.json()["problem"]["message"]
+
+
+def test_a_body_that_stops_coming_is_waited_for_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problems, "_CHUNK_SECONDS", 0.05)
+    sent = [b"{"]
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0 if sent else 60)
+        return {"type": "http.request", "body": sent.pop(), "more_body": True}
+
+    request = StarletteRequest({"type": "http", "headers": [], "method": "POST"}, receive)
+    with pytest.raises(problems.HttpProblem, match="1 bytes so far") as caught:
+        asyncio.run(problems.read_body(request, 100, BadRequest("too large")))
+    assert caught.value.http_status == 408
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.server.conftest import Caller
 from tinkerbell_server.config import Settings
 from tinkerbell_server.keys import Keys
 from tinkerbell_server.running import running
+from tinkerbell_server.store import Request, Store
 
 ROWS = [[1, 2, 3], [4, 5]]
 
@@ -108,6 +110,20 @@ def test_a_foreign_future_is_as_unknown_as_none(tenants: Tenants) -> None:
             assert answer.status_code == 404
     problem = tenants.bob.http.get(f"/futures/{request_id}").json()["problem"]
     same(problem, tenants.bob.http.get("/futures/req-none").json()["problem"], (request_id, "req-none"))
+
+
+def test_a_sample_of_the_base_is_of_no_model(tenants: Tenants) -> None:
+    assert tenants.ann.done("/sample", prompt="x")["model_id"] is None
+
+
+def test_one_tenants_results_push_out_no_others(tmp_path: Path) -> None:
+    with contextlib.closing(Store(tmp_path)) as store:
+        for request_id in ("req-1", "bob/req-1", "ann/req-1", "ann/req-2", "ann/req-3"):
+            store.add_request(Request(request_id, None, "forward", None, "", "queued", None, None))
+            store.finish(request_id, b"", None)
+        store.prune(3600, 2)
+        kept = [name for name in ("req-1", "bob/req-1", "ann/req-1", "ann/req-2", "ann/req-3") if store.request(name)]
+    assert kept == ["req-1", "bob/req-1", "ann/req-2", "ann/req-3"]
 
 
 def test_an_idempotency_key_is_each_tenants_own(tenants: Tenants) -> None:

@@ -8,18 +8,16 @@ from torch import Tensor
 from tinkerbell_core.logits.form import Form, Lazy, is_one, is_zero, wide
 
 
-def dense(form: Lazy, operation: str) -> Tensor:
-    """What the form stands for, with its graph. Raises LogitsTooLarge."""
-    with torch.enable_grad():
-        if isinstance(form, Form):
-            return _dense(form, operation)
-        weight = form.weight if isinstance(form.weight, Tensor) else _dense(form.weight, operation)
-        value = weight * _dense(form.value, operation) * wide(form.coefficient)
-        return value if form.given is None else value + form.given
+def dense(form: Lazy, stored: Tensor) -> Tensor:
+    """What the form stands for, given the logits of all rows `[N, V]`."""
+    if isinstance(form, Form):
+        return _dense(form, stored)
+    weight = form.weight if isinstance(form.weight, Tensor) else _dense(form.weight, stored)
+    value = weight * _dense(form.value, stored) * wide(form.coefficient)
+    return value if form.given is None else value + form.given
 
 
-def _dense(form: Form, operation: str) -> Tensor:
-    stored = form.family.stored(operation)
+def _dense(form: Form, stored: Tensor) -> Tensor:
     if not form.attached:
         stored = stored.detach()
     flat = form.rows.reshape(-1)

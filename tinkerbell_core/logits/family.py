@@ -35,19 +35,24 @@ class Family:
         """Of the logits of all rows, were they stored."""
         return self.source.count * self.source.vocab * self.source.dtype.itemsize
 
-    def stored(self, operation: str) -> Tensor:
-        """The logits of all rows, `[N, V]`, with their graph; built once. Raises LogitsTooLarge."""
-        if self._stored is None:
-            if self.budget is not None and self.bytes > self.budget:
-                raise LogitsTooLarge(
-                    f"{operation} needs the logits themselves, {self.bytes:,} bytes, over this server's budget of "
-                    f"{self.budget:,}: compute what you need of them with functional.target_logprobs, entropy or "
-                    "logsumexp, send a smaller batch, or raise the setting logits_budget"
-                )
-            with torch.enable_grad():
-                self._stored = self.source.full(torch.arange(self.source.count, device=self.source.device))
-            self.materialised.append((operation, self.bytes))
+    def stored(self, operation: str, *, graph: bool = True) -> Tensor:
+        """The logits of all rows, `[N, V]`, built once; with a graph unless none is wanted. Raises LogitsTooLarge."""
+        attached = any(tensor.requires_grad for tensor in self.source.anchors())
+        if self._stored is None or (graph and attached and not self._stored.requires_grad):
+            self._stored = self.built(operation)
         return self._stored
+
+    def built(self, operation: str) -> Tensor:
+        """The same, built anew and not kept. Raises LogitsTooLarge."""
+        if self.budget is not None and self.bytes > self.budget:
+            raise LogitsTooLarge(
+                f"{operation} needs the logits themselves, {self.bytes:,} bytes, over this server's budget of "
+                f"{self.budget:,}: compute what you need of them with functional.target_logprobs, entropy or "
+                "logsumexp, send a smaller batch, or raise the setting logits_budget"
+            )
+        self.materialised.append((operation, self.bytes))
+        with torch.enable_grad():
+            return self.source.full(torch.arange(self.source.count, device=self.source.device))
 
     def record(self, operation: str, tensor: Tensor) -> None:
         """Remember that an operation had this tensor built from the stored logits."""

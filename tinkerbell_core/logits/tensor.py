@@ -66,7 +66,8 @@ class Logits(torch.Tensor):
         """The true tensor, attached where this one is. Raises LogitsTooLarge."""
         self.family.check()
         if self._value is None:
-            self._value = dense(self.form, operation)
+            with torch.enable_grad():
+                self._value = dense(self.form, self.family.stored(operation))
             if self.form is not self.family.root:
                 self.family.record(operation, self._value)
         return self._value if torch.is_grad_enabled() else self._value.detach()
@@ -120,7 +121,7 @@ class Logits(torch.Tensor):
             if func._schema.is_mutable and any(one is logits for one in _logits_in(args[:1])):
                 logits.family.refuse(f"the logits are changed in place by {func}")
         with torch.no_grad():
-            stored = tree_map_only(Logits, lambda logits: logits.stored(str(func)), (args, kwargs))
+            stored = tree_map_only(Logits, lambda logits: _without_graph(logits.form, str(func)), (args, kwargs))
             return func(*stored[0], **stored[1])
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
@@ -168,8 +169,10 @@ class _Edge(torch.autograd.Function):
         if torch.is_grad_enabled():
             family.refuse("a second derivative is taken")
         family.check()
-        true = dense(ctx.form, "a gradient of the whole tensor")
-        return None, *torch.autograd.grad(true, ctx.held, gradient, retain_graph=True, allow_unused=True)
+        with torch.enable_grad():
+            # a graph of its own: that of the stored logits may be gone by now, or be needed still
+            true = dense(ctx.form, family.built("a gradient of the whole tensor"))
+        return None, *torch.autograd.grad(true, ctx.held, gradient, allow_unused=True)
 
 
 def _on_stored(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -187,6 +190,11 @@ def _on_stored(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
             if _share_memory(tensor, stored):
                 logits.family.watch(tensor)
     return result
+
+
+def _without_graph(form: Lazy, operation: str) -> Tensor:
+    """The true tensor, below autograd, where no graph can be built."""
+    return dense(form, form.family.stored(operation, graph=False))
 
 
 def _refuse_inside_func(logits: Logits) -> None:
