@@ -15,6 +15,7 @@ from tinkerbell_core.contract import check_output
 from tinkerbell_core.errors import BadLoss, PlainLogitsNeeded, TinkerbellError
 from tinkerbell_core.guesses import MadeUpInputs, ragged_mask
 from tinkerbell_core.logits import Head, LocalSource, Logits, plain_logits
+from tinkerbell_core.logits.recorded import RecordedSource
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.spec import LossSpec
 
@@ -127,9 +128,8 @@ def _try(
         head = torch.nn.Linear(hidden_size, vocab_size, bias=False, device=mask.device).requires_grad_(False)
         logits: Tensor = plain_logits(hidden, head)
         if lazy:
-            source = LocalSource(
-                hidden.flatten(0, 1), Head(head.weight), chunk_bytes=_CHUNK_ROWS * vocab_size * logits.itemsize
-            )
+            chunk_bytes = _CHUNK_ROWS * vocab_size * logits.itemsize
+            source = RecordedSource(LocalSource(hidden.flatten(0, 1), Head(head.weight), chunk_bytes=chunk_bytes))
             logits = Logits.over(source, mask.shape)
         output = run_loss(spec, logits, inputs, mask, plausible_settings(spec))
         with _authors_errors(spec):
@@ -162,8 +162,14 @@ def _on_lazy_logits(spec: LossSpec, inputs: MadeUpInputs, mask: Tensor, vocab_si
         if not _agree(expected, found):
             return replace(spec, plain_logits=f"its {what} on lazy logits differs from that on plain ones")
     assert isinstance(trial.logits, Logits)
-    operations = dict.fromkeys(operation for operation, _ in trial.logits.materialised)
-    return replace(spec, materialises=tuple(operations), reads=tuple(sorted(trial.logits.asked)))
+    source = trial.logits.family.source
+    assert isinstance(source, RecordedSource)
+    return replace(
+        spec,
+        materialises=tuple(dict.fromkeys(operation for operation, _ in trial.logits.materialised)),
+        reads=tuple(sorted(source.together(gradient=True))),
+        reads_beside=tuple(sorted(source.together(gradient=False))),
+    )
 
 
 def _agree(expected: Tensor | None, found: Tensor | None) -> bool:

@@ -59,6 +59,7 @@ def test_every_setting_of_the_file_is_read(served: list[Settings]) -> None:
         'data_dir = "runs"\nuploads = "trusted"\ntrust_remote_code = true\n'
         'auth = "on"\nssl_certfile = "c.pem"\nssl_keyfile = "k.pem"\n'
         "body_limit = 8\nrate_limit = 60\nconcurrency_limit = 4\nqueue_limit = 32\n"
+        "logits_budget = 1000000\ngradient_checkpointing = true\n"
     )
     answer = serve()
     assert answer.exit_code == 0, answer.output
@@ -71,6 +72,8 @@ def test_every_setting_of_the_file_is_read(served: list[Settings]) -> None:
     assert (settings.auth, settings.ssl_certfile, settings.ssl_keyfile) == ("on", "c.pem", "k.pem")
     assert (settings.body_limit, settings.rate_limit) == (8, 60)
     assert (settings.concurrency_limit, settings.queue_limit) == (4, 32)
+    assert settings.logits_budget == 1_000_000
+    assert settings.gradient_checkpointing
 
 
 def test_an_unknown_key_in_the_file_is_an_error_that_names_the_nearest(served: list[Settings]) -> None:

@@ -34,7 +34,7 @@ def lazy(budget: int | None = None) -> Logits:
 def test_the_built_in_losses_store_no_logits(module: Any) -> None:
     (spec,) = module.register_losses()
     found = dry_run(spec, 50)
-    assert (found.plain_logits, found.materialises, found.reads) == ("", (), ("logsumexp",))
+    assert (found.plain_logits, found.materialises, found.reads) == ("", (), ())
     assert (found.id, found.digest) == (spec.id, spec.digest)
 
 
@@ -43,9 +43,19 @@ def test_what_a_loss_reads_together_and_what_it_materialises_is_found() -> None:
         return (target_logprobs(x, inputs["target_tokens"]) * entropy(x)).sum() + x.std(-1).sum() + x.erf().sum()
 
     found = dry_run(losing(result), 50)
-    assert found.reads == ("entropy", "logsumexp")
+    assert (found.reads, found.reads_beside) == (("entropy", "logsumexp"), ())
     assert found.materialises == ("std",)
     assert found.plain_logits == ""
+
+
+def test_a_statistic_without_gradient_is_read_beside_others_of_the_same_rows() -> None:
+    def result(x: Tensor, inputs: Any) -> Tensor:
+        with torch.no_grad():
+            shown = entropy(x)
+        return (target_logprobs(x, inputs["target_tokens"]) * shown).sum() + (x[1:] / 2).log_softmax(-1).sum()
+
+    found = dry_run(losing(result), 50)
+    assert (found.reads, found.reads_beside) == (("logsumexp", "total"), ("entropy",))
 
 
 class FlipsSign(torch.autograd.Function):

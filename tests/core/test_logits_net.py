@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.core.naive import StoredSource
 from tinkerbell_core.errors import LogitsTooLarge, PlainLogitsNeeded
-from tinkerbell_core.logits import Logits
+from tinkerbell_core.logits import Head, LocalSource, Logits
 
 B, T, H, V = 2, 4, 5, 33
 TARGETS = torch.arange(B * T).view(B, T)
@@ -61,7 +61,7 @@ MATERIALISING: dict[str, Callable[[Tensor], Tensor]] = {
     "masked_fill": lambda x: chosen(x.masked_fill(torch.arange(V) < 1, -1e9).log_softmax(-1)).clamp(min=-50).sum(),
     "where": lambda x: torch.where(x > 0, x, 0.1 * x).logsumexp(-1).sum(),
     "cumsum": lambda x: x.softmax(-1).cumsum(-1).square().sum(),
-    "einsum": lambda x: torch.einsum("btv,btv->bt", x.softmax(-1), x).square().sum(),
+    "einsum": lambda x: torch.einsum("btv,bsv->bts", x.softmax(-1), x).square().sum(),
     "entropy of log(p + eps)": lambda x: (x.softmax(-1) * (x.softmax(-1) + 1e-9).log()).sum(),
     "detached weights": lambda x: (x.softmax(-1).detach() * (x / 2).log_softmax(-1)).sum(),
     "differences of positions": lambda x: (x[:, 1:] - x[:, :-1]).square().sum(),
@@ -274,6 +274,23 @@ def test_a_gradient_reaches_trainable_heads() -> None:
     torch.testing.assert_close(weight.grad, expected)
 
 
+def test_autocast_in_a_loss_does_not_reach_the_head() -> None:
+    hidden, weight = torch.randn(B, T, H).requires_grad_(), torch.randn(V, H)
+    expected = chosen((hidden @ weight.t()).log_softmax(-1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = lazy(hidden, weight)
+        torch.testing.assert_close(chosen(x.log_softmax(-1)), expected)
+        torch.testing.assert_close(x.erf(), (hidden @ weight.t()).float().erf(), atol=0.1, rtol=0)
+        assert x.erf().dtype == torch.float32
+
+
+def test_inference_mode_is_a_run_without_gradients() -> None:
+    with torch.inference_mode():
+        x = logits()
+        torch.testing.assert_close(x.log_softmax(-1)[..., 3], x.stored("test").log_softmax(-1)[..., 3])
+        x.check()
+
+
 def test_backward_may_run_twice() -> None:
     hidden, weight = states()
     x = lazy(hidden, weight)
@@ -323,11 +340,18 @@ def test_looking_at_logits_stores_nothing() -> None:
     assert x.materialised == []
 
 
-def test_lazy_logits_are_let_go_with_the_loss() -> None:
-    x = logits()
-    source = weakref.ref(x.family.source)
-    loss = chosen(x.log_softmax(-1)).sum() + x.cos().sum()
-    loss.backward()
-    del x, loss
-    gc.collect()
-    assert source() is None
+@pytest.mark.parametrize("kind", ["stored", "local"])
+def test_lazy_logits_are_let_go_with_the_loss_without_waiting_for_a_collection(kind: str) -> None:
+    gc.disable()
+    try:
+        hidden, weight = states()
+        head = Head(weight)
+        source = StoredSource(hidden[0], weight) if kind == "stored" else LocalSource(hidden[0], head, chunk_bytes=99)
+        gone, x = weakref.ref(source), Logits.over(source, (T,))
+        del source
+        loss = x.log_softmax(-1)[:, 3].sum() + (x.softmax(-1) * x.log_softmax(-1)).sum() + x.cos().sum()
+        loss.backward()
+        del x, loss
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -180,6 +180,9 @@ several(
     entropy_masked_before_its_sum=lambda x, d: (
         -(x.softmax(-1) * x.log_softmax(-1) * d.mask.unsqueeze(-1)).sum(dim=(1, 2)).square().sum()
     ),
+    entropy_by_einsum=lambda x, d: _masked(torch.einsum("btv,btv->bt", x.softmax(-1), x.log_softmax(-1)), d),
+    entropy_by_entr=lambda x, d: _masked(torch.special.entr(x.softmax(-1)).sum(-1), d),
+    entropy_of_rows_that_count=lambda x, d: -(x.softmax(-1) * x.log_softmax(-1))[d.mask.bool()].sum(-1).square().sum(),
     entropy_from_normalised_logits=lambda x, d: _masked(_entropy_normalised(x), d),
     entropy_at_a_temperature=lambda x, d: _masked(-((x / 0.7).softmax(-1) * (x / 0.7).log_softmax(-1)).sum(-1), d),
     entropy_without_gradient=lambda x, d: policy(chosen(x.log_softmax(-1), d) * _entropy_no_grad(x), d),
@@ -236,6 +239,10 @@ several(
     row_factor_with_a_gradient=lambda x, d: policy(chosen(x * chosen(x, d)[..., None] + 1, d), d),
     smoothing_by_mean=lambda x, d: -(0.9 * chosen(x.log_softmax(-1), d) + 0.1 * x.log_softmax(-1).mean(-1)).sum(),
     smoothing_by_sum=lambda x, d: policy(x.log_softmax(-1).sum(dim=-1) / V, d),
+    rows_filled=lambda x, d: (
+        policy(chosen(x.log_softmax(-1).masked_fill(d.mask[..., None] == 0, -1.0), d), d)
+        + chosen(torch.where(d.mask.bool().unsqueeze(-1), x, 2.0).log_softmax(-1), d).square().sum()
+    ),
     smoothing_of_weighted_rows=lambda x, d: (x.log_softmax(-1) * d.mask[..., None]).sum(),
     mean_of_logits=lambda x, d: x.mean() + x.sum(-1).square().sum() + x.mean((0, 2), keepdim=True).square().sum(),
     frequencies=lambda x, d: (
@@ -274,8 +281,21 @@ several(
     soft_targets=lambda x, d: -(d.teacher_probs * x.log_softmax(-1)).sum(-1).mean(),
     one_hot=lambda x, d: -(F.one_hot(d.targets, V) * x.log_softmax(-1)).sum(-1).mean(),
     expected_reward=lambda x, d: (x.softmax(-1) * d.teacher).sum(-1).mul(d.mask).sum(),
+    gkd=lambda x, d: F.kl_div(x.log_softmax(-1), d.teacher_logprobs, reduction="none", log_target=True)[
+        d.mask.bool()
+    ].sum(),
+    kl_div_padding_filled=lambda x, d: (
+        F.kl_div(x.log_softmax(-1), d.teacher_probs, reduction="none").masked_fill(d.mask[..., None] == 0, 0.0).sum()
+    ),
+    kl_of_impossible_tokens_under_the_mask=lambda x, d: torch.where(
+        d.mask.bool()[..., None], _with_impossible(d) * (_with_impossible(d).log() - x.log_softmax(-1)), 0.0
+    ).sum(),
     log_ratio_at_targets=lambda x, d: policy(chosen(x.log_softmax(-1) - d.teacher_logprobs, d), d),
 )
+
+
+def _with_impossible(d: Any) -> Tensor:
+    return torch.where((d.mask[..., None] == 0) & (torch.arange(V) < 9), 0.0, d.teacher_probs)
 
 
 def _kl_reverse(x: Tensor, teacher_logprobs: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.form import Form, Lazy, PerRow, Product, a_form, a_lazy, broadcast, is_zero, same_rows
+from tinkerbell_core.logits.form import Form, PerRow, a_form, broadcast, is_one, is_zero, same_rows
 from tinkerbell_core.logits.rule import NotLazy, need
+from tinkerbell_core.logits.weighted import Lazy, Weighted, a_lazy
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +23,13 @@ class _Given:
 def mul(input: object, other: object) -> Lazy:
     if isinstance(input, Form) and isinstance(other, Form):
         return _product(input, other)
-    lazy, other = (input, other) if isinstance(input, Form | Product) else (a_lazy(other), input)
+    lazy, other = (input, other) if isinstance(input, Form | Weighted) else (a_lazy(other), input)
     lazy, factor = _operands(lazy, other)
     if not isinstance(factor, _Given):
         return lazy.times(factor)
     form = a_form(lazy)
     need(form.last, not factor.tensor.requires_grad)
-    return Product(factor.tensor, form)
+    return Weighted(factor.tensor, form)
 
 
 def div(input: object, other: object, rounding_mode: str | None = None) -> Lazy:
@@ -64,12 +65,43 @@ def neg(input: object) -> Lazy:
     return a_lazy(input).times(-1.0)
 
 
-def _product(one: Form, other: Form) -> Product:
+def entr(input: object) -> Weighted:
+    """-p log p of probabilities."""
+    form = a_form(input)
+    need(form.kind == "probs", is_one(form.coefficient))
+    return _product(form, replace(form, kind="logprobs")).times(-1.0)
+
+
+def masked_fill(input: object, mask: object, value: object) -> Lazy:
+    """Of whole rows."""
+    lazy, fill = a_lazy(input), value
+    if not isinstance(mask, Tensor) or not isinstance(fill, numbers.Real) or mask.dtype != torch.bool:
+        raise NotLazy
+    form = lazy if isinstance(lazy, Form) else lazy.value
+    need(form.last, mask.device == form.device, 0 < mask.dim() <= len(form.shape), mask.shape[-1] == 1)
+    need(broadcast(mask.shape[:-1], form.rows.shape) == form.rows.shape)
+    rows = mask[..., 0].expand(form.rows.shape)
+    if isinstance(lazy, Form):
+        return lazy.masked(rows, float(fill))
+    need(fill == 0)
+    return lazy.masked(rows)
+
+
+def where(condition: object, input: object, other: object) -> Lazy:
+    """A form in some rows, a number in the others."""
+    if not isinstance(condition, Tensor) or condition.dtype != torch.bool:
+        raise NotLazy
+    if isinstance(other, Form | Weighted):
+        return masked_fill(other, condition, input)
+    return masked_fill(input, ~condition, other)
+
+
+def _product(one: Form, other: Form) -> Weighted:
     weight, value = (one, other) if one.kind == "probs" else (other, one)
     need(weight.kind == "probs", value.kind != "probs", weight.last, value.last)
     need(is_zero(weight.offset), weight.given is None)
     need(weight.attached == value.attached, same_rows(weight, value))
-    return Product(weight, value)
+    return Weighted(weight, value)
 
 
 def _operands(lazy: Lazy, other: object) -> tuple[Lazy, PerRow | _Given]:
@@ -100,4 +132,7 @@ RULES = {
     "sub subtract __sub__": sub,
     "rsub __rsub__": rsub,
     "neg negative __neg__": neg,
+    "entr": entr,
+    "masked_fill": masked_fill,
+    "where": where,
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.form import Form, Lazy, is_one, is_zero, wide
+from tinkerbell_core.logits.form import Form, is_one, is_zero, wide
+from tinkerbell_core.logits.weighted import Lazy
 
 
 def dense(form: Lazy, stored: Tensor) -> Tensor:
@@ -14,7 +15,9 @@ def dense(form: Lazy, stored: Tensor) -> Tensor:
         return _dense(form, stored)
     weight = form.weight if isinstance(form.weight, Tensor) else _dense(form.weight, stored)
     value = weight * _dense(form.value, stored) * wide(form.coefficient)
-    return value if form.given is None else value + form.given
+    if form.given is not None:
+        value = value + form.given
+    return value if form.kept is None else torch.where(form.kept[..., None], value, 0.0)
 
 
 def _dense(form: Form, stored: Tensor) -> Tensor:

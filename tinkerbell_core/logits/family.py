@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from contextlib import AbstractContextManager, nullcontext
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from tinkerbell_core.errors import LogitsTooLarge, PlainLogitsNeeded
-from tinkerbell_core.logits.source import LogitsSource, Statistic
-
-if TYPE_CHECKING:
-    from tinkerbell_core.logits.form import Form
+from tinkerbell_core.logits.source import LogitsSource
 
 
 class Family:
-    """materialised: (operation, bytes) of each tensor `[..., V]` that had to be built. asked: the statistics read.
+    """materialised: (operation, bytes) of each tensor `[..., V]` that had to be built.
 
-    root: the logits as they were given. budget: the most bytes of them that may be stored; None for any number.
+    rows: all of them, in the shape they were given in. budget: the most bytes of logits that may be stored; None for
+    any number.
     """
 
-    def __init__(self, source: LogitsSource, budget: int | None) -> None:
+    def __init__(self, source: LogitsSource, rows: Tensor, budget: int | None) -> None:
         self.source = source
         self.budget = budget
         self.materialised: list[tuple[str, int]] = []
-        self.asked: set[Statistic] = set()
-        self.root: Form
+        self.rows = rows
         self._stored: Tensor | None = None
         self._watched: list[tuple[Tensor, int]] = []
         self._refusal: PlainLogitsNeeded | None = None
@@ -51,7 +49,7 @@ class Family:
                 "logsumexp, send a smaller batch, or raise the setting logits_budget"
             )
         self.materialised.append((operation, self.bytes))
-        with torch.enable_grad():
+        with torch.enable_grad(), exactly(self.source.device):
             return self.source.full(torch.arange(self.source.count, device=self.source.device))
 
     def record(self, operation: str, tensor: Tensor) -> None:
@@ -60,7 +58,7 @@ class Family:
 
     def watch(self, tensor: Tensor) -> None:
         """Remember a stored tensor that the loss can get at; changing it in place is what `check` refuses."""
-        self._watched.append((tensor, tensor._version))
+        self._watched.append((tensor, version(tensor)))
 
     def refuse(self, what: str) -> NoReturn:
         """Raise PlainLogitsNeeded; `check` raises it again, should the loss have caught it."""
@@ -71,5 +69,17 @@ class Family:
         """Raise PlainLogitsNeeded where an answer given so far may not be what plain logits would have given."""
         if self._refusal is not None:
             raise self._refusal
-        if any(tensor._version != version for tensor, version in self._watched):
+        if any(version(tensor) != before for tensor, before in self._watched):
             self.refuse("the logits are changed in place")
+
+
+def exactly(device: torch.device) -> AbstractContextManager[None]:
+    """No autocast of the loss's own: it would reach the head, which has run before in its own precision."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def version(tensor: Tensor) -> int:
+    """How often it was changed in place; always 0 in inference mode, where torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version

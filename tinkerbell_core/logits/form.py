@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -56,6 +56,20 @@ class Form:
         return torch.Size((*self.rows.shape[: self.axis], self.vocab, *self.rows.shape[self.axis :]))
 
     @property
+    def bare(self) -> bool:
+        """Whether it is its kind and no more."""
+        return is_one(self.coefficient) and is_zero(self.offset) and self.given is None
+
+    @property
+    def as_given(self) -> bool:
+        """Whether these are the logits the loss was given."""
+        return (
+            self.rows is self.family.rows
+            and (self.kind, self.attached, self.bare) == ("logits", True, True)
+            and is_one(self.scale)
+        )
+
+    @property
     def last(self) -> bool:
         """Whether the vocabulary is the last dimension."""
         return self.axis == self.rows.dim()
@@ -65,11 +79,17 @@ class Form:
         yield from (t for t in (self.coefficient, self.offset) if isinstance(t, Tensor))
 
     def without_gradient(self) -> Form:
-        return replace(self, attached=False, coefficient=_detached(self.coefficient), offset=_detached(self.offset))
+        return replace(self, attached=False, coefficient=detached(self.coefficient), offset=detached(self.offset))
 
-    def moved(self, act: Callable[[Tensor], Tensor], axis: int | None = None) -> Form:
-        """The same numbers where `act`, a view or a copy of leading dimensions, puts them; V at `axis`, else last."""
-        need(self.given is None)
+    def moved(self, act: Callable[[Tensor], Tensor], axis: int | None = None, *, wide: bool = False) -> Form:
+        """The same numbers where `act`, a view or a copy of leading dimensions, puts them; V at `axis`, else last.
+
+        wide: whether `act` may be done to tensors `[..., V]` too.
+        """
+        given = self.given
+        if given is not None:
+            need(wide)
+            given = act(given.expand(self.shape))
         rows = act(self.rows)
         scale, coefficient, offset = (
             act(t.contiguous()) if isinstance(t, Tensor) else t for t in (self.scale, self.coefficient, self.offset)
@@ -80,8 +100,14 @@ class Form:
             scale=scale,
             coefficient=coefficient,
             offset=offset,
+            given=given,
             axis=rows.dim() if axis is None else axis,
         )
+
+    def masked(self, mask: Tensor, fill: float) -> Form:
+        """With `fill` in the rows of the mask."""
+        kept = (~mask).to(self.dtype)
+        return self.times(kept).plus(torch.zeros_like(kept).masked_fill(mask, fill))
 
     def times(self, factor: PerRow) -> Form:
         constant = not (isinstance(factor, Tensor) and factor.requires_grad)
@@ -117,7 +143,6 @@ class Form:
         pick: columns `[..., K]` or a number. weights: `[V]`, or `[..., V]`, one row for each.
         scale: another than the form's.
         """
-        self.family.asked.update(want)
         n, scale = self.rows.numel(), self.scale if scale is None else scale
         if isinstance(pick, Tensor):
             pick = pick.reshape(n, pick.shape[-1])
@@ -130,70 +155,9 @@ class Form:
         return Reading(*(None if t is None else t.view(self.rows.shape + t.shape[1:]) for t in found))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Product:
-    """coefficient * weight * value + given `[..., V]`, whose only lazy use is its sum over V; V is the last dimension.
-
-    weight: probabilities, or a constant that broadcasts. coefficient may have a gradient. given: a constant.
-    """
-
-    weight: Form | Tensor
-    value: Form
-    coefficient: PerRow = 1.0
-    given: Tensor | None = None
-
-    @property
-    def family(self) -> Family:
-        return self.value.family
-
-    @property
-    def axis(self) -> int:
-        return self.value.axis
-
-    @property
-    def attached(self) -> bool:
-        return self.value.attached
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.value.shape
-
-    def parts(self) -> Iterator[Tensor]:
-        if isinstance(self.coefficient, Tensor):
-            yield self.coefficient
-        if isinstance(self.weight, Form):
-            yield from self.weight.parts()
-        yield from self.value.parts()
-
-    def without_gradient(self) -> Product:
-        return replace(
-            self,
-            weight=self.weight.without_gradient() if isinstance(self.weight, Form) else self.weight,
-            value=self.value.without_gradient(),
-            coefficient=_detached(self.coefficient),
-        )
-
-    def times(self, factor: PerRow) -> Product:
-        given = self.given
-        if given is not None:
-            need(not (isinstance(factor, Tensor) and factor.requires_grad))
-            given = given * wide(factor)
-        return replace(self, coefficient=self.coefficient * factor, given=given)
-
-
-Lazy = Form | Product
-
-
 def a_form(thing: object) -> Form:
     """The thing, which is a form; NotLazy for any other."""
     if isinstance(thing, Form):
-        return thing
-    raise NotLazy
-
-
-def a_lazy(thing: object) -> Lazy:
-    """The thing, which is a form or a product; NotLazy for any other."""
-    if isinstance(thing, Form | Product):
         return thing
     raise NotLazy
 
@@ -233,17 +197,6 @@ def same_scale(one: PerRow, other: PerRow) -> bool:
     return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
 
 
-def forms_in(tree: Any) -> Iterator[Lazy]:  # Any: the arguments of any torch function
-    """The forms among nested arguments."""
-    if isinstance(tree, Form | Product):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from forms_in(value)
-    elif isinstance(tree, tuple | list):
-        for value in tree:
-            yield from forms_in(value)
-
-
-def _detached(part: PerRow) -> PerRow:
+def detached(part: PerRow) -> PerRow:
+    """The same number without a gradient."""
     return part.detach() if isinstance(part, Tensor) else part

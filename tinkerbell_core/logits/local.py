@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tinkerbell_core.errors import PlainLogitsNeeded
+from tinkerbell_core.logits.chunks import block_bytes
 from tinkerbell_core.logits.head import Head
 from tinkerbell_core.logits.known import REMEMBERED, Known, Memory
 from tinkerbell_core.logits.linear import LinearProduct
-from tinkerbell_core.logits.matrix import BLOCK_BYTES
 from tinkerbell_core.logits.moments import ANSWERS, Question
 from tinkerbell_core.logits.picked import Picked
 from tinkerbell_core.logits.products import AnyProduct
@@ -120,12 +120,12 @@ class LocalSource:
         """Answers by name, by the cheapest way there is to them."""
         product, pick = self._product, asked.pick
         source: Tensor = product.gradients.token() if differentiable else product.hidden.new_zeros(())
-        few = not isinstance(pick, Tensor) or pick.shape[1] <= max(1, self.vocab * _FEW)
+        few = _count(pick) <= max(1, self.vocab * _FEW)
         way: type[torch.autograd.Function] = Recompute
         how: tuple[object, ...] = (product, asked, self._width(product.copies))
         if isinstance(product, LinearProduct) and few and not asked.want and isinstance(pick, Tensor):
-            row_bytes = pick.shape[1] * product.hidden.shape[1] * product.dtype.itemsize
-            way, how = Picked, (product, asked, max(1, BLOCK_BYTES // max(1, row_bytes)))
+            row_bytes = _count(pick) * product.hidden.shape[1] * product.dtype.itemsize
+            way, how = Picked, (product, asked, max(1, block_bytes(self.device) // max(1, row_bytes)))
         elif isinstance(product, LinearProduct) and few and product.frozen:
             way, how = Sweep, (product, asked, self._width(len(asked.sloped)))
         elif differentiable and self._keep(known):
@@ -147,6 +147,10 @@ class LocalSource:
     def _width(self, copies: int) -> int:
         """Rows of a chunk that holds so many tensors."""
         return max(1, self._chunk_bytes // (self.vocab * self._product.dtype.itemsize * max(1, copies)))
+
+
+def _count(pick: Tensor | int | None) -> int:
+    return pick.shape[1] if isinstance(pick, Tensor) else pick or 0
 
 
 def _constant(x: Tensor, use: str) -> Tensor:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.form import Form, Product, a_form, is_one, is_zero
+from tinkerbell_core.logits.form import Form, a_form
 from tinkerbell_core.logits.picks import columns
 from tinkerbell_core.logits.rule import need
 from tinkerbell_core.logits.softmaxes import softmax
 from tinkerbell_core.logits.sums import row_sum
+from tinkerbell_core.logits.weighted import Weighted
 
 
 def cross_entropy(
@@ -53,7 +54,7 @@ def kl_div(
     reduce: Any = None,
     reduction: str = "mean",
     log_target: bool = False,
-) -> Tensor | Product:
+) -> Tensor | Weighted:
     """Either side may be the model: target * (log target - input), summed over the vocabulary."""
     need(size_average is None, reduce is None, reduction in ("none", "sum", "mean", "batchmean"))
     if isinstance(target, Form):
@@ -64,7 +65,7 @@ def kl_div(
         need(target.shape == form.shape, target.dtype == form.dtype, not target.requires_grad)
         weight = target.exp() if log_target else target
         own = weight * target if log_target else torch.xlogy(target, target)
-        divergence = Product(weight, form.times(-1.0), given=own)
+        divergence = Weighted(weight, form.times(-1.0), given=own)
     if reduction == "none":
         return divergence
     summed = row_sum(divergence).sum()
@@ -73,17 +74,12 @@ def kl_div(
     return summed / divergence.shape[0] if reduction == "batchmean" else summed
 
 
-def _from_model(target: Form, input: Any, log_target: bool) -> Product:
+def _from_model(target: Form, input: Any, log_target: bool) -> Weighted:
     """The divergence of the model's probabilities from given log-probabilities."""
     need(isinstance(input, Tensor), input.shape == target.shape, input.dtype == target.dtype, target.last)
-    need(target.kind == ("logprobs" if log_target else "probs"), _is_bare(target))
+    need(target.kind == ("logprobs" if log_target else "probs"), target.bare)
     value = replace(replace(target, kind="logprobs").plus_given(input), share=-1.0)
-    return Product(replace(target, kind="probs"), value)
-
-
-def _is_bare(form: Form) -> bool:
-    """Whether it is its kind and no more."""
-    return is_one(form.coefficient) and is_zero(form.offset) and form.given is None
+    return Weighted(replace(target, kind="probs"), value)
 
 
 def _hard_targets(
@@ -101,7 +97,7 @@ def _hard_targets(
         share = weight[chosen].to(form.dtype)
     losses = -values[:, 0] * share
     if label_smoothing:
-        spread = row_sum(seen) if weight is None else row_sum(Product(weight, seen))
+        spread = row_sum(seen) if weight is None else row_sum(Weighted(weight, seen))
         losses = losses * (1 - label_smoothing) - spread * (label_smoothing / form.vocab)
     if reduction == "none":
         return losses.new_zeros(target.shape).masked_scatter(counts, losses)
@@ -117,7 +113,7 @@ def _soft_targets(logprobs: Form, target: Tensor, weight: Any, reduction: str, l
     if weight is not None:
         target = target * weight
     rows_last = replace(logprobs, axis=logprobs.rows.dim())
-    losses = -row_sum(Product(target, rows_last))
+    losses = -row_sum(Weighted(target, rows_last))
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / losses.numel()

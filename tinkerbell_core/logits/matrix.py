@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinkerbell_core.logits.chunks import blocks
 from tinkerbell_core.logits.gradients import Gradients
-
-# Elementwise work on [c, V] goes a few rows at a time: this much of float32 stays in a CPU's shared cache.
-BLOCK_BYTES = 8 << 20
 
 
 class Matrix:
@@ -85,10 +81,3 @@ class Matrix:
             return
         for at in blocks(into):
             into[at].add_(slope[:, at].t() @ x, alpha=self._alpha)
-
-
-def blocks(x: Tensor) -> Iterator[slice]:
-    """Slices of the first dimension of x, some BLOCK_BYTES each."""
-    height = max(1, BLOCK_BYTES // max(1, x[:1].numel() * 4))
-    for start in range(0, x.shape[0], height):
-        yield slice(start, min(start + height, x.shape[0]))

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.chunks import live_rows, outputs, slices, times, upstream
-from tinkerbell_core.logits.matrix import blocks
+from tinkerbell_core.logits.chunks import blocks, live_rows, outputs, slices, times, upstream
 from tinkerbell_core.logits.moments import Question, answer, slope
 from tinkerbell_core.logits.products import Product
 
@@ -39,11 +38,11 @@ class Recompute(torch.autograd.Function):
         live = live_rows(came, len(asked.rows), asked.rows.device)
         buffer = _buffer(product, len(live), ctx.width)
         for at in slices(len(live), ctx.width):
-            rows = live[at]
-            part = asked.part(rows)
-            logits, pull = product.chunk(part.rows, buffer[: len(rows)])  # [c, V]
+            chunk = live[at]
+            logits, pull = product.chunk(asked.rows[chunk], buffer[: len(chunk)])  # [c, V]
             for block in blocks(logits):
-                inner, these = part.part(block), rows[block]
+                these = chunk[block]
+                inner = asked.part(these)
                 bend = product.bend(logits[block])
                 known = {name: tensor[these] for name, tensor in ctx.known.items()}
                 came_here = {name: gradient[these] for name, gradient in came.items()}

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.logits.dims import along_vocab, besides_vocab
-from tinkerbell_core.logits.form import Form, Kind, Lazy, PerRow, a_form, a_lazy, is_one, is_zero
+from tinkerbell_core.logits.form import Form, Kind, PerRow, a_form, is_one, is_zero
 from tinkerbell_core.logits.rule import need
+from tinkerbell_core.logits.weighted import Lazy, a_lazy
 
 
 def softmax(
@@ -62,7 +63,7 @@ def exp(input: object) -> Form:
 
 def log(input: object) -> Form:
     form = a_form(input)
-    need(form.kind == "probs", is_one(form.coefficient), is_zero(form.offset), form.given is None)
+    need(form.kind == "probs", form.bare)
     return replace(form, kind="logprobs")
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.chunks import outputs, times, upstream
-from tinkerbell_core.logits.matrix import blocks
+from tinkerbell_core.logits.chunks import blocks, outputs, times, upstream
 from tinkerbell_core.logits.moments import Question, answer, slope
 
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tinkerbell_core.logits.arithmetic import mul
 from tinkerbell_core.logits.dims import besides_vocab
-from tinkerbell_core.logits.form import Form, Lazy, PerRow, a_form, a_lazy, is_one, is_zero, same_scale
-from tinkerbell_core.logits.rule import need
+from tinkerbell_core.logits.form import Form, PerRow, a_form, is_one, is_zero, same_scale
+from tinkerbell_core.logits.rule import NotLazy, need
 from tinkerbell_core.logits.source import Statistic
+from tinkerbell_core.logits.weighted import Lazy, a_lazy
 
 
 def total(input: object, dim: object = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -38,6 +39,16 @@ def matmul(input: object, other: object) -> Tensor:
     return row_sum(mul(form, other))
 
 
+def einsum(equation: object, *operands: object) -> Tensor:
+    """The sum over the vocabulary of a product of two, element by element."""
+    if not isinstance(equation, str) or len(operands) != 2:
+        raise NotLazy
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    one, _, other = terms.partition(",")
+    need(arrow == "->", one == other, result == one[:-1], len(set(one)) == len(one), "." not in one)
+    return row_sum(mul(*operands))
+
+
 def row_sum(lazy: Lazy) -> Tensor:
     """`[...]`, shaped like the rows."""
     if isinstance(lazy, Form):
@@ -46,7 +57,9 @@ def row_sum(lazy: Lazy) -> Tensor:
     found = _weighted(value, weight) if isinstance(weight, Tensor) else _expected(value, weight)
     if not is_one(lazy.coefficient):
         found = found * lazy.coefficient
-    return found if lazy.given is None else found + _over_vocab(lazy.given, value)
+    if lazy.given is not None:
+        found = found + _over_vocab(lazy.given, value)
+    return found if lazy.kept is None else torch.where(lazy.kept, found, 0.0)
 
 
 def _plain_sum(form: Form) -> Tensor:
@@ -116,4 +129,4 @@ def _nowhere_zero(scale: PerRow) -> bool:
     return bool((scale != 0).all()) if isinstance(scale, Tensor) else scale != 0
 
 
-RULES = {"sum": total, "mean": mean, "matmul __matmul__ mv": matmul}
+RULES = {"sum": total, "mean": mean, "einsum": einsum, "matmul __matmul__ mv": matmul}

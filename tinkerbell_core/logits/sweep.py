@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.chunks import live_rows, outputs, slices, times, upstream
+from tinkerbell_core.logits.chunks import blocks, live_rows, outputs, slices, times, upstream
 from tinkerbell_core.logits.linear import LinearProduct
-from tinkerbell_core.logits.matrix import blocks
 from tinkerbell_core.logits.moments import Question, answer
 
 
@@ -23,7 +22,8 @@ class Sweep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, _: Tensor, product: LinearProduct, asked: Question, width: int) -> Any:  # Any: autograd's own
         ctx.product, ctx.asked = product, asked
-        ctx.down = {name: torch.empty_like(product.hidden[asked.rows], dtype=product.dtype) for name in asked.sloped}
+        like = product.hidden.new_empty(len(asked.rows), product.hidden.shape[1], dtype=product.dtype)
+        ctx.down = {name: torch.empty_like(like) for name in asked.sloped}  # each [n, H]
         # The first buffer holds the logits, then a slope in their place; each further slope has a buffer of its own.
         shape = (max(1, len(asked.sloped)), min(len(asked.rows), width), product.vocab)
         buffers = torch.empty(shape, dtype=product.dtype, device=product.hidden.device)

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tinkerbell_core.logits.dense import dense
-from tinkerbell_core.logits.family import Family
-from tinkerbell_core.logits.form import Form, Lazy, Product
+from tinkerbell_core.logits.family import Family, exactly, version
+from tinkerbell_core.logits.form import Form
 from tinkerbell_core.logits.rule import NotLazy
-from tinkerbell_core.logits.source import LogitsSource, Statistic
+from tinkerbell_core.logits.source import LogitsSource
 from tinkerbell_core.logits.table import AS_THEY_ARE, RULES, name_of, refused
+from tinkerbell_core.logits.weighted import Lazy, Weighted
 
 _plainly = torch._C.DisableTorchFunctionSubclass
 # Any, here and below: the arguments and results of any torch function
@@ -36,9 +37,7 @@ class Logits(torch.Tensor):
     def over(source: LogitsSource, shape: Sequence[int], budget: int | None = None) -> Logits:
         """The logits of all rows of a source, `[*shape, V]`; at most `budget` bytes of them may come to be stored."""
         rows = torch.arange(source.count, device=source.device).view(*shape)
-        root = Form(Family(source, budget), rows, rows.dim())
-        root.family.root = root
-        return _tensor(root)
+        return _tensor(Form(Family(source, rows, budget), rows, rows.dim()))
 
     @property
     def family(self) -> Family:
@@ -50,25 +49,21 @@ class Logits(torch.Tensor):
         return self.family.materialised
 
     @property
-    def asked(self) -> frozenset[Statistic]:
-        """The statistics read so far."""
-        return frozenset(self.family.asked)
-
-    @property
     def hidden_states(self) -> Tensor:
         """Of the logits as they were given, `[..., H]`; AttributeError for what was computed from them."""
-        if self.form is not self.family.root:
+        form, rows = self.form, self.family.rows
+        if not (isinstance(form, Form) and form.as_given):
             raise AttributeError("hidden_states")
-        rows = self.family.root.rows
         return self.family.source.hidden(rows.reshape(-1)).view(*rows.shape, -1)
 
     def stored(self, operation: str) -> Tensor:
         """The true tensor, attached where this one is. Raises LogitsTooLarge."""
         self.family.check()
         if self._value is None:
+            stored = self.family.stored(operation)
             with torch.enable_grad():
-                self._value = dense(self.form, self.family.stored(operation))
-            if self.form is not self.family.root:
+                self._value = dense(self.form, stored)
+            if not _share_memory(self._value, stored):
                 self.family.record(operation, self._value)
         return self._value if torch.is_grad_enabled() else self._value.detach()
 
@@ -91,20 +86,10 @@ class Logits(torch.Tensor):
             if what or logits._is_foreign():
                 logits.family.refuse(what or "the logits come out of an autograd Function of the loss")
         if func in RULES:
-            rule, signature = RULES[func]
-            lazy = tree_map_only(Logits, lambda logits: logits.form, (args, kwargs))
             try:
-                arguments = signature.bind(*lazy[0], **lazy[1])
-            except TypeError:
-                return _on_stored(func, args, kwargs)  # an overload the rule does not know
-            try:
-                result = rule(*arguments.args, **arguments.kwargs)
+                return _by_rule(func, args, kwargs)
             except NotLazy:
-                return _on_stored(func, args, kwargs)
-            same = {id(logits.form): logits for logits in _logits_in((args, kwargs))}
-            return tree_map_only(
-                (Form, Product), lambda form: same[id(form)] if id(form) in same else _tensor(form), result
-            )
+                pass
         return _on_stored(func, args, kwargs)
 
     @classmethod
@@ -175,16 +160,31 @@ class _Edge(torch.autograd.Function):
         return None, *torch.autograd.grad(true, ctx.held, gradient, allow_unused=True)
 
 
+def _by_rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the function's rule makes of the forms. Raises NotLazy."""
+    rule, signature = RULES[func]
+    given = list(_logits_in((args, kwargs)))
+    lazy = tree_map_only(Logits, lambda logits: logits.form, (args, kwargs))
+    try:
+        arguments = signature.bind(*lazy[0], **lazy[1])
+    except TypeError:
+        raise NotLazy from None  # an overload the rule does not know
+    with exactly(given[0].device):
+        result = rule(*arguments.args, **arguments.kwargs)
+    same = {id(logits.form): logits for logits in given}
+    return tree_map_only((Form, Weighted), lambda form: same[id(form)] if id(form) in same else _tensor(form), result)
+
+
 def _on_stored(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The function on the true tensors; what it gives is an ordinary tensor."""
     name = name_of(func)
     given = {id(logits): (logits, logits.stored(name)) for logits in _logits_in((args, kwargs))}
-    before = {key: stored._version for key, (_, stored) in given.items()}
+    before = {key: version(stored) for key, (_, stored) in given.items()}
     args, kwargs = tree_map_only(Logits, lambda logits: given[id(logits)][1], (args, kwargs))
     result = func(*args, **kwargs)
     results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
     for key, (logits, stored) in given.items():
-        if stored._version != before[key]:
+        if version(stored) != before[key]:
             logits.family.refuse(f"the logits are changed in place by {name}")
         for tensor in results:
             if _share_memory(tensor, stored):

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.logits.dims import along_vocab, leading, positive
-from tinkerbell_core.logits.form import Form, Product, a_form, broadcast
+from tinkerbell_core.logits.form import Form, a_form, broadcast
 from tinkerbell_core.logits.picks import columns, select_columns
 from tinkerbell_core.logits.rule import need
+from tinkerbell_core.logits.weighted import Lazy, Weighted, a_lazy
 
 
 def reshaped(by: Callable[..., Tensor], input: Any, *shape: Any, **named: Any) -> Form:
@@ -44,7 +45,7 @@ def permuted(by: Callable[..., Tensor], input: Any, *dims: Any, **named: Any) ->
 def expand(input: Any, *shape: Any, **named: Any) -> Form | Tensor:
     """Also of an ordinary tensor to the shape of a form."""
     sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-    if isinstance(sizes, Form | Product | Tensor):
+    if isinstance(sizes, Form | Weighted | Tensor):
         sizes = sizes.shape
     if isinstance(input, Tensor):
         return input.expand(*sizes)
@@ -126,24 +127,31 @@ def stack(tensors: Any, dim: int = 0) -> Form:
     return cat([unsqueeze(one, dim) for one in tensors], dim)
 
 
-def getitem(input: Any, key: Any) -> Form | Tensor:
+def getitem(input: Any, key: Any) -> Lazy | Tensor:
     """`x[key]`. A key that leaves the vocabulary alone acts on the rows; one that ends in columns reads those."""
-    form = a_form(input)
-    need(form.last)
-    keys = _spelled_out(key, len(form.shape))
+    lazy = a_lazy(input)
+    need(lazy.axis == len(lazy.shape) - 1)
+    keys = _spelled_out(key, len(lazy.shape))
     taken = 0
     for at, one in enumerate(keys):
-        if taken == form.axis and one is not None:
+        if taken == lazy.axis and one is not None:
             need(at == len(keys) - 1)
-            return _with_columns(form, tuple(keys[:at]), one)
+            if isinstance(one, slice) and one == slice(None):
+                return _indexed(lazy, tuple(keys[:at]))
+            return _with_columns(a_form(lazy), tuple(keys[:at]), one)
         taken += _width(one)
-    need(taken <= form.axis)
-    return form.moved(lambda part: part[tuple(keys)])
+    need(taken <= lazy.axis)
+    return _indexed(lazy, tuple(keys))
+
+
+def _indexed(lazy: Lazy, key: tuple[Any, ...]) -> Lazy:
+    """A key that leaves the vocabulary alone means the same with and without it."""
+    return (
+        lazy.moved(lambda part: part[key], wide=True) if isinstance(lazy, Form) else lazy.moved(lambda part: part[key])
+    )
 
 
 def _with_columns(form: Form, lead: tuple[Any, ...], last: Any) -> Form | Tensor:
-    if isinstance(last, slice) and last == slice(None):
-        return form.moved(lambda part: part[lead])
     if not any(isinstance(one, Tensor) for one in lead) or not isinstance(last, Tensor):
         return select_columns(form.moved(lambda part: part[lead]), last)
     # rows and columns are indexed together: do so to the numbers of both

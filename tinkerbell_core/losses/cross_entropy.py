@@ -21,7 +21,7 @@ def cross_entropy(
     target_tokens and weights are `[B, T]`, or `[B, T, K]` for K targets a position.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T] or [B, T, K]
-    logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=attention_mask)
+    logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)
     return LossFnOutput(aggregate(-logprobs, mask, aggregation), logprobs)
 
 

@@ -22,6 +22,9 @@ from tinkerbell_core.types import (
     TensorData,
 )
 
+MATERIALISED = "logits_materialised/"
+"""What diagnostics of stored logits begin with: `logits_materialised/<what stored them>:sum`, in bytes."""
+
 
 class Command(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One thing an engine is asked to do. A command that raises has changed nothing."""
@@ -175,7 +178,7 @@ class Engine(Protocol):
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine needs to start. micro_batch_tokens None: chosen for the device."""
+    """What an engine needs to start. micro_batch_tokens, logits_budget (bytes) None: chosen for the device."""
 
     engine: str = "torch"
     model: str | None = None
@@ -191,6 +194,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     sandbox_seconds_per_token: float = 0.002
     dry_run_seconds: float = 5.0
     sandbox_memory: int | None = None
+    logits_budget: int | None = None
+    gradient_checkpointing: bool = False
     plugins: bool = True
     disabled_plugins: tuple[str, ...] = ()
     required_plugins: tuple[str, ...] = ()
