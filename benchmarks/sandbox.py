@@ -1,4 +1,4 @@
-"""What the wall costs: a loss in the sandbox against the same in the engine's process, pair by pair, and what a kill takes.
+"""What the wall costs: a loss in the sandbox against the same in the engine's process, and what a kill takes.
 
 Ratios and differences are of one run, the two sides interleaved; medians, with the spread from the 10th to the 90th
 percentile. Exit 1 where the gradients of the two sides differ.

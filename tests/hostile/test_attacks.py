@@ -37,12 +37,15 @@ QUICK = {
 
 HARMLESS = {
     "becomes_root",
+    "calls_rare_things",
     "changes_its_inputs",
     "leaves_a_thread_behind",
+    "leaves_its_namespaces",
     "lists_the_disk",
     "looks_for_objects_of_others",
     "looks_for_other_descriptors",
     "makes_a_temporary_file",
+    "mounts",
     "opens_a_device",
     "prints",
     "reads_environments_in_proc",
@@ -52,6 +55,7 @@ HARMLESS = {
     "runs_a_shell",
     "says_two_things",
     "spoils_torch_for_others",
+    "traces_its_parent",
 }
 """May end as a loss that did no harm: what they found was nothing, or was their own."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.hostile.attacks import files, network, processes, replies, resources
+from tests.hostile.attacks import files, network, processes, resources
 from tests.hostile.world import Attack, World, world
 from tinkerbell_core.errors import TinkerbellError
 
@@ -32,7 +32,6 @@ SUCCEED: list[Attack] = [
     processes.forks,
     processes.runs_a_program,
     processes.runs_a_shell,
-    replies.looks_for_other_descriptors,
 ]
 
 KILL: list[Attack] = [resources.exits_at_once, resources.crashes, resources.aborts]

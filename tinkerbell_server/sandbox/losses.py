@@ -139,6 +139,7 @@ class SandboxedLosses:
             plain_logits=shown(said.plain_logits),
             materialises=tuple(shown(name) for name in said.materialises[:64]),
             reads=tuple(said.reads),
+            reads_beside=tuple(said.reads_beside),
         )
 
     def _open(self, worker: Worker, upload: RegisterLossRequest, seconds: float) -> None:

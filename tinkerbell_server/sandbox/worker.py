@@ -123,6 +123,7 @@ class Worker:
             plain_logits=spec.plain_logits[:1000],
             materialises=[name[:80] for name in spec.materialises],
             reads=[name for name in get_args(Statistic) if name in spec.reads],
+            reads_beside=[name for name in get_args(Statistic) if name in spec.reads_beside],
         )
 
     def _run(self, run: Run, tensors: Sequence[Tensor | None]) -> None:
@@ -137,11 +138,11 @@ class Worker:
             try:
                 output, stored = self._once(run, self._spec, source, inputs, mask, run.plain)
                 dropped = 0
-            except PlainLogitsNeeded as refusal:
+            except PlainLogitsNeeded:
                 dropped = len(source.kept)
                 torch.manual_seed(run.seed)
                 output, _ = self._once(run, self._spec, source, inputs, mask, True)
-                stored = [(refusal.message, source.count * vocab * source.dtype.itemsize)]
+                stored = [("run again", source.count * vocab * source.dtype.itemsize)]
             self._done(output, source.kept[dropped:], stored, dropped)
         finally:
             source.close()

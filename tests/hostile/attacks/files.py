@@ -123,7 +123,8 @@ def looks_for_objects_of_others(where: Where, logits: Any) -> str:
 
     needles = (where["marker_start"], where["secret_start"])
     texts = [item for thing in gc.get_objects() if isinstance(thing, dict) for item in thing.values()]
-    return repr([text for text in texts if isinstance(text, str) and text.startswith(needles)])
+    found = [text for text in texts if isinstance(text, str) and text.startswith(needles) and text not in needles]
+    return repr(found) if found else ""
 
 
 def lists_the_disk(where: Where, logits: Any) -> str:
