@@ -19,7 +19,7 @@ DIST = ROOT / "dist"
 CONSTRAINTS = str(ROOT / ".ci" / "constraints.txt")
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 LINT_TOOLS = ["import-linter", "ruff"]
-TEST_TOOLS = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist"]
+TEST_TOOLS = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "trustme"]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

@@ -1,6 +1,6 @@
 """Three losses by decorator: DPO on pairs, a contrastive loss over the whole batch, and likelihood with a KL penalty.
 
-Needs a server that takes uploads: `tinkerbell serve --uploads trusted`.
+Needs a server: `tinkerbell serve`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A loss of your own in ten lines: uploaded by a decorator, used by name.
 
-Needs a server that takes uploads: `tinkerbell serve --uploads trusted`.
+Needs a server: `tinkerbell serve`.
 """
 
 from __future__ import annotations

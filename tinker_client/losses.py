@@ -8,7 +8,7 @@ import pickle
 import platform
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from tinker_client.backend import HFBackend
 from tinker_client.captures import Fn, captures, modules_by_value
@@ -16,6 +16,7 @@ from tinker_client.client import TinkerClient
 from tinker_client.encoding import tensor_data
 from tinker_client.futures import TrainingFuture
 from tinker_client.transport import Transport
+from tinker_client.travelling import Via, as_source
 from tinkerbell_core.errors import BadUpload, UploadTooLarge
 from tinkerbell_core.spec import Coupling, LossSpec, loss
 from tinkerbell_core.types import UPLOAD_LIMIT, RegisterLossRequest
@@ -33,12 +34,15 @@ def custom_loss(
     coupling: Coupling = "batch",
     group_size: int = 1,
     example_inputs: Mapping[str, Any] | None = None,  # Any: tensors or nested lists
+    via: Via = "auto",
     include: Sequence[str | types.ModuleType] = (),
 ) -> Callable[[F], F]:
     """Upload a loss to the server, which tries it on a tiny batch, and give the function back as it was.
 
     name: what `loss_fn` will say; the function's own by default. example_inputs: inputs for the trial, where the server
-    cannot guess them. include: modules to send along besides the ones found. An unchanged loss is not sent again.
+    cannot guess them. via: "source" sends the function's text with the values it uses, "cloudpickle" its bytecode;
+    "auto" the first where what is rebuilt from it gives the same, else the second. include: modules to send along
+    besides the ones found, which takes cloudpickle. An unchanged loss is not sent again.
 
     Raises BadUpload for what cannot travel, and BadLoss with your own traceback where the trial fails.
     """
@@ -49,7 +53,7 @@ def custom_loss(
         _refuse_client(called, function)
         spec = loss(name=called, coupling=coupling, group_size=group_size)(function)
         if _latest_digest(client, called) != spec.digest:
-            client._register(_envelope(client, spec, example_inputs, include))
+            client._register(_envelope(client, spec, example_inputs, via, include))
         return fn
 
     return decorate
@@ -60,15 +64,17 @@ def _envelope(
     client: TinkerClient,
     spec: LossSpec,
     example_inputs: Mapping[str, Any] | None,
+    via: Via,
     include: Sequence[str | types.ModuleType],
 ) -> RegisterLossRequest:
-    payload = _pickled(spec.name, spec.fn, include)
+    kind, payload = _packed(spec, example_inputs, via, include)
     key = client._transport.api_key
     if key and (key.encode() in payload or key in spec.source):
         raise BadUpload(f"loss {spec.name!r} carries your API key in what it captures: remove it; a loss needs no key")
     code = getattr(spec.fn, "__code__", None)
     return RegisterLossRequest(
         name=spec.name,
+        kind=kind,
         payload=payload,
         magic=importlib.util.MAGIC_NUMBER.hex(),
         python=platform.python_version(),
@@ -82,6 +88,25 @@ def _envelope(
         if example_inputs is None
         else {key: tensor_data(value) for key, value in example_inputs.items()},
     )
+
+
+# Any: as above
+def _packed(
+    spec: LossSpec, example_inputs: Mapping[str, Any] | None, via: Via, include: Sequence[str | types.ModuleType]
+) -> tuple[Literal["source", "cloudpickle"], bytes]:
+    """How the loss travels, and what of it."""
+    if via not in get_args(Via):
+        raise BadUpload(f"via is {via!r}, but must be one of {', '.join(get_args(Via))}")
+    if via == "source" and include:
+        raise BadUpload(f"loss {spec.name!r}: include= takes via='cloudpickle', since modules do not travel as source")
+    if via == "cloudpickle" or include:
+        return "cloudpickle", _pickled(spec.name, spec.fn, include)
+    try:
+        return "source", as_source(spec, example_inputs)
+    except BadUpload as error:
+        if via == "source":
+            raise BadUpload(f"loss {spec.name!r} cannot travel as source: {error.message}") from None
+    return "cloudpickle", _pickled(spec.name, spec.fn, include)
 
 
 def _latest_digest(client: TinkerClient, name: str) -> str | None:

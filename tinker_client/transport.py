@@ -19,6 +19,9 @@ T = TypeVar("T")
 PAUSES = (0.1, 0.4, 1.0)
 """Seconds before each repetition of a request that got no answer."""
 
+PATIENCE = 120.0
+"""Seconds that a request which is over one of the server's limits is repeated for, as often as the server says."""
+
 
 class Transport:
     """One connection pool. `api_key` travels in `X-API-Key` and nowhere else."""
@@ -62,10 +65,22 @@ class Transport:
     # Any: what httpx takes
     def _send(self, method: str, path: str, answer: type[T], *, headers: dict[str, str], **options: Any) -> T:
         headers = {**headers, "Accept": "application/msgpack"}
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            response = self._answered(method, path, headers=headers, **options)
+            again = _again_after(response)
+            if again is None or time.monotonic() + again > deadline:
+                break
+            time.sleep(again)
+        if response.is_success:
+            return _decode(response, answer)
+        raise self._error(response)
+
+    # Any: as above
+    def _answered(self, method: str, path: str, **options: Any) -> httpx.Response:
         for pause in (*PAUSES, None):
             try:
-                response = self._http.request(method, path, headers=headers, **options)
-                break
+                return self._http.request(method, path, **options)
             except httpx.TransportError as error:
                 if pause is None:
                     raise ServerUnreachable(
@@ -73,9 +88,7 @@ class Transport:
                         "`tinkerbell serve`, or name another with TinkerClient(url) or TINKERBELL_URL"
                     ) from None
                 time.sleep(pause)
-        if response.is_success:
-            return _decode(response, answer)
-        raise self._error(response)
+        raise AssertionError("the last try returns or raises")
 
     def _error(self, response: httpx.Response) -> TinkerbellError:
         try:
@@ -91,6 +104,16 @@ class Refusal(msgspec.Struct, frozen=True):
     """The body of an error."""
 
     problem: Problem
+
+
+def _again_after(response: httpx.Response) -> float | None:
+    """The seconds after which a refused request may come again; None where it need not."""
+    if response.status_code != httpx.codes.TOO_MANY_REQUESTS:
+        return None
+    try:
+        return max(0.1, float(response.headers.get("Retry-After", "1")))
+    except ValueError:
+        return 1.0
 
 
 def _decode(response: httpx.Response, answer: type[T]) -> T:

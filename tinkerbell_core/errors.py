@@ -6,9 +6,12 @@
     │   ├── BadData               data or loss_fn_inputs
     │   ├── BadHyperparameter     loss_fn_config, or an optimiser's or sampler's setting
     │   ├── BadLoss               a loss that raises or breaks its contract; carries the author's traceback
+    │   │   └── LossKilled        its process was ended: out of time, out of memory, or not allowed
     │   ├── BadUpload, UploadTooLarge, UploadsOff
     │   ├── LogitsTooLarge        a loss needs more logits stored than fit its budget
-    │   ├── BadCheckpoint
+    │   ├── BadCheckpoint, UnknownCheckpoint
+    │   ├── Unauthorized, Forbidden   no key or a wrong one; a key that may not do this
+    │   ├── TooManyRequests       a limit of this server; says when to come again
     │   ├── NothingAccumulated    optim_step before any forward_backward
     │   └── Conflict              one idempotency key, two payloads
     ├── PlainLogitsNeeded         a loss asks of lazy logits what only stored ones give; it is then run on those
@@ -87,6 +90,10 @@ class BadLoss(BadRequest):
     """A loss raised, or returned what the contract does not allow."""
 
 
+class LossKilled(BadLoss):
+    """The process an uploaded loss ran in was ended; the message, which is the server's own, says why."""
+
+
 class BadUpload(BadRequest):
     """An upload cannot be accepted: its envelope, its name, or what it unpickles to."""
 
@@ -111,6 +118,34 @@ class LogitsTooLarge(BadRequest):
 
 class BadCheckpoint(BadRequest):
     """A path to load or to save that is missing, malformed or for another base model."""
+
+
+class UnknownCheckpoint(BadCheckpoint):
+    """No save of this tenant has this name or path."""
+
+    status = 404
+
+
+class Unauthorized(BadRequest):
+    """The server wants an API key, and was sent none or one it does not take."""
+
+    status = 401
+
+
+class Forbidden(BadRequest):
+    """The API key may not do this."""
+
+    status = 403
+
+
+class TooManyRequests(BadRequest):
+    """Over a limit of the server: its rate, requests at once, or its queue. retry_after: seconds until it may go."""
+
+    status = 429
+
+    def __init__(self, message: str, traceback: str | None = None, retry_after: float = 1.0) -> None:
+        super().__init__(message, traceback)
+        self.retry_after = retry_after
 
 
 class NothingAccumulated(BadRequest):

@@ -78,14 +78,17 @@ class LossRegistry:
 
 
 def resolve(name: str, losses: Sequence[N]) -> N:
-    """The one of `losses` (oldest first) that `name` stands for. Raises UnknownLoss, AmbiguousLoss."""
+    """The one of `losses` (oldest first) that `name` stands for. Raises UnknownLoss, AmbiguousLoss.
+
+    Of uploads the last one is meant: a name's latest version, and of two owners' the one listed last.
+    """
     for loss in reversed(losses):
         if loss.id == name:
             return loss
     base, _, prefix = name.rpartition("@")
     if base:
         found = [loss for loss in losses if base in (loss.name, loss.id.partition("@")[0])]
-        matching = [loss for loss in found if prefix and loss.digest.startswith(prefix)]
+        matching = _last_of_each([loss for loss in found if prefix and loss.digest.startswith(prefix)])
         if found and not matching:
             versions = ", ".join(f"{base}@{loss.digest[:12]}" for loss in found)
             raise UnknownLoss(f"no version {name!r}; there is {versions}")
@@ -101,6 +104,12 @@ def resolve(name: str, losses: Sequence[N]) -> N:
         ids = " or ".join(sorted(loss.id for loss in matching))
         raise AmbiguousLoss(f"{name!r} is provided {len(matching)} times; ask for {ids}")
     return matching[0]
+
+
+def _last_of_each(versions: list[N]) -> list[N]:
+    """One loss a digest among uploads: the same version may be there from two owners."""
+    uploads = {loss.digest: loss for loss in versions if loss.id.startswith("upload:")}
+    return [loss for loss in versions if not loss.id.startswith("upload:")] + list(uploads.values())
 
 
 def check_upload_name(name: str, taken: Iterable[str]) -> None:

@@ -35,7 +35,10 @@ class LossFn(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Who brought a loss: a distribution's entry point, an upload, or this process."""
+    """Who brought a loss: a distribution's entry point, an upload, or this process.
+
+    owner: of an upload, the tenant; None is the one of a server without keys.
+    """
 
     kind: Literal["local", "entry_point", "upload"] = "local"
     distribution: str | None = None
@@ -90,9 +93,13 @@ class LossSpec:
 
     @property
     def id(self) -> str:
-        """`distribution:loss`, or `upload:name@<12 of digest>`; what a name resolves to, and never changes."""
+        """`distribution:loss`, or `upload:name@<12 of digest>`; what a name resolves to, and never changes.
+
+        An upload with an owner is `upload:owner/name@<12 of digest>`.
+        """
         if self.provenance.kind == "upload":
-            return f"upload:{self.name}@{self.digest[:12]}"
+            owner = f"{self.provenance.owner}/" if self.provenance.owner else ""
+            return f"upload:{owner}{self.name}@{self.digest[:12]}"
         return f"{self.provenance.distribution or 'local'}:{self.name}"
 
     def from_(self, provenance: Provenance) -> LossSpec:

@@ -5,7 +5,7 @@ Tensors travel as raw little-endian buffers (`TensorData`); as JSON they may als
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -26,6 +26,9 @@ DTYPES = {
 }
 """dtype name → bytes an element; the dtypes a tensor on the wire may have."""
 
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""A whole number that every format and every tensor can hold; JSON has larger ones."""
+
 UPLOAD_LIMIT = 1 << 20
 """The most bytes an uploaded loss may have, decoded."""
 
@@ -39,7 +42,7 @@ class TensorData(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     data: bytes
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[Int64, ...]
 
 
 class Datum(Wire, frozen=True):
@@ -78,7 +81,7 @@ class ForwardRequest(Wire, frozen=True):
     data: list[Any]
     loss_fn: str = "cross_entropy"
     loss_fn_inputs: dict[str, Any] | None = None
-    loss_fn_config: dict[str, bool | int | float | str | None] | None = None
+    loss_fn_config: dict[str, bool | Int64 | float | str | None] | None = None
 
 
 class OptimStepRequest(Wire, frozen=True):
@@ -129,7 +132,8 @@ class DeleteModelRequest(Wire, frozen=True):
 class RegisterLossRequest(Wire, frozen=True):
     """An uploaded loss.
 
-    payload: cloudpickle bytes; magic: `importlib.util.MAGIC_NUMBER` of the Python that made them, in hex.
+    kind: how it travels. payload: cloudpickle bytes, with magic the `importlib.util.MAGIC_NUMBER` of the Python that
+    made them, in hex; or source and values (`tinkerbell_core.travel`), which any Python reads.
     """
 
     name: str
@@ -139,10 +143,25 @@ class RegisterLossRequest(Wire, frozen=True):
     digest: str
     source: str = ""
     filename: str = ""
-    first_line: int = 1
+    first_line: Int64 = 1
     coupling: Literal["sequence", "batch"] = "batch"
-    group_size: int = 1
+    group_size: Int64 = 1
     example_inputs: dict[str, TensorData] | None = None
+    kind: Literal["cloudpickle", "source"] = "cloudpickle"
+
+
+class DeleteLossesRequest(Wire, frozen=True):
+    """Uploads to forget: `name` means every version, `name@digest` or an id one. tenant: another's, for an admin."""
+
+    name: str
+    tenant: str | None = None
+
+
+class PublishLossRequest(Wire, frozen=True):
+    """An upload that all tenants may use from now on. tenant: whose it is; the admin's own by default."""
+
+    name: str
+    tenant: str | None = None
 
 
 # ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -244,6 +263,12 @@ class LoadOutput(Wire, frozen=True):
 class DeleteModelOutput(Wire, frozen=True):
     model_id: str
     steps: int
+
+
+class DeleteLossesOutput(Wire, frozen=True):
+    """The ids of what is gone."""
+
+    deleted: list[str]
 
 
 class LossDescription(Wire, frozen=True):

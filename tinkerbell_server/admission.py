@@ -35,10 +35,11 @@ from tinkerbell_server.engines.base import (
 )
 from tinkerbell_server.engines.wire import AnyCommand
 from tinkerbell_server.prompts import sample_command
-from tinkerbell_server.ranges import check_name, check_optim, create_spec
+from tinkerbell_server.ranges import check_optim, create_spec
 from tinkerbell_server.saves import Saves
 from tinkerbell_server.scheduler import existing
 from tinkerbell_server.store import Store
+from tinkerbell_server.tenancy import Caller, own_name, owner_field, owner_of, visible
 from tinkerbell_server.turns import Turns
 
 Request = (
@@ -58,41 +59,47 @@ class Admission:
     def __init__(self, store: Store, turns: Turns, saves: Saves) -> None:
         self._store, self._turns, self._saves = store, turns, saves
 
-    def command(self, request: Request, kind: str, engine: EngineDescription) -> Callable[[], AnyCommand]:
-        """What the engine is to do, made when its turn has come. Raises what is wrong with the request."""
+    def command(
+        self, request: Request, kind: str, engine: EngineDescription, caller: Caller
+    ) -> Callable[[], AnyCommand]:
+        """What the engine is to do, made when its turn has come. Raises what is wrong with the request.
+
+        The request's model id is qualified with the caller's tenant already.
+        """
         match request:
             case CreateModelRequest():
                 spec = create_spec(request)
                 if not self._turns.of_model(spec.model_id):
                     existing(self._store, spec)
-                self._saves.check_reference(spec)
+                self._saves.check_reference(spec, anywhere=caller.admin)
                 return lambda: CreateModel(spec=spec)
             case ForwardRequest():
-                return self._run_loss(request, kind, engine)
+                return self._run_loss(request, kind, engine, caller.tenant)
             case SampleRequest():
                 if request.model_id is not None:
-                    self._check_known(request.model_id)
+                    self.check_known(request.model_id)
                 sample = sample_command(request, engine)
                 return lambda: sample
             case OptimStepRequest():
-                self._check_known(request.model_id)
+                self.check_known(request.model_id)
                 check_optim(request)
                 step = OptimStep(**msgspec.structs.asdict(request))
                 return lambda: step
             case SaveRequest():
-                self._check_known(request.model_id)
+                self.check_known(request.model_id)
                 self._saves.check_free(request.model_id, request.name)
                 return lambda: self._saves.save(request)
             case LoadRequest():
-                self._check_known(request.model_id)
-                return lambda: self._saves.load(request)
+                self.check_known(request.model_id)
+                return lambda: self._saves.load(request, anywhere=caller.admin)
             case DeleteModelRequest():
-                self._check_known(request.model_id)
+                self.check_known(request.model_id)
                 return lambda: DeleteModel(model_id=request.model_id)
 
-    def _run_loss(self, request: ForwardRequest, kind: str, engine: EngineDescription) -> Callable[[], AnyCommand]:
-        check_name("model_id", request.model_id)
-        loss = resolve(request.loss_fn, engine.losses)
+    def _run_loss(
+        self, request: ForwardRequest, kind: str, engine: EngineDescription, tenant: str
+    ) -> Callable[[], AnyCommand]:
+        loss = resolve(request.loss_fn, visible(tenant, engine.losses))
         hyperparameters = bind_hyperparameters(loss.name, loss.hyperparameters, request.loss_fn_config or {})
         data = parse_call(
             request.data,
@@ -112,15 +119,25 @@ class Admission:
             data=data,
             hyperparameters=hyperparameters,
             backward=kind == "forward_backward",
+            tenant=owner_field(tenant),
         )
         return lambda: command
 
-    def _check_known(self, model_id: str) -> None:
-        known_ids = {model.id for model in self._store.models()} | self._turns.creating()
-        if model_id not in known_ids:
-            there = ", ".join(sorted(known_ids)[:8]) or "none yet: create_model makes one"
-            near = did_you_mean(model_id, known_ids)
-            raise UnknownModel(f"no model with the id {model_id[:140]!r}{near} (there is: {there})")
+    def check_known(self, model_id: str) -> None:
+        """Raise UnknownModel where there is none of this id, nor will be."""
+        if model_id not in self._known_beside(model_id):
+            raise self.unknown_model(model_id)
+
+    def unknown_model(self, model_id: str) -> UnknownModel:
+        """The error that names what the same tenant has."""
+        known = {own_name(other) for other in self._known_beside(model_id)}
+        there = ", ".join(sorted(known)[:8]) or "none yet: create_model makes one"
+        near = did_you_mean(own_name(model_id), known)
+        return UnknownModel(f"no model with the id {model_id[:140]!r}{near} (there is: {there})")
+
+    def _known_beside(self, model_id: str) -> set[str]:
+        known = {model.id for model in self._store.models()} | self._turns.creating()
+        return {other for other in known if owner_of(other) == owner_of(model_id)}
 
     def tell_notice(self, request: Request, engine: EngineDescription) -> None:
         """Raise, once, what the model of a request has lost; always, that it is of another base model."""

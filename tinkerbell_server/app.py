@@ -7,9 +7,13 @@ from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from tinkerbell_server.auth import KeyBackend, on_refused
 from tinkerbell_server.config import Settings
+from tinkerbell_server.headers import SecurityHeaders
+from tinkerbell_server.limits import Limits
 from tinkerbell_server.problems import HANDLERS
 from tinkerbell_server.routes import native
 from tinkerbell_server.service import Service
@@ -27,13 +31,20 @@ def create_app(settings: Settings) -> Starlette:
         finally:
             await service.stop()
 
+    backend = KeyBackend(settings, service.keys, service.audit)
+    middleware = [
+        Middleware(SecurityHeaders),
+        Middleware(AuthenticationMiddleware, backend=backend, on_error=on_refused),
+        Middleware(Limits, settings=settings),
+    ]
     # a web page that resolves its own name to 127.0.0.1 must not reach a server that trusts its machine
-    local = [Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", settings.host])]
+    hosts = ["localhost", "127.0.0.1", "[::1]", settings.host]
+    local = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)] if settings.on_loopback else []
     app = Starlette(
         routes=native.routes(),
         lifespan=lifespan,
         exception_handlers=HANDLERS,
-        middleware=local if settings.on_loopback else [],
+        middleware=[*local, *middleware],
     )
     app.state.service = service
     return app

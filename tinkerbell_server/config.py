@@ -10,21 +10,34 @@ from typing import Literal
 from tinkerbell_core.errors import BadRequest
 from tinkerbell_server.engines.base import EngineConfig
 
-BODY_LIMIT = 256 << 20
-"""The most bytes a request's body may have."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Settings of `tinkerbell serve`. port 0: a free one. model None: the embedded tiny model.
 
-    uploads "trusted": uploaded losses run with the rights of the server; refused unless host is loopback.
+    uploads "sandboxed": uploaded losses run in locked-down processes; "trusted": with the rights of the server, and
+    refused unless host is loopback. A call of a sandboxed loss may take sandbox_seconds, and sandbox_seconds_per_token
+    for each padded token; its trial dry_run_seconds. sandbox_memory: MiB it may have, None: by the machine.
+    auth "auto": API keys are asked for once there is one, and always unless host is loopback.
+    body_limit: MiB of a request with data; rate_limit: requests of a key a minute, 0 for no limit; concurrency_limit:
+    requests of a key at once; queue_limit: requests that wait for the engine, of which a tenant may have half.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     data_dir: str = "tinkerbell-data"
-    uploads: Literal["off", "trusted"] = "off"
+    uploads: Literal["off", "sandboxed", "trusted"] = "sandboxed"
+    sandbox_seconds: float = 10.0
+    sandbox_seconds_per_token: float = 0.002
+    dry_run_seconds: float = 5.0
+    sandbox_memory: int | None = None
+    auth: Literal["auto", "on", "off"] = "auto"
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    body_limit: int = 256
+    rate_limit: int = 6000
+    concurrency_limit: int = 64
+    queue_limit: int = 2048
     model: str | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -41,13 +54,24 @@ class Settings:
     engine: Literal["torch", "fake"] = "torch"
 
     def __post_init__(self) -> None:
-        if self.uploads not in ("off", "trusted"):
-            raise BadRequest(f"uploads is {self.uploads!r}, but must be 'off' or 'trusted'")
+        if self.uploads not in ("off", "sandboxed", "trusted"):
+            raise BadRequest(f"uploads is {self.uploads!r}, but must be 'off', 'sandboxed' or 'trusted'")
+        if min(self.sandbox_seconds, self.dry_run_seconds) <= 0 or self.sandbox_seconds_per_token < 0:
+            raise BadRequest("a sandbox needs more than no time: see sandbox_seconds and dry_run_seconds")
+        if self.sandbox_memory is not None and self.sandbox_memory < 256:
+            raise BadRequest(f"sandbox_memory is {self.sandbox_memory} MiB, but must be at least 256")
         if self.uploads == "trusted" and not self.on_loopback:
             raise BadRequest(
                 f"--uploads trusted runs what is uploaded with your rights, so it is refused on host {self.host!r}; "
-                "serve on --host 127.0.0.1, or leave uploads off"
+                "serve on --host 127.0.0.1, or use --uploads sandboxed"
             )
+        if self.auth not in ("auto", "on", "off"):
+            raise BadRequest(f"auth is {self.auth!r}, but must be 'auto', 'on' or 'off'")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise BadRequest("ssl_keyfile is there, but ssl_certfile is not: TLS needs the certificate too")
+        for name, least in (("body_limit", 1), ("rate_limit", 0), ("concurrency_limit", 1), ("queue_limit", 2)):
+            if getattr(self, name) < least:
+                raise BadRequest(f"{name} is {getattr(self, name)}, but must be at least {least}")
         if not 0 <= self.port <= 65535:
             raise BadRequest(f"port is {self.port}, but must be between 0 and 65535")
         if self.chat_tokens not in ("assistant", "all"):
@@ -83,6 +107,11 @@ class Settings:
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             micro_batch_tokens=self.micro_batch_tokens,
+            uploads=self.uploads,
+            sandbox_seconds=self.sandbox_seconds,
+            sandbox_seconds_per_token=self.sandbox_seconds_per_token,
+            dry_run_seconds=self.dry_run_seconds,
+            sandbox_memory=self.sandbox_memory,
             logits_budget=self.logits_budget,
             gradient_checkpointing=self.gradient_checkpointing,
             plugins=self.plugins,

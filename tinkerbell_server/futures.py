@@ -14,6 +14,7 @@ import msgspec
 from tinkerbell_core.errors import Conflict, Problem, UnknownFuture
 from tinkerbell_core.types import Future
 from tinkerbell_server.store import Request, Store
+from tinkerbell_server.tenancy import qualified
 
 KEEP_SECONDS = 6 * 3600.0
 KEEP = 2000
@@ -53,11 +54,10 @@ class Futures:
             )
         return request
 
-    def accept(self, call: Call, model_id: str | None) -> Request:
+    def accept(self, call: Call, model_id: str | None, tenant: str) -> Request:
         """Record a new request."""
-        request = Request(
-            "req-" + secrets.token_hex(12), model_id, call.kind, call.key, call.digest, "queued", None, None
-        )
+        request_id = qualified(tenant, "req-" + secrets.token_hex(12))
+        request = Request(request_id, model_id, call.kind, call.key, call.digest, "queued", None, None)
         self._store.add_request(request)
         self._open[request.id] = asyncio.Event()
         return request

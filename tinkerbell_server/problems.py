@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 from typing import Any, TypeVar
 
 import msgspec
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 
-from tinkerbell_core.errors import BadRequest, Problem, TinkerbellError
+from tinkerbell_core.errors import BadRequest, Problem, TinkerbellError, TooManyRequests, Unauthorized
 from tinkerbell_core.types import Future
+from tinkerbell_server.tenancy import LOCAL, own_problem
 
 log = logging.getLogger("tinkerbell.server")
 
 MSGPACK, JSON = "application/msgpack", "application/json"
 
 _DRAIN = 64 << 20
+
+_CHUNK_SECONDS, _BODY_SECONDS = 30.0, 600.0
 
 T = TypeVar("T")
 
@@ -35,14 +40,19 @@ class HttpProblem(BadRequest):
 
 
 async def read_body(request: Request, limit: int, too_large: TinkerbellError) -> bytes:
-    """The body, or `too_large` once it is over `limit`."""
+    """The body, or `too_large` once it is over `limit`. Raises HttpProblem (408) where it does not come in time."""
     chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= limit:
-            chunks.append(chunk)
-        elif size > limit + _DRAIN:
-            break  # a client that stops to listen only after it has sent all is read this far, so that it hears why
+    stream = request.stream()
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            while chunk := await asyncio.wait_for(anext(stream, b""), _CHUNK_SECONDS):
+                size += len(chunk)
+                if size <= limit:
+                    chunks.append(chunk)
+                elif size > limit + _DRAIN:
+                    break  # a client that listens only after it has sent all is read this far, so that it hears why
+    except TimeoutError:
+        raise HttpProblem(f"the body did not come in time: {size} bytes so far; send it again", 408) from None
     if size > limit:
         raise too_large
     return b"".join(chunks)
@@ -64,7 +74,7 @@ def decode(request: Request, body: bytes, type_: type[T]) -> T:
 
 
 # Any: whatever msgspec can encode
-def answer(request: Request, value: Any, status: int = 200) -> Response:
+def answer(request: HTTPConnection, value: Any, status: int = 200) -> Response:
     """`value` in the format the client reads."""
     form = _media(request.headers.get("accept")) or _media(request.headers.get("content-type")) or JSON
     if form == MSGPACK:
@@ -77,8 +87,20 @@ def answer(request: Request, value: Any, status: int = 200) -> Response:
 async def on_problem(request: Request, error: Exception) -> Response:
     """A TinkerbellError, in the client's format."""
     assert isinstance(error, TinkerbellError)
+    return refusal(request, error)
+
+
+def refusal(request: HTTPConnection, error: TinkerbellError) -> Response:
+    """An error in the client's format and the tenant's own words, with the headers its status asks for."""
+    caller = getattr(request.scope.get("user"), "caller", None)
+    problem = own_problem(LOCAL if caller is None else caller.tenant, Problem.of(error))
     status = error.http_status if isinstance(error, HttpProblem) else error.status
-    return answer(request, {"problem": Problem.of(error)}, status)
+    response = answer(request, {"problem": problem}, status)
+    if isinstance(error, Unauthorized):
+        response.headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, TooManyRequests):
+        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    return response
 
 
 async def on_http(request: Request, error: Exception) -> Response:

@@ -24,7 +24,6 @@ def check_name(what: str, name: str) -> None:
 
 def create_spec(request: CreateModelRequest) -> CreateModelRequest:
     """The same request in its one normal form: full and rank=None are said together."""
-    check_name("model_id", request.model_id)
     if request.rank is not None:
         _within("rank", request.rank, 1, 1 << 16)
     _within("alpha", request.alpha, 0, math.inf, open_below=True)

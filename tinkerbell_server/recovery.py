@@ -10,6 +10,7 @@ from tinkerbell_core.types import RegisterLossRequest
 from tinkerbell_server.engines.base import CreateModel, Load, RegisterLoss
 from tinkerbell_server.engines.link import Link
 from tinkerbell_server.store import Model, Store
+from tinkerbell_server.tenancy import owner_field, owner_of
 
 log = logging.getLogger("tinkerbell.server")
 
@@ -45,15 +46,15 @@ def fall_back(store: Store, why: str, told: Iterable[str | None]) -> dict[str, s
     return losses
 
 
-async def bring_back(link: Link, store: Store, uploads: Iterable[RegisterLossRequest]) -> None:
+async def bring_back(link: Link, store: Store, uploads: Iterable[tuple[str, RegisterLossRequest]]) -> None:
     """Give a new engine the uploads and the models of the store. Raises EngineLost if it dies of it."""
-    for upload in uploads:
+    for name, upload in uploads:
         try:
-            await link.execute(RegisterLoss(upload=upload))
+            await link.execute(RegisterLoss(upload=upload, owner=owner_field(owner_of(name))))
         except EngineLost:
             raise
         except TinkerbellError as error:
-            log.warning("the uploaded loss %r could not be registered again: %s", upload.name, error.message)
+            log.warning("the uploaded loss %r could not be registered again: %s", name, error.message)
     for model in store.models():
         if model.info.base_model == link.description.base_model:
             await _bring_back(link, store, model)

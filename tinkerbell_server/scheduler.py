@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from tinkerbell_server.engines.wire import AnyCommand
 from tinkerbell_server.recovery import AGAIN, bring_back, fall_back
 from tinkerbell_server.store import Store
 from tinkerbell_server.supervisor import Supervisor
+from tinkerbell_server.tenancy import LOCAL, qualified
 from tinkerbell_server.turns import Job, Turns
 
 log = logging.getLogger("tinkerbell.server")
@@ -89,44 +91,47 @@ class Scheduler:
 
     async def run(self, supervisor: Supervisor) -> None:
         """Until cancelled, or until there will be no engine any more."""
-        while True:
-            job = await self._turns.next()
-            try:
-                link = await supervisor.link()
-            except EngineLost as error:
-                for waiting in self._turns.drain():
-                    waiting.failed(error)
-                return
-            if self._turns.running is not job:
-                continue
-            waited = time.monotonic() - job.accepted
-            job.started()
-            try:
-                result = await self._do(link, job, waited)
-            except EngineLost:
-                self.died(link)
-                continue
-            except TinkerbellError as error:
-                self._turns.over(job)
-                job.failed(error)
-            except Exception:  # a bug of ours in one job must not end the queue of all
-                log.exception("%s could not be run", job.kind)
-                self._turns.over(job)
-                job.failed(TinkerbellError("internal error, see the server's log"))
-            else:
-                supervisor.refresh(link)
-                self._turns.over(job)
-                job.done(result)
+        async with asyncio.TaskGroup() as jobs:
+            while True:
+                job = await self._turns.next()
+                try:
+                    link = await supervisor.link()
+                except EngineLost as error:
+                    for waiting in self._turns.drain():
+                        waiting.failed(error)
+                    return
+                if job in self._turns.running:
+                    jobs.create_task(self._one(supervisor, link, job))
+
+    async def _one(self, supervisor: Supervisor, link: Link, job: Job) -> None:
+        waited = time.monotonic() - job.accepted
+        job.started()
+        try:
+            result = await self._do(link, job, waited)
+        except EngineLost:
+            self.died(link)
+        except TinkerbellError as error:
+            self._turns.over(job)
+            job.failed(error)
+        except Exception:  # a bug of ours in one job must not end the queue of all
+            log.exception("%s could not be run", job.kind)
+            self._turns.over(job)
+            job.failed(TinkerbellError("internal error, see the server's log"))
+        else:
+            supervisor.refresh(link)
+            self._turns.over(job)
+            job.done(result)
 
     async def _do(self, link: Link, job: Job, waited: float) -> bytes:
         command = job.command()
+        apart = self._turns.apart(job)
         if isinstance(command, CreateModel):
             return await self._create(link, command.spec)
         if isinstance(command, RunLoss) and self._store.model(command.model_id) is None:
-            return await self._create_and_run(link, command, waited)
+            return await self._create_and_run(link, command, waited, apart=apart)
         if isinstance(command, DeleteModel):
             return await self._delete(link, command)
-        result = await link.execute(command)
+        result = await link.execute(command, apart=apart)
         self._record(link, command, result, waited)
         return result
 
@@ -138,11 +143,11 @@ class Scheduler:
         self._store.add_model(spec, msgspec.msgpack.decode(result, type=ModelInfo))
         return result
 
-    async def _create_and_run(self, link: Link, command: RunLoss, waited: float) -> bytes:
+    async def _create_and_run(self, link: Link, command: RunLoss, waited: float, *, apart: bool) -> bytes:
         spec = CreateModelRequest(model_id=command.model_id)
         info = msgspec.msgpack.decode(await link.execute(CreateModel(spec=spec)), type=ModelInfo)
         try:
-            result = await link.execute(command)
+            result = await link.execute(command, apart=apart)
         except EngineLost:
             raise
         except TinkerbellError:
@@ -184,7 +189,7 @@ class Scheduler:
                 load = msgspec.msgpack.decode(result, type=LoadOutput)
                 self._store.loaded(command.model_id, load.path, load.step, optimizer=load.optimizer)
             case RegisterLoss():
-                self._store.add_upload(command.upload)
+                self._store.add_upload(qualified(command.owner or LOCAL, command.upload.name), command.upload)
             case _:
                 pass
 

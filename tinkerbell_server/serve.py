@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import ssl
 import sys
 from types import FrameType
 
@@ -15,7 +16,12 @@ import uvicorn
 from tinkerbell_core.errors import BadRequest, TinkerbellError
 from tinkerbell_server.app import create_app
 from tinkerbell_server.config import Settings
+from tinkerbell_server.protocol import Protocol
 from tinkerbell_server.service import Service
+
+_CONNECTIONS = 1000
+
+log = logging.getLogger("tinkerbell.server")
 
 
 class _Server(uvicorn.Server):
@@ -37,9 +43,23 @@ def run(settings: Settings, sock: socket.socket | None = None) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    if settings.ssl_certfile is not None:
+        _check_tls(settings.ssl_certfile, settings.ssl_keyfile)
     with sock or _listen(settings) as listening:
         app = create_app(settings)
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5, lifespan="on")
+        config = uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=5,
+            limit_concurrency=_CONNECTIONS,
+            lifespan="on",
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
+        )
         server = _Server(config, app.state.service)
         # uvicorn raises the signal again once it is down; by then everything has been told
         with contextlib.suppress(KeyboardInterrupt):
@@ -53,21 +73,52 @@ def run(settings: Settings, sock: socket.socket | None = None) -> int:
     return 0
 
 
-def url_of(sock: socket.socket) -> str:
+def url_of(sock: socket.socket, scheme: str = "http") -> str:
     """The address of a listening socket."""
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 async def _serve(server: _Server, service: Service, sock: socket.socket) -> str | None:
-    greeting = asyncio.create_task(_greet(server, service, url_of(sock)))
+    greeting = asyncio.create_task(_greet(server, service, url_of(sock, "https" if server.config.is_ssl else "http")))
     await server.serve(sockets=[sock])
     greeting.cancel()
     refused = service.supervisor.gave_up and service.supervisor.description is None
     return service.supervisor.problem if refused else None
 
 
+def _check_tls(certfile: str, keyfile: str | None) -> None:
+    """Raise BadRequest for a certificate or a key that cannot be used; uvicorn would end in a traceback."""
+    try:
+        # a password given here is one that is not asked for on the terminal
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, password="")
+    except (OSError, ssl.SSLError) as error:
+        beside = "the key in it" if keyfile is None else keyfile
+        raise BadRequest(
+            f"TLS: {certfile} with {beside} cannot be used: {error}; "
+            "pass a PEM certificate chain and its key, which has no password"
+        ) from None
+
+
+def _warn(service: Service) -> None:
+    """Say what leaves the door open."""
+    settings = service.settings
+    if settings.on_loopback:
+        return
+    if settings.auth == "off":
+        log.warning("anybody who reaches %s may train and upload here: --auth off asks for no key", settings.host)
+    elif not service.keys.exist():
+        log.warning(
+            "nobody may use this server yet: it asks for API keys and has none; make one with\n"
+            "  tinkerbell key create NAME --scope admin --data-dir %s",
+            settings.data_path,
+        )
+    if settings.ssl_certfile is None:
+        log.warning("keys and data travel in clear text: pass --ssl-certfile, or put a proxy that speaks TLS in front")
+
+
 async def _greet(server: _Server, service: Service, url: str) -> None:
+    _warn(service)
     _say(f"Tinkerbell is starting on {url}; the model is being loaded (Ctrl-C stops it)")
     if not await service.supervisor.settled():
         server.should_exit = True

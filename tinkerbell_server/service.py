@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import msgspec
 
 from tinkerbell_core import __version__
-from tinkerbell_core.errors import (
-    EngineLost,
-    Problem,
-    TinkerbellError,
-)
-from tinkerbell_core.types import (
-    Future,
-    LossDescription,
-    ModelInfo,
-    RegisterLossRequest,
-)
+from tinkerbell_core.errors import EngineLost, Problem, TinkerbellError, UnknownLoss, UnknownModel
+from tinkerbell_core.registry import resolve
+from tinkerbell_core.types import ForwardRequest, Future, ModelInfo
 from tinkerbell_server.admission import Admission, Request
+from tinkerbell_server.audit import Audit, Watched
 from tinkerbell_server.config import Settings
-from tinkerbell_server.engines.base import (
-    RegisterLoss,
-)
+from tinkerbell_server.engines.base import EngineDescription
 from tinkerbell_server.futures import Call, Futures
+from tinkerbell_server.keys import Keys
+from tinkerbell_server.library import Library
+from tinkerbell_server.ranges import check_name
 from tinkerbell_server.recovery import fall_back
 from tinkerbell_server.saves import Saves
 from tinkerbell_server.scheduler import Scheduler
+from tinkerbell_server.store import Request as Accepted
 from tinkerbell_server.store import Store
 from tinkerbell_server.supervisor import Supervisor
+from tinkerbell_server.tenancy import Caller, own_future, own_name, owner_of, qualified, visible
 from tinkerbell_server.turns import Job, Turns
-from tinkerbell_server.uploads import check_on, check_upload, job_id, known
 
 
 class Service:
@@ -43,11 +39,14 @@ class Service:
         self.settings = settings
         self.boot_id = secrets.token_hex(8)
         self.store = Store(settings.data_path)
-        self.turns = Turns()
+        self.keys = Keys(settings.data_path)
+        self.audit = Audit(settings.data_path)
+        self.turns = Turns(sandboxed=settings.uploads == "sandboxed")
         self.futures = Futures(self.store, self.turns.position)
-        self.admission = Admission(self.store, self.turns, Saves(self.store, settings.data_path / "models"))
-        self.scheduler = Scheduler(self.store, self.turns, uploads=settings.uploads == "trusted")
+        self.admission = Admission(self.store, self.turns, Saves(self.store, settings.data_path))
+        self.scheduler = Scheduler(self.store, self.turns, uploads=settings.uploads != "off")
         self.supervisor = Supervisor(settings.engine_config(), self.scheduler.born, self.scheduler.died)
+        self.library = Library(settings, self.store, self.turns, self.supervisor, self.audit)
         self._tasks: list[asyncio.Task[None]] = []
         self._forget_what_ran()
 
@@ -63,6 +62,7 @@ class Service:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.keys.close()
         self.store.close()
 
     def _forget_what_ran(self) -> None:
@@ -73,6 +73,10 @@ class Service:
             sentence = losses.get(request.model_id or "") if request is not None else None
             text = f"{why} before this request was done; {sentence or 'nothing else was lost'}; send it again"
             self.store.finish(request_id, None, Problem.of(EngineLost(text)))
+
+    def brief_health(self) -> dict[str, str]:
+        """What GET /healthz answers to nobody in particular, where a key is asked for."""
+        return {"status": self.supervisor.status, "boot_id": self.boot_id, "version": __version__}
 
     def health(self) -> dict[str, Any]:  # Any: JSON values of several types
         """What GET /healthz answers."""
@@ -88,70 +92,89 @@ class Service:
             "dtype": engine and engine.dtype,
             "vocab_size": engine and engine.vocab_size,
             "max_length": engine and engine.max_length,
-            "uploads": self.settings.uploads,
+            "uploads": self.settings.uploads if engine is None else engine.uploads,
+            "uploads_problem": engine and engine.uploads_problem,
+            "mechanisms": [] if engine is None else list(engine.mechanisms),
+            "auth": self.settings.auth,
             "queue": len(self.turns),
             "restarts": self.supervisor.restarts,
         }
 
-    async def losses(self) -> dict[str, Any]:  # Any: names, summaries and descriptions under one roof
+    async def losses(self, caller: Caller) -> dict[str, Any]:  # Any: names, summaries and descriptions under one roof
         """What GET /list_loss_functions answers."""
         engine = await self.supervisor.described()
+        losses = visible(caller.tenant, engine.losses)
         return {
-            "available_loss_functions": list(dict.fromkeys(loss.name for loss in engine.losses)),
-            "descriptions": {loss.name: loss.summary for loss in engine.losses},
-            "losses": engine.losses,
+            "available_loss_functions": list(dict.fromkeys(loss.name for loss in losses)),
+            "descriptions": {loss.name: loss.summary for loss in losses},
+            "losses": losses,
             "plugins": engine.plugins,
         }
 
-    def models(self) -> list[ModelInfo]:
-        return [model.described() for model in self.store.models()]
+    def models(self, caller: Caller) -> list[ModelInfo]:
+        return [
+            msgspec.structs.replace(model.described(), model_id=own_name(model.id))
+            for model in self.store.models()
+            if owner_of(model.id) == caller.tenant
+        ]
 
-    async def register(self, upload: RegisterLossRequest) -> LossDescription:
-        """An uploaded loss, once the engine has tried it."""
-        check_on(self.settings.uploads)
-        engine = await self.supervisor.described()
-        check_upload(upload, engine.losses)
-        there = known(upload, engine.losses)
-        if there is not None:
-            return there
-        done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self.turns.put(
-            Job(
-                id=job_id(upload),
-                kind="register_custom_loss",
-                model_id=None,
-                command=lambda: RegisterLoss(upload=upload),
-                started=lambda: None,
-                done=lambda result: None if done.done() else done.set_result(result),
-                failed=lambda error: None if done.done() else done.set_exception(error),
-            )
-        )
-        return msgspec.msgpack.decode(await done, type=LossDescription)
+    async def future(self, caller: Caller, request_id: str, seconds: float) -> Future:
+        """A future of the caller's, once it has finished or after `seconds`. Raises UnknownFuture."""
+        return own_future(caller.tenant, await self.futures.wait(qualified(caller.tenant, request_id), seconds))
 
-    async def submit(self, call: Call, request: Request) -> Future:
+    async def submit(self, caller: Caller, call: Call, request: Request) -> Future:
         """The future of a request. Raises what is wrong with it, before it is queued."""
         engine = await self.supervisor.described()
+        tenant = caller.tenant
+        # always with the tenant's name before it: a key may be any text, the local tenant's too
+        call = replace(call, key=None if call.key is None else f"{tenant}/{call.key}")
         repeated = self.futures.repeated(call)
         if repeated is not None:
-            return self.futures.future(repeated.id)
-        command = self.admission.command(request, call.kind, engine)
+            return own_future(tenant, self.futures.future(repeated.id))
+        if request.model_id is not None:
+            check_name("model_id", request.model_id)
+            request = msgspec.structs.replace(request, model_id=qualified(tenant, request.model_id))
+        command = self.admission.command(request, call.kind, engine, caller)
         self.admission.tell_notice(request, engine)
-        accepted = self.futures.accept(call, request.model_id)
+        self.turns.check_room(tenant, self.settings.queue_limit)
+        accepted = self.futures.accept(call, request.model_id, tenant)
+        watched = self._watched(caller, call.kind, request, engine)
         self.turns.put(
             Job(
                 id=accepted.id,
                 kind=call.kind,
+                tenant=tenant,
                 model_id=request.model_id,
                 command=command,
                 started=partial(self.futures.running, accepted.id),
-                done=partial(self._done, accepted.id),
-                failed=partial(self._failed, accepted.id),
+                done=partial(self._done, accepted, watched),
+                failed=partial(self._failed, accepted, watched),
             )
         )
-        return self.futures.future(accepted.id)
+        return own_future(tenant, self.futures.future(accepted.id))
 
-    def _done(self, request_id: str, result: bytes) -> None:
-        self.futures.finish(request_id, result, None)
+    def _watched(self, caller: Caller, kind: str, request: Request, engine: EngineDescription) -> Watched | None:
+        """The audit's line on a request that changes what there is, or runs what somebody uploaded."""
+        if kind in ("create_model", "delete_model", "save", "load"):
+            return self.audit.watch(caller, kind, request.model_id)
+        if isinstance(request, ForwardRequest):
+            loss = resolve(request.loss_fn, visible(caller.tenant, engine.losses))
+            if loss.provenance.kind == "upload":
+                return self.audit.watch(caller, kind, loss.id)
+        return None
 
-    def _failed(self, request_id: str, error: TinkerbellError) -> None:
-        self.futures.finish(request_id, None, Problem.of(error))
+    def _done(self, accepted: Accepted, watched: Watched | None, result: bytes) -> None:
+        self.futures.finish(accepted.id, result, None)
+        # a training run is thousands of calls: of those only what went wrong is told
+        if watched is not None and accepted.kind not in ("forward", "forward_backward"):
+            watched.ended()
+
+    def _failed(self, accepted: Accepted, watched: Watched | None, error: TinkerbellError) -> None:
+        # the engine knows nothing of tenants, and would name what others have
+        if isinstance(error, UnknownModel) and accepted.model_id is not None:
+            error = self.admission.unknown_model(accepted.model_id)
+        elif isinstance(error, UnknownLoss):
+            error = UnknownLoss("the loss was deleted while this request waited; upload it again")
+        self.futures.finish(accepted.id, None, Problem.of(error))
+        if watched is not None:
+            watched.ended(error)

@@ -70,7 +70,7 @@ class Store:
     """The open file; one server at a time. Raises TinkerbellError where another server has it."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -167,24 +167,29 @@ class Store:
         return [row[0] for row in self._db.execute("SELECT id FROM requests WHERE finished IS NULL ORDER BY rowid")]
 
     def prune(self, keep_seconds: float, keep: int) -> None:
-        """Drop finished requests that are older than `keep_seconds`, and all but the newest `keep`."""
+        """Drop finished requests that are older than `keep_seconds`, and all but each tenant's newest `keep`."""
         self._db.execute("DELETE FROM requests WHERE finished < ?", (time.time() - keep_seconds,))
         self._db.execute(
-            "DELETE FROM requests WHERE id IN (SELECT id FROM requests WHERE finished IS NOT NULL"
-            " ORDER BY finished DESC LIMIT -1 OFFSET ?)",
+            "DELETE FROM requests WHERE id IN (SELECT id FROM (SELECT id, row_number() OVER ("
+            " PARTITION BY substr(id, 1, instr(id, '/')) ORDER BY finished DESC) AS place"
+            " FROM requests WHERE finished IS NOT NULL) WHERE place > ?)",
             (keep,),
         )
 
-    def uploads(self) -> list[RegisterLossRequest]:
-        """Every upload, the one that was registered last at the end."""
-        rows = self._db.execute("SELECT envelope FROM uploads ORDER BY id")
-        return [msgspec.msgpack.decode(row[0], type=RegisterLossRequest) for row in rows]
+    def uploads(self) -> list[tuple[str, RegisterLossRequest]]:
+        """Every upload and its qualified name, the one that was registered last at the end."""
+        rows = self._db.execute("SELECT name, envelope FROM uploads ORDER BY id")
+        return [(name, msgspec.msgpack.decode(envelope, type=RegisterLossRequest)) for name, envelope in rows]
 
-    def add_upload(self, upload: RegisterLossRequest) -> None:
+    def add_upload(self, name: str, upload: RegisterLossRequest) -> None:
+        """Keep an upload under its qualified name, as the latest."""
         self._db.execute(
             "INSERT OR REPLACE INTO uploads (digest, name, envelope, created) VALUES (?, ?, ?, ?)",
-            (upload.digest, upload.name, msgspec.msgpack.encode(upload), time.time()),
+            (upload.digest, name, msgspec.msgpack.encode(upload), time.time()),
         )
+
+    def drop_upload(self, name: str, digest: str) -> None:
+        self._db.execute("DELETE FROM uploads WHERE name = ? AND digest = ?", (name, digest))
 
     def _one_request(self, column: str, value: str) -> Request | None:
         row = self._db.execute(

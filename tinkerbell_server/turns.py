@@ -1,4 +1,7 @@
-"""Whose turn it is: requests of one model in the order they came, models one after the other."""
+"""Whose turn it is: requests of one model in the order they came, models one after the other.
+
+Jobs that spend their time in a sandbox do not take the others' turn: some of them run beside the one that does.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,18 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tinkerbell_core.errors import TinkerbellError
+from tinkerbell_core.errors import TinkerbellError, TooManyRequests
+from tinkerbell_server.engines.base import RunLoss
 from tinkerbell_server.engines.wire import AnyCommand
+from tinkerbell_server.tenancy import LOCAL
+
+APART = 8
+"""The most jobs that run in sandboxes at once."""
+
+APART_OF_TENANT = 4
+"""The most of them that may be one tenant's."""
+
+Lane = tuple[str, str | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -21,6 +34,7 @@ class Job:
 
     id: str
     kind: str
+    tenant: str = LOCAL
     model_id: str | None
     command: Callable[[], AnyCommand]
     started: Callable[[], None]
@@ -33,74 +47,127 @@ class Job:
         """Whether a model that is not there will be there afterwards."""
         return self.kind in ("create_model", "forward", "forward_backward")
 
+    @property
+    def uploaded(self) -> bool:
+        """Whether it runs a loss that somebody uploaded."""
+        if self.kind == "register_custom_loss":
+            return True
+        if self.kind not in ("forward", "forward_backward"):
+            return False
+        command = self.command()
+        return isinstance(command, RunLoss) and command.loss.startswith("upload:")
+
+    @property
+    def lane(self) -> Lane:
+        """Jobs of one lane run one after the other: those of a model, or of an upload's name."""
+        return ("upload", self.id) if self.kind == "register_custom_loss" else ("model", self.model_id)
+
 
 class Turns:
-    """The queue. At most one job runs; it is counted until `over`."""
+    """The queue. At most one job has the turn, and some run apart; each is counted until `over`."""
 
-    def __init__(self) -> None:
-        self._queues: dict[str | None, deque[Job]] = {}
-        self._ring: deque[str | None] = deque()
-        self._filled = asyncio.Event()
-        self.running: Job | None = None
+    def __init__(self, *, sandboxed: bool = False) -> None:
+        """sandboxed: uploaded losses run elsewhere, so that jobs with one run apart."""
+        self._queues: dict[Lane, deque[Job]] = {}
+        self._ring: deque[Lane] = deque()
+        self._changed = asyncio.Event()
+        self._sandboxed = sandboxed
+        self.running: list[Job] = []
+
+    def apart(self, job: Job) -> bool:
+        return self._sandboxed and job.uploaded
+
+    def check_room(self, tenant: str, limit: int) -> None:
+        """Raise TooManyRequests where the queue is full, or half full with this tenant's own jobs."""
+        waiting = [job.tenant for queue in self._queues.values() for job in queue]
+        if len(waiting) >= limit:
+            raise TooManyRequests(
+                f"the queue is full: {len(waiting)} requests wait for the engine; try again later", retry_after=5.0
+            )
+        own = waiting.count(tenant)
+        if own >= limit // 2:
+            raise TooManyRequests(
+                f"you have {own} requests waiting for the engine, which is the most here: wait for some to end, "
+                "then send more",
+                retry_after=5.0,
+            )
 
     def put(self, job: Job) -> None:
-        if job.model_id not in self._queues:
-            self._queues[job.model_id] = deque()
-            self._ring.append(job.model_id)
-        self._queues[job.model_id].append(job)
-        self._filled.set()
+        if job.lane not in self._queues:
+            self._queues[job.lane] = deque()
+            self._ring.append(job.lane)
+        self._queues[job.lane].append(job)
+        self._changed.set()
 
     async def next(self) -> Job:
-        """The job whose turn it is, once there is one; it is `running` from here on."""
-        while not self._ring:
-            self._filled.clear()
-            await self._filled.wait()
-        model_id = self._ring.popleft()
-        queue = self._queues[model_id]
-        self.running = queue.popleft()
+        """The job whose turn it is, once there is one; it is among `running` from here on."""
+        while (lane := self._ready()) is None:
+            self._changed.clear()
+            await self._changed.wait()
+        self._ring.remove(lane)
+        queue = self._queues[lane]
+        job = queue.popleft()
         if queue:
-            self._ring.append(model_id)
+            self._ring.append(lane)
         else:
-            del self._queues[model_id]
-        return self.running
+            del self._queues[lane]
+        self.running.append(job)
+        return job
 
     def over(self, job: Job) -> None:
-        """The running job has ended."""
-        if self.running is job:
-            self.running = None
+        """A running job has ended."""
+        if job in self.running:
+            self.running.remove(job)
+            self._changed.set()
 
     def drain(self) -> list[Job]:
-        """Take every job out, the running one first."""
-        jobs = [] if self.running is None else [self.running]
-        jobs += [job for queue in self._queues.values() for job in queue]
+        """Take every job out, running ones first."""
+        jobs = [*self.running, *self._queued()]
         self._queues.clear()
         self._ring.clear()
-        self.running = None
+        self.running.clear()
         return jobs
 
     def of_model(self, model_id: str) -> list[Job]:
         """The jobs of one model that have not ended."""
-        running = [self.running] if self.running is not None and self.running.model_id == model_id else []
-        return [*running, *self._queues.get(model_id, ())]
+        running = [job for job in self.running if job.model_id == model_id]
+        return [*running, *self._queues.get(("model", model_id), ())]
 
     def creating(self) -> set[str]:
         """Models that are not there yet, perhaps, but will be."""
-        jobs = [job for queue in self._queues.values() for job in queue]
-        jobs += [] if self.running is None else [self.running]
-        return {job.model_id for job in jobs if job.creates and job.model_id is not None}
+        return {job.model_id for job in (*self.running, *self._queued()) if job.creates and job.model_id is not None}
 
     def position(self, job_id: str) -> int | None:
         """How many jobs run before this one, as far as is known now."""
-        for place, model_id in enumerate(self._ring):
-            for ahead, job in enumerate(self._queues[model_id]):
+        for place, lane in enumerate(self._ring):
+            for ahead, job in enumerate(self._queues[lane]):
                 if job.id == job_id:
                     others = sum(
                         min(len(self._queues[other]), ahead + (index < place))
                         for index, other in enumerate(self._ring)
                         if index != place
                     )
-                    return ahead + others + (self.running is not None)
+                    return ahead + others + len(self.running)
         return None
 
     def __len__(self) -> int:
-        return sum(map(len, self._queues.values())) + (self.running is not None)
+        return sum(map(len, self._queues.values())) + len(self.running)
+
+    def _ready(self) -> Lane | None:
+        """The first lane in the ring whose next job may run now."""
+        busy = {job.lane for job in self.running}
+        apart = [job for job in self.running if self.apart(job)]
+        taken = len(apart) < len(self.running)
+        for lane in self._ring:
+            job = self._queues[lane][0]
+            if lane in busy:
+                continue
+            if self.apart(job):
+                if len(apart) < APART and sum(other.tenant == job.tenant for other in apart) < APART_OF_TENANT:
+                    return lane
+            elif not taken:
+                return lane
+        return None
+
+    def _queued(self) -> list[Job]:
+        return [job for queue in self._queues.values() for job in queue]

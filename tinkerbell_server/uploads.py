@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from tinkerbell_core.errors import BadUpload, UnknownLoss, UploadsOff, UploadTooLarge
 from tinkerbell_core.registry import check_upload_name, resolve
 from tinkerbell_core.types import UPLOAD_LIMIT, LossDescription, RegisterLossRequest
+from tinkerbell_server.engines.base import EngineDescription
 
 BODY_LIMIT = UPLOAD_LIMIT * 4 // 3 + UPLOAD_LIMIT
 """The most bytes the body of an upload may have: the payload as base64, its source and its examples."""
 
 
-def check_on(uploads: str) -> None:
-    """Raise UploadsOff unless the operator chose otherwise."""
-    if uploads != "trusted":
-        raise UploadsOff(
-            "this server takes no uploaded losses; its operator can start it with --uploads trusted "
-            "(uploads then run with the server's rights), or install the loss as a plugin"
-        )
+def check_on(engine: EngineDescription) -> None:
+    """Raise UploadsOff where the engine takes no uploads, with the reason."""
+    if engine.uploads == "off":
+        why = engine.uploads_problem or "its operator can start it with --uploads sandboxed"
+        raise UploadsOff(f"this server takes no uploaded losses: {why}; or install the loss as a plugin")
 
 
 def too_large(size: int | None = None) -> UploadTooLarge:
@@ -39,13 +38,15 @@ def check_upload(upload: RegisterLossRequest, losses: Sequence[LossDescription])
     if len(upload.payload) > UPLOAD_LIMIT:
         raise too_large(len(upload.payload))
     magic = importlib.util.MAGIC_NUMBER.hex()
-    if upload.magic != magic:
+    if upload.kind == "cloudpickle" and upload.magic != magic:
         raise BadUpload(
             f"the loss {upload.name[:80]!r} was made by Python {upload.python[:40]} (bytecode {upload.magic[:16]}), "
             f"but this server runs Python {platform.python_version()} (bytecode {magic}); use the same minor version"
         )
     if not upload.payload:
-        raise BadUpload(f"the upload of {upload.name[:80]!r} has no payload; send the cloudpickle of the function")
+        raise BadUpload(
+            f"the upload of {upload.name[:80]!r} has no payload; send the function as cloudpickle or source"
+        )
     if not re.fullmatch(r"[0-9a-f]{64}", upload.digest):
         raise BadUpload(f"digest is {upload.digest[:80]!r}, but must be the 64 hex digits of the loss's sha256")
     if upload.group_size < 1:
@@ -63,6 +64,6 @@ def known(upload: RegisterLossRequest, losses: Sequence[LossDescription]) -> Los
     return latest if same else None
 
 
-def job_id(upload: RegisterLossRequest) -> str:
+def job_id(upload: RegisterLossRequest, owner: str) -> str:
     """What an upload is called while it waits for the engine."""
-    return "upload-" + hashlib.sha256(f"{upload.name}@{upload.digest}".encode()).hexdigest()[:12]
+    return "upload-" + hashlib.sha256(f"{owner}/{upload.name}@{upload.digest}".encode()).hexdigest()[:12]

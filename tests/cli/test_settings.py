@@ -46,10 +46,10 @@ def test_a_flag_is_over_the_environment_and_that_over_the_file(served: list[Sett
     assert (settings.port, settings.host, settings.dtype) == (1003, "127.0.0.3", "float32")
 
 
-def test_the_defaults_are_a_loopback_server_without_uploads(served: list[Settings], tmp_path: Path) -> None:
+def test_the_defaults_are_a_loopback_server_with_sandboxed_uploads(served: list[Settings], tmp_path: Path) -> None:
     assert serve(XDG_DATA_HOME=str(tmp_path)).exit_code == 0
     settings = one(served)
-    assert (settings.host, settings.port, settings.uploads, settings.model) == ("127.0.0.1", 8000, "off", None)
+    assert (settings.host, settings.port, settings.uploads, settings.model) == ("127.0.0.1", 8000, "sandboxed", None)
     assert settings.data_dir == str(tmp_path / "tinkerbell")
 
 
@@ -57,6 +57,8 @@ def test_every_setting_of_the_file_is_read(served: list[Settings]) -> None:
     Path("tinkerbell.toml").write_text(
         'model = "here"\nplugins = false\ndisabled_plugins = ["a:b", "c"]\nmicro_batch_tokens = 512\n'
         'data_dir = "runs"\nuploads = "trusted"\ntrust_remote_code = true\n'
+        'auth = "on"\nssl_certfile = "c.pem"\nssl_keyfile = "k.pem"\n'
+        "body_limit = 8\nrate_limit = 60\nconcurrency_limit = 4\nqueue_limit = 32\n"
         "logits_budget = 1000000\ngradient_checkpointing = true\n"
     )
     answer = serve()
@@ -67,6 +69,9 @@ def test_every_setting_of_the_file_is_read(served: list[Settings]) -> None:
     assert settings.disabled_plugins == ("a:b", "c")
     assert settings.micro_batch_tokens == 512
     assert settings.trust_remote_code
+    assert (settings.auth, settings.ssl_certfile, settings.ssl_keyfile) == ("on", "c.pem", "k.pem")
+    assert (settings.body_limit, settings.rate_limit) == (8, 60)
+    assert (settings.concurrency_limit, settings.queue_limit) == (4, 32)
     assert settings.logits_budget == 1_000_000
     assert settings.gradient_checkpointing
 

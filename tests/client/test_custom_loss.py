@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
-import pickle
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from tests.client.conftest import Listener
 from tinker_client import LossFnOutput, TinkerClient, custom_loss
 from tinkerbell_core.errors import BadLoss, BadUpload, UploadTooLarge
 from tinkerbell_core.spec import Provenance, loss
+from tinkerbell_core.travel import rebuild
 from tinkerbell_core.types import LossDescription
 
 
@@ -71,7 +71,8 @@ def test_an_upload_says_what_it_is(listener: Listener, client: TinkerClient) -> 
     assert upload["source"].startswith("def my_loss(")
     assert upload["filename"] == __file__
     assert upload["example_inputs"]["reward"]["shape"] == [4]
-    sent = pickle.loads(base64.b64decode(upload["payload"]))
+    assert upload["kind"] == "source"
+    sent = rebuild(base64.b64decode(upload["payload"]))
     assert sent(torch.ones(2), {}, None, beta=3).loss == 6
 
 
@@ -88,8 +89,9 @@ def test_an_unchanged_loss_is_not_sent_again(listener: Listener, client: TinkerC
     assert len(listener.sent("/register_custom_loss")) == 1
 
 
-def test_a_loss_in_an_importable_module_travels_by_value(
-    listener: Listener, client: TinkerClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("via", "opened"), [("source", "rebuild"), ("cloudpickle", "pickle.loads")])
+def test_a_loss_in_an_importable_module_travels_with_its_helpers(
+    listener: Listener, client: TinkerClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, via: Any, opened: str
 ) -> None:
     (tmp_path / "my_maths.py").write_text("def twice(x):\n    return x * 2\n")
     (tmp_path / "my_losses.py").write_text(
@@ -100,11 +102,12 @@ def test_a_loss_in_an_importable_module_travels_by_value(
     monkeypatch.syspath_prepend(tmp_path)
     import my_losses  # type: ignore[import-not-found]
 
-    custom_loss(client)(my_losses.mine)
+    custom_loss(client, via=via)(my_losses.mine)
     (tmp_path / "payload").write_text(uploaded(listener)["payload"])
     elsewhere = (
         "import base64, pickle, torch\n"
-        f"fn = pickle.loads(base64.b64decode(open({str(tmp_path / 'payload')!r}).read()))\n"
+        "from tinkerbell_core.travel import rebuild\n"
+        f"fn = {opened}(base64.b64decode(open({str(tmp_path / 'payload')!r}).read()))\n"
         "assert fn(torch.ones(3), {}, None).loss == 6\n"
     )
     subprocess.run([sys.executable, "-c", elsewhere], check=True)
@@ -179,9 +182,34 @@ def test_cloudpickle_missing_is_said_with_what_to_type(client: TinkerClient, mon
     monkeypatch.setitem(sys.modules, "cloudpickle", None)
     with pytest.raises(BadUpload, match="pip install cloudpickle"):
 
-        @custom_loss(client)
+        @custom_loss(client, via="cloudpickle")
         def mine(model_outputs: Any, loss_fn_inputs: Any, attention_mask: Any) -> LossFnOutput:
             return LossFnOutput(model_outputs.sum())
+
+
+def test_a_loss_without_source_travels_as_cloudpickle(listener: Listener, client: TinkerClient) -> None:
+    scope: dict[str, Any] = {"LossFnOutput": LossFnOutput}
+    exec("def mine(x, i, a): return LossFnOutput(x.sum())", scope)
+    custom_loss(client)(scope["mine"])
+    assert uploaded(listener).get("kind", "cloudpickle") == "cloudpickle"
+
+
+def test_a_loss_that_source_would_change_travels_as_cloudpickle(listener: Listener, client: TinkerClient) -> None:
+    def mine(model_outputs: Any, loss_fn_inputs: Any, attention_mask: Any) -> LossFnOutput:
+        return LossFnOutput(model_outputs.sum() * (2 if mine.__module__ == __name__ else 3))
+
+    custom_loss(client)(mine)
+    assert uploaded(listener).get("kind", "cloudpickle") == "cloudpickle"
+
+
+def test_via_source_says_why_not(client: TinkerClient) -> None:
+    lock = threading.Lock()
+    with pytest.raises(BadUpload, match=r"loss 'mine' cannot travel as source: 'lock' is a lock"):
+
+        @custom_loss(client, via="source")
+        def mine(model_outputs: Any, loss_fn_inputs: Any, attention_mask: Any) -> LossFnOutput:
+            with lock:
+                return LossFnOutput(model_outputs.sum())
 
 
 def test_a_function_that_cannot_be_a_loss_is_refused_at_once(client: TinkerClient) -> None:

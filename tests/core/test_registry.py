@@ -35,9 +35,9 @@ def test_a_name_means_the_latest_upload_and_older_versions_stay() -> None:
     registry = LossRegistry([OLD, NEW])
     assert registry.get("mine") is NEW
     assert registry.get("mine@1111") is OLD
-    assert registry.get("upload:mine@" + "1" * 12) is OLD
-    assert registry.get("upload:mine@" + "1" * 64) is OLD
-    assert registry.get("upload:mine") is NEW
+    assert registry.get("upload:me/mine@" + "1" * 12) is OLD
+    assert registry.get("upload:me/mine@" + "1" * 64) is OLD
+    assert registry.get("upload:me/mine") is NEW
 
 
 def test_uploading_an_old_version_again_makes_it_the_latest() -> None:
@@ -107,3 +107,12 @@ def test_an_upload_may_not_take_a_plugins_name_or_a_malformed_one(name: str) -> 
 @pytest.mark.parametrize("name", ["mine", "my_dpo", "dpo2", "größe", "my-loss"])
 def test_an_upload_may_have_any_other_name(name: str) -> None:
     LossRegistry([PLUGIN, OLD]).check_upload_name(name)
+
+
+def test_two_owners_of_one_name_are_two_ids_and_the_last_listed_is_meant() -> None:
+    other = replace(NEW, provenance=Provenance("upload", owner="public"))
+    registry = LossRegistry([other, NEW])
+    assert [loss.id for loss in registry] == ["upload:public/mine@" + "2" * 12, "upload:me/mine@" + "2" * 12]
+    assert registry.get("mine") is NEW
+    assert registry.get("mine@2222") is NEW
+    assert registry.get(other.id) is other

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import platform
+import sys
 from typing import Any
 
 import cloudpickle
@@ -84,9 +85,14 @@ def upload(engine: TorchEngine, fn: LossFn, name: str, **settings: Any) -> str:
     settings = {"coupling": "batch", "group_size": 1} | settings
     example_inputs = settings.pop("example_inputs", None)
     spec = loss(name=name, **settings)(fn)
+    # as the client does with modules of the author's own
+    module = sys.modules[fn.__module__]
+    cloudpickle.register_pickle_by_value(module)
+    payload = cloudpickle.dumps(fn)
+    cloudpickle.unregister_pickle_by_value(module)
     envelope = RegisterLossRequest(
         name=name,
-        payload=cloudpickle.dumps(fn),
+        payload=payload,
         magic=importlib.util.MAGIC_NUMBER.hex(),
         python=platform.python_version(),
         digest=spec.digest,

@@ -69,6 +69,7 @@ def make_engine(bases: dict[str, Path], device: str, tmp_path: Path) -> MakeEngi
 
     def make(base: str = "llama", dtype: str = "float64", **settings: Any) -> TorchEngine:
         model = str(bases[base]) if base in bases else None
+        settings = {"uploads": "trusted"} | settings
         return create(EngineConfig(model=model, data_dir=str(tmp_path), device=device, dtype=dtype, **settings))
 
     return make

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from tinkerbell_core.types import RegisterLossRequest
@@ -22,17 +23,39 @@ from tinkerbell_server.config import Settings
 from tinkerbell_server.running import Running, running
 
 ROWS = [[1, 2, 3], [4, 5]]
+JSON = {"content-type": "application/json"}
 
 
 class Caller:
     """Speaks to one server as curl would: JSON, and nothing of tinker_client."""
 
-    def __init__(self, server: Running) -> None:
+    def __init__(self, server: Running, key: str | None = None) -> None:
         self.server = server
-        self.http = httpx.Client(base_url=server.url, timeout=40, trust_env=False)
+        self._others: list[Caller] = []
+        headers = {"x-api-key": key} if key else None
+        self.http = httpx.Client(base_url=server.url, timeout=40, trust_env=False, headers=headers)
+
+    def having(self, key: str | None) -> Caller:
+        """The same server, asked with a key."""
+        other = Caller(self.server, key)
+        self._others.append(other)
+        return other
+
+    def close(self) -> None:
+        """Give back the connections, those of `having` too."""
+        for each in (self, *self._others):
+            each.http.close()
 
     def post(self, path: str, body: dict[str, Any], /, **headers: str) -> httpx.Response:
         return self.http.post(path, json=body, headers=headers)
+
+    def register(self, upload: RegisterLossRequest) -> dict[str, Any]:
+        answer = self.http.post("/register_custom_loss", content=msgspec.json.encode(upload), headers=JSON)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    def losses(self) -> list[dict[str, Any]]:
+        return list(self.http.get("/list_loss_functions").json()["losses"])
 
     def accepted(self, path: str, /, **body: Any) -> str:
         answer = self.post(path, body)
@@ -118,7 +141,7 @@ def serve(tmp_path: Path) -> Serve:
         chosen = Settings(**{"engine": "fake", "data_dir": str(tmp_path / "data"), "port": 0, **settings})
         with running(chosen, timeout=30) as server:
             caller = Caller(server)
-            with caller.http:
+            with contextlib.closing(caller):
                 yield caller
 
     return start
@@ -130,7 +153,7 @@ def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
     folder = tmp_path_factory.mktemp("data")
     with running(Settings(engine="fake", data_dir=str(folder), port=0, uploads="trusted"), timeout=30) as server:
         caller = Caller(server)
-        with caller.http:
+        with contextlib.closing(caller):
             yield caller
 
 

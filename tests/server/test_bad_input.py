@@ -30,7 +30,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, str, str]] = [
     ("/create_model", {"model_id": "x", "rank": 0}, 422, "BadHyperparameter", "rank is 0"),
     ("/create_model", {"model_id": "x", "alpha": -1.0}, 422, "BadHyperparameter", "alpha"),
     ("/create_model", {"model_id": "x", "target_modules": []}, 422, "BadHyperparameter", "target_modules"),
-    ("/create_model", {"model_id": "x", "reference": "no/where"}, 422, "BadCheckpoint", "reference"),
+    ("/create_model", {"model_id": "x", "reference": "no/where"}, 404, "UnknownCheckpoint", "reference"),
     ("/create_model", {}, 422, "BadRequest", "model_id"),
     ("/optim_step", {"model_id": "hhere"}, 404, "UnknownModel", "did you mean 'here'?"),
     ("/optim_step", {"model_id": "here", "learning_rate": -1}, 422, "BadHyperparameter", "learning_rate is -1"),
@@ -83,7 +83,7 @@ def test_a_save_is_not_written_over(here: Any) -> None:
 def test_a_load_of_what_is_not_there_names_the_saves(here: Any) -> None:
     here.done("/save", model_id="here", name="alpha")
     problem = here.problem("/load", model_id="here", path="alhpa")
-    assert problem["kind"] == "BadCheckpoint"
+    assert problem["kind"] == "UnknownCheckpoint"
     assert "did you mean 'alpha'?" in problem["message"]
 
 

@@ -71,7 +71,7 @@ def test_uploads_are_registered_again(serve: Any, make_upload: Any) -> None:
         caller.http.post("/register_custom_loss", content=body, headers={"content-type": "application/json"})
         caller.kill_engine()
         assert caller.done("/forward", model_id="m", data=ROWS, loss_fn="mine")["loss_fn"] == "mine"
-    with serve() as caller:
+    with serve(uploads="off") as caller:
         assert "mine" not in caller.http.get("/list_loss_functions").json()["available_loss_functions"]
 
 
@@ -189,6 +189,7 @@ def test_an_engine_that_never_starts_is_given_up(tmp_path: Path) -> None:
 
     from tinkerbell_server.config import Settings
     from tinkerbell_server.service import Service
+    from tinkerbell_server.tenancy import Caller
 
     async def give_up() -> Service:
         service = Service(Settings(engine="fake", model="exits", data_dir=str(tmp_path)))
@@ -196,7 +197,7 @@ def test_an_engine_that_never_starts_is_given_up(tmp_path: Path) -> None:
         try:
             assert not await service.supervisor.settled()
             with pytest.raises(TinkerbellError, match="there is no engine"):
-                await service.losses()
+                await service.losses(Caller())
         finally:
             await service.stop()
         return service

@@ -39,7 +39,7 @@ def run(out: Path, seed: int, *, as_json: bool) -> None:
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     reporter.say("starting a server on the embedded model")
-    with running_server("--uploads", "trusted") as client:
+    with running_server() as client:
         outcome = tell(client, out, seed, reporter)
     picture = out / "curves.png"
     draw(outcome, picture)

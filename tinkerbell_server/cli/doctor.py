@@ -44,6 +44,7 @@ def examine() -> Iterator[Check]:
     yield from map(package, NEEDED)
     yield device()
     yield data_dir()
+    yield from sandbox()
     yield from broken_plugins()
 
 
@@ -71,6 +72,20 @@ def data_dir() -> Check:
     nearest = next(folder for folder in (path, *path.parents) if folder.exists())
     writable = os.access(nearest, os.W_OK)
     return Check("data dir", writable, str(path) if writable else f"{nearest} cannot be written: pass --data-dir")
+
+
+def sandbox() -> Iterator[Check]:
+    """What can confine uploaded losses here. One that is missing is no harm while the others are enough."""
+    from tinkerbell_server.sandbox.mechanisms import enough, examine
+    from tinkerbell_server.sandbox.paths import readable
+
+    found = examine(readable([str(default_data_dir())]))
+    sufficient = enough(found)
+    for each in found:
+        yield Check(each.name, each.works or sufficient, each.found)
+    works = ", ".join(each.name for each in found if each.works)
+    missing = "not possible on this machine: `serve` starts with uploads off"
+    yield Check("sandboxed uploads", sufficient, f"by {works}" if sufficient else missing)
 
 
 def broken_plugins() -> Iterator[Check]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from tinkerbell_server.cli.asking import ask, with_url
 from tinkerbell_server.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -19,9 +20,7 @@ def where(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
         click.option("--local", is_flag=True, help="Load the plugins here; ask no server."),
-        click.option(
-            "--url", envvar="TINKERBELL_URL", default="http://127.0.0.1:8000", show_default=True, help="Server to ask."
-        ),
+        with_url,
     ):
         command = option(command)
     return command
@@ -29,7 +28,7 @@ def where(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.group()
 def loss() -> None:
-    """What losses there are, and what each reads."""
+    """What losses there are, what each reads, and which uploaded ones stay."""
 
 
 @loss.command("list")
@@ -75,6 +74,27 @@ def show(name: str, url: str, local: bool, as_json: bool) -> None:
         click.echo(f"\n{found.source.rstrip()}")
 
 
+@loss.command()
+@click.argument("name")
+@click.option("--tenant", help="Whose it is; yours by default, another's for an admin.")
+@with_url
+def delete(name: str, tenant: str | None, url: str) -> None:
+    """Delete an uploaded loss: every version of NAME, or the one of NAME@DIGEST."""
+    body = {"name": name} if tenant is None else {"name": name, "tenant": tenant}
+    for id in ask(url, "/delete_custom_loss", body)["deleted"]:
+        click.echo(f"deleted {id}")
+
+
+@loss.command()
+@click.argument("name")
+@click.option("--tenant", help="Whose it is; yours by default.")
+@with_url
+def publish(name: str, tenant: str | None, url: str) -> None:
+    """Give every tenant the uploaded loss NAME, or NAME@DIGEST. `loss delete --tenant public` takes it back."""
+    body = {"name": name} if tenant is None else {"name": name, "tenant": tenant}
+    click.echo(f"published {ask(url, '/publish_custom_loss', body)['id']}")
+
+
 def signature(hyper: Hyperparameter) -> str:
     """`beta: float = 0.1`."""
     return f"{hyper.name}: {hyper.type}" + ("" if hyper.required else f" = {hyper.default!r}")
@@ -93,23 +113,3 @@ def find_losses(url: str, local: bool) -> Sequence[LossDescription]:
     import msgspec
 
     return msgspec.convert(ask(url, "/list_loss_functions")["losses"], list[LossDescription])
-
-
-def ask(url: str, path: str) -> Any:  # Any: the server's JSON
-    """GET `path` of the server at `url`. Raises ServerUnreachable."""
-    import os
-
-    import httpx
-
-    from tinkerbell_core.errors import ServerUnreachable
-
-    key = os.environ.get("TINKERBELL_API_KEY")
-    try:
-        answer = httpx.get(url.rstrip("/") + path, timeout=10, headers={"X-API-Key": key} if key else None)
-        answer.raise_for_status()
-        return answer.json()
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise ServerUnreachable(
-            f"no Tinkerbell server answers at {url} ({error}): start one with `tinkerbell serve`, "
-            "name it with --url, or list what is installed here with --local"
-        ) from error

@@ -20,8 +20,24 @@ NEEDED = ("starlette", "uvicorn", "torch", "transformers", "peft", "safetensors"
 @setting("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 takes a free one.")
 @setting("--data-dir", default=lambda: str(default_data_dir()), help="Where futures, checkpoints and results are kept.")
 @setting(
-    "--uploads", type=click.Choice(["off", "trusted"]), default="off", help="trusted: run losses that are uploaded."
+    "--uploads",
+    type=click.Choice(["off", "sandboxed", "trusted"]),
+    default="sandboxed",
+    help="How uploaded losses run: not, in locked-down processes, or with your rights.",
 )
+@setting("--sandbox-seconds", type=float, default=10.0, help="Most seconds a call of an uploaded loss may take.")
+@setting("--sandbox-seconds-per-token", type=float, default=0.002, help="Seconds more for each token of its batch.")
+@setting("--dry-run-seconds", type=float, default=5.0, help="Most seconds the trial of an upload may take.")
+@setting("--sandbox-memory", type=click.IntRange(min=256), help="MiB an uploaded loss may use; default by machine.")
+@setting(
+    "--auth", type=click.Choice(["auto", "on", "off"]), default="auto", help="auto: once a key exists, or off loopback."
+)
+@setting("--ssl-certfile", type=click.Path(dir_okay=False), help="Serve https with this certificate chain (PEM).")
+@setting("--ssl-keyfile", type=click.Path(dir_okay=False), help="Its private key, where the chain does not hold it.")
+@setting("--body-limit", type=click.IntRange(min=1), default=256, help="Most MiB in a request with data.")
+@setting("--rate-limit", type=click.IntRange(min=0), default=6000, help="Most requests of a key a minute; 0: no limit.")
+@setting("--concurrency-limit", type=click.IntRange(min=1), default=64, help="Most requests of a key at once.")
+@setting("--queue-limit", type=click.IntRange(min=2), default=2048, help="Most requests that wait for the engine.")
 @setting("--device", default="auto", help="auto, cpu, cuda or cuda:<i>.")
 @setting("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="auto: bfloat16 on a GPU.")
 @setting("--attn", help="Attention implementation, by transformers' name.")

@@ -8,6 +8,7 @@ import msgspec
 
 from tinkerbell_core.types import (
     CreateModelRequest,
+    DeleteLossesOutput,
     DeleteModelOutput,
     ForwardOutput,
     LoadOutput,
@@ -52,13 +53,17 @@ class CreateModel(Command, frozen=True):
 
 
 class RunLoss(Command, frozen=True):
-    """forward (backward=False) or forward_backward. loss: an id; hyperparameters: bound."""
+    """forward (backward=False) or forward_backward. loss: an id; hyperparameters: bound.
+
+    tenant: who calls, so that no two tenants share a process that runs an uploaded loss.
+    """
 
     model_id: str
     loss: str
     data: list[Row] | TextData
     hyperparameters: dict[str, Any]
     backward: bool
+    tenant: str | None = None
 
 
 class OptimStep(Command, frozen=True):
@@ -106,9 +111,19 @@ class DeleteModel(Command, frozen=True):
 
 
 class RegisterLoss(Command, frozen=True):
-    """Unpickle, dry-run and keep an uploaded loss. Only sent where the operator chose `trusted`."""
+    """Unpickle, dry-run and keep an uploaded loss. Only sent where the operator chose `trusted`.
+
+    owner: the tenant it belongs to; a part of the loss's id, so names of two tenants never meet.
+    """
 
     upload: RegisterLossRequest
+    owner: str | None = None
+
+
+class DeleteLosses(Command, frozen=True):
+    """Forget uploaded losses; an id that is not there is no error."""
+
+    ids: list[str]
 
 
 Result = (
@@ -120,11 +135,15 @@ Result = (
     | LoadOutput
     | DeleteModelOutput
     | LossDescription
+    | DeleteLossesOutput
 )
 
 
 class EngineDescription(msgspec.Struct, frozen=True, kw_only=True):
-    """What the API answers and validates from, so that a listing says what the engine really has."""
+    """What the API answers and validates from, so that a listing says what the engine really has.
+
+    uploads: how uploaded losses run here; mechanisms: what confines them; uploads_problem: why they are off.
+    """
 
     engine: str
     base_model: str
@@ -136,6 +155,9 @@ class EngineDescription(msgspec.Struct, frozen=True, kw_only=True):
     plugins: list[PluginDescription]
     has_chat_template: bool
     memory_bytes: int = 0
+    uploads: Literal["off", "sandboxed", "trusted"] = "off"
+    mechanisms: tuple[str, ...] = ()
+    uploads_problem: str | None = None
 
 
 class Engine(Protocol):
@@ -146,7 +168,13 @@ class Engine(Protocol):
 
     def describe(self) -> EngineDescription: ...
 
-    def execute(self, command: Command) -> Result: ...
+    def execute(self, command: Command) -> Result:
+        """May be called on several threads; the engine sees to it that they do not meet."""
+        ...
+
+    def close(self) -> None:
+        """Nothing will be asked any more; commands under way may fail."""
+        ...
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -161,6 +189,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None = None
     trust_remote_code: bool = False
     micro_batch_tokens: int | None = None
+    uploads: Literal["off", "sandboxed", "trusted"] = "off"
+    sandbox_seconds: float = 10.0
+    sandbox_seconds_per_token: float = 0.002
+    dry_run_seconds: float = 5.0
+    sandbox_memory: int | None = None
     logits_budget: int | None = None
     gradient_checkpointing: bool = False
     plugins: bool = True

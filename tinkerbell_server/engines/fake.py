@@ -14,13 +14,15 @@ import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
-from tinkerbell_core.errors import BadCheckpoint, BadLoss, NothingAccumulated, UnknownModel
+from tinkerbell_core.errors import BadCheckpoint, BadLoss, NothingAccumulated, UnknownLoss, UnknownModel
 from tinkerbell_core.spec import Provenance
 from tinkerbell_core.types import (
     CreateModelRequest,
+    DeleteLossesOutput,
     DeleteModelOutput,
     ForwardOutput,
     LoadOutput,
@@ -55,14 +57,14 @@ def create(config: base.EngineConfig) -> FakeEngine:
         raise BadCheckpoint("there is no model in 'refuses'")
     if config.model == "exits":
         os._exit(3)
-    return FakeEngine(config.model or "fake")
+    return FakeEngine(config.model or "fake", config.uploads)
 
 
 class FakeEngine:
     """Implements `Engine`."""
 
-    def __init__(self, base_model: str) -> None:
-        self._base_model = base_model
+    def __init__(self, base_model: str, uploads: Literal["off", "sandboxed", "trusted"] = "off") -> None:
+        self._base_model, self._uploads = base_model, uploads
         self._models: dict[str, _Model] = {}
         self._losses = built_ins()
 
@@ -79,10 +81,14 @@ class FakeEngine:
                 PluginDescription(id="fake:broken", distribution="fake", version="0", error="ImportError: on purpose")
             ],
             has_chat_template=False,
+            uploads=self._uploads,
         )
 
+    def close(self) -> None:
+        """Holds nothing."""
+
     def execute(self, command: base.Command) -> base.Result:
-        model_id = getattr(command, "model_id", None) or ""
+        model_id = _word(getattr(command, "model_id", None) or "")
         if model_id.startswith("slow-"):
             time.sleep(0.3)
         if model_id.startswith("bug-") and isinstance(command, base.RunLoss):
@@ -106,13 +112,15 @@ class FakeEngine:
                 del self._models[command.model_id]
                 return DeleteModelOutput(model_id=command.model_id, steps=model.step)
             case base.RegisterLoss():
-                return self._register(command.upload)
+                return self._register(command.upload, command.owner)
+            case base.DeleteLosses():
+                return DeleteLossesOutput(deleted=[id for id in command.ids if self._losses.pop(id, None)])
             case _:
                 raise AssertionError(type(command).__name__)
 
     def _model(self, model_id: str) -> _Model:
         if model_id not in self._models:
-            raise UnknownModel(f"no model with the id {model_id!r}")
+            raise UnknownModel(f"no model with the id {model_id!r} (there is: {', '.join(self._models)})")
         return self._models[model_id]
 
     def _info(self, spec: CreateModelRequest) -> ModelInfo:
@@ -129,9 +137,11 @@ class FakeEngine:
 
     def _run_loss(self, command: base.RunLoss) -> ForwardOutput:
         model = self._model(command.model_id)
-        if command.model_id.startswith("crash-"):
+        if _word(command.model_id).startswith("crash-"):
             os._exit(9)
         lengths = _lengths(command.data)
+        if command.loss not in self._losses:
+            raise UnknownLoss(f"no loss {command.loss!r} (there is: {', '.join(self._losses)})")
         loss = self._losses[command.loss]
         seed = _number(msgspec.msgpack.encode([command.data, command.hyperparameters, loss.digest]))
         value = sum(lengths) * (1 + seed) / (1 + abs(model.value))
@@ -206,11 +216,13 @@ class FakeEngine:
             optimizer=command.optimizer,
         )
 
-    def _register(self, upload: RegisterLossRequest) -> LossDescription:
+    def _register(self, upload: RegisterLossRequest, owner: str | None) -> LossDescription:
         if upload.payload == b"broken":
             raise BadLoss(f"the loss {upload.name!r} raised in its dry run", "Traceback (most recent call last): ...")
         loss = LossDescription(
-            id=f"upload:{upload.name}@{upload.digest[:12]}",
+            id=f"upload:{owner}/{upload.name}@{upload.digest[:12]}"
+            if owner
+            else f"upload:{upload.name}@{upload.digest[:12]}",
             name=upload.name,
             summary=upload.source.partition("\n")[0],
             inputs=("target_tokens",),
@@ -219,13 +231,18 @@ class FakeEngine:
             coupling=upload.coupling,
             group_size=upload.group_size,
             finite=(),
-            provenance=Provenance(kind="upload"),
+            provenance=Provenance(kind="upload", owner=owner),
             digest=upload.digest,
             source=upload.source,
         )
         self._losses.pop(loss.id, None)
         self._losses[loss.id] = loss
         return loss
+
+
+def _word(model_id: str) -> str:
+    """A model id without its tenant: the part that makes this engine misbehave."""
+    return model_id.rpartition("/")[2]
 
 
 def _lengths(data: list[base.Row] | base.TextData) -> list[int]:

@@ -1,4 +1,4 @@
-"""The engine's own process: one engine, one socket to the API, one command at a time.
+"""The engine's own process: one engine, one socket to the API. Commands take turns but for those that wait elsewhere.
 
 `python -m tinkerbell_server.engines.host --fd N`. The first frame in is an EngineConfig, the first frame out a Reply
 that holds the engine's description or the reason why there is none. The process ends when the API's end of the socket
@@ -8,20 +8,23 @@ does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
+import queue
 import signal
 import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
 from tinkerbell_core.errors import Problem, TinkerbellError
 from tinkerbell_server.engines import wire
-from tinkerbell_server.engines.base import Engine, EngineConfig, RegisterLoss
+from tinkerbell_server.engines.base import DeleteLosses, Engine, EngineConfig, RegisterLoss
 
 log = logging.getLogger("tinkerbell.engine")
 
@@ -30,7 +33,6 @@ _ENGINES = {"torch": "tinkerbell_server.engines.torch.engine", "fake": "tinkerbe
 
 def serve(sock: socket.socket) -> int:
     """Run an engine for whoever holds the other end; the exit status."""
-    decoder = msgspec.msgpack.Decoder(wire.AnyCommand)
     frame = wire.receive(sock)
     if frame is None:
         return 0
@@ -46,9 +48,36 @@ def serve(sock: socket.socket) -> int:
         wire.send(sock, msgspec.msgpack.encode(wire.Reply(problem=_internal(error))))
         return 1
     wire.send(sock, msgspec.msgpack.encode(first))
-    while (frame := wire.receive(sock)) is not None:
-        wire.send(sock, msgspec.msgpack.encode(answer(engine, decoder.decode(frame))))
+    _take_turns(sock, engine)
     return 0
+
+
+def _take_turns(sock: socket.socket, engine: Engine) -> None:
+    """Answer commands until the API hangs up: in order here, those that are apart on threads of their own."""
+    speaking = threading.Lock()
+    turns: queue.SimpleQueue[wire.Ask | None] = queue.SimpleQueue()
+
+    def reply(ask: wire.Ask) -> None:
+        frame = msgspec.msgpack.encode(msgspec.structs.replace(answer(engine, ask.command), number=ask.number))
+        with speaking, contextlib.suppress(ConnectionError):  # nobody waits for it any more
+            wire.send(sock, frame)
+
+    def listen() -> None:
+        decoder = msgspec.msgpack.Decoder(wire.Ask)
+        with contextlib.suppress(ConnectionError):
+            while (frame := wire.receive(sock)) is not None:
+                ask = decoder.decode(frame)
+                if ask.apart:
+                    apart.submit(reply, ask)
+                else:
+                    turns.put(ask)
+        turns.put(None)
+
+    with ThreadPoolExecutor(thread_name_prefix="apart") as apart:
+        threading.Thread(target=listen, name="listen", daemon=True).start()
+        while (ask := turns.get()) is not None:
+            reply(ask)
+        engine.close()  # or the threads would wait for sandboxes
 
 
 def answer(engine: Engine, command: wire.AnyCommand) -> wire.Reply:
@@ -61,7 +90,7 @@ def answer(engine: Engine, command: wire.AnyCommand) -> wire.Reply:
         log.exception("%s raised", type(command).__name__)
         return wire.Reply(problem=_internal(error))
     description = engine.describe()
-    changed = description if isinstance(command, RegisterLoss) else None
+    changed = description if isinstance(command, RegisterLoss | DeleteLosses) else None
     return wire.Reply(msgspec.Raw(result), description=changed, memory_bytes=description.memory_bytes)
 
 

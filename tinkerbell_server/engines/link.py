@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import sys
 
@@ -33,8 +34,10 @@ class Link:
         self.memory_bytes = description.memory_bytes
         self.closed = asyncio.Event()
         self._process, self._reader, self._writer = process, reader, writer
-        self._turn = asyncio.Lock()
+        self._asked = 0
+        self._waiting: dict[int, asyncio.Future[wire.Reply]] = {}
         self._watch = asyncio.create_task(self._wait())
+        self._listen = asyncio.create_task(self._hear())
 
     @classmethod
     async def start(cls, config: EngineConfig) -> Link:
@@ -84,21 +87,41 @@ class Link:
         """How the process ended, in words."""
         return _ended(self._process.returncode)
 
-    async def execute(self, command: wire.AnyCommand) -> bytes:
-        """The command's Result, in msgpack. Raises what the engine raised, or EngineLost."""
-        async with self._turn:
-            try:
-                wire.write(self._writer, msgspec.msgpack.encode(command))
+    async def execute(self, command: wire.AnyCommand, *, apart: bool = False) -> bytes:
+        """The command's Result, in msgpack. Raises what the engine raised, or EngineLost.
+
+        apart: the command waits for a sandbox most of its time, and the engine does others meanwhile.
+        """
+        if self._listen.done():
+            raise EngineLost(f"the engine {self.end}")
+        self._asked += 1
+        number = self._asked
+        reply_to = self._waiting[number] = asyncio.get_running_loop().create_future()
+        try:
+            wire.write(self._writer, msgspec.msgpack.encode(wire.Ask(number, command, apart)))
+            with contextlib.suppress(ConnectionError):  # that it is gone is heard by _hear, which answers
                 await self._writer.drain()
-                reply = _REPLY.decode(await wire.read(self._reader))
-            except (asyncio.IncompleteReadError, ConnectionError):
-                await self.stop()
-                raise EngineLost(f"the engine {self.end}") from None
+            reply = await reply_to
+        finally:
+            self._waiting.pop(number, None)
         if reply.problem is not None:
             raise reply.problem.error()
         self.description = reply.description or self.description
         self.memory_bytes = reply.memory_bytes
         return bytes(reply.result)
+
+    async def _hear(self) -> None:
+        """Give each reply to who waits for it, until there are none; then tell all who still wait."""
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                reply = _REPLY.decode(await wire.read(self._reader))
+                waiting = self._waiting.get(reply.number)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(reply)
+        await self.stop()
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(EngineLost(f"the engine {self.end}"))
 
     async def stop(self, grace: float = 3.0) -> None:
         """End the process: by closing its socket, else by force."""

@@ -11,6 +11,7 @@ import msgspec
 from tinkerbell_core.errors import Problem
 from tinkerbell_server.engines.base import (
     CreateModel,
+    DeleteLosses,
     DeleteModel,
     EngineDescription,
     Load,
@@ -21,16 +22,28 @@ from tinkerbell_server.engines.base import (
     Save,
 )
 
-AnyCommand = CreateModel | RunLoss | OptimStep | Sample | Save | Load | DeleteModel | RegisterLoss
+AnyCommand = CreateModel | RunLoss | OptimStep | Sample | Save | Load | DeleteModel | RegisterLoss | DeleteLosses
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """A command and its number. apart: it spends its time in a sandbox, and runs beside others."""
+
+    number: int
+    command: AnyCommand
+    apart: bool = False
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The answer to one command. result: the Result in msgpack. description: at start and when the losses change."""
+    """The answer to the command of this number. result: the Result in msgpack.
+
+    description: at start and when the losses change.
+    """
 
     result: msgspec.Raw = msgspec.Raw()
     problem: Problem | None = None
     description: EngineDescription | None = None
     memory_bytes: int = 0
+    number: int = 0
 
 
 _LENGTH = struct.Struct("<Q")

@@ -7,11 +7,15 @@ bytes are base64. Every struct named here is in `tinkerbell_core.types`; fields 
     GET  /healthz                 {"status": "ok"|"starting"|"engine_down", "problem": str|null, "boot_id": str,
                                    "version": str, "engine": str, "base_model": str|null, "device": str|null,
                                    "dtype": str|null, "vocab_size": int|null, "max_length": int|null,
-                                   "uploads": "off"|"trusted", "queue": int, "restarts": int}; always 200
+                                   "uploads": "off"|"trusted", "auth": "auto"|"on"|"off", "queue": int,
+                                   "restarts": int};
+                                  always 200; without a key where one is asked for, status, boot_id and version only
     GET  /list_loss_functions     {"available_loss_functions": [name], "descriptions": {name: summary},
                                    "losses": [LossDescription], "plugins": [PluginDescription]}
     GET  /list_models             {"models": [ModelInfo]}
     POST /register_custom_loss    RegisterLossRequest → LossDescription, after the dry run; the call waits for it
+    POST /delete_custom_loss      DeleteLossesRequest → DeleteLossesOutput
+    POST /publish_custom_loss     PublishLossRequest  → LossDescription; every tenant's from now on
     POST /create_model            CreateModelRequest  → Future of ModelInfo
     POST /forward                 ForwardRequest      → Future of ForwardOutput
     POST /forward_backward        ForwardRequest      → Future of ForwardOutput
@@ -22,45 +26,53 @@ bytes are base64. Every struct named here is in `tinkerbell_core.types`; fields 
     POST /delete_model            DeleteModelRequest  → Future of DeleteModelOutput
     GET  /futures/{id}?wait=30    Future; waits up to `wait` seconds (at most 30) for it to finish
 
+Where the server asks for API keys, each path wants one with a scope: read for the GETs and /sample, upload for
+/register_custom_loss and /delete_custom_loss, admin for /publish_custom_loss, train for the rest. A key belongs to a
+tenant, and another tenant's model, save, future or upload is answered as one that does not exist: 404.
+
 A `Future` comes back at once with status 200 and state queued, running, done (`result` is the struct above, a map) or
 failed (`problem` is a Problem); GET /futures answers 200 for a failed one too. `Idempotency-Key: <any string>` makes a
 POST repeatable: the same key with the same body answers the first one's Future, with another body 409 Conflict.
 
 A refusal is `{"problem": {"kind": ..., "message": ..., "traceback": ...}}` with the status of that kind of
-`TinkerbellError` (422 unless it says otherwise; a body over the limit 413; a bug of ours 500). After an engine was lost
+`TinkerbellError` (422 unless it says otherwise; a body over the limit 413; over a limit of the key or of the queue 429
+with Retry-After; a bug of ours 500). After an engine was lost
 together with steps of a model, that model's next request is refused once with EngineLost (503); sent again, it goes on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tinkerbell_core.errors import BadRequest
+from tinkerbell_core.errors import BadRequest, did_you_mean
 from tinkerbell_core.types import (
     CreateModelRequest,
+    DeleteLossesRequest,
     DeleteModelRequest,
     ForwardRequest,
     LoadRequest,
     OptimStepRequest,
+    PublishLossRequest,
     RegisterLossRequest,
     SampleRequest,
     SaveRequest,
 )
 from tinkerbell_server import uploads
 from tinkerbell_server.admission import Request as Submitted
-from tinkerbell_server.config import BODY_LIMIT
+from tinkerbell_server.auth import Endpoint, allowed, caller_of
 from tinkerbell_server.futures import Call
 from tinkerbell_server.problems import HttpProblem, answer, decode, read_body
 from tinkerbell_server.service import Service
 
 _MAX_WAIT = 30.0
+_MOST_KEY = 200
+_SMALL = 4 << 20
 
-_SUBMITTED: dict[str, type[Submitted]] = {
+SUBMITTED: dict[str, type[Submitted]] = {
     "create_model": CreateModelRequest,
     "forward": ForwardRequest,
     "forward_backward": ForwardRequest,
@@ -76,34 +88,55 @@ def routes() -> list[Route]:
     """Every path of the native API."""
     return [
         Route("/healthz", healthz),
-        Route("/list_loss_functions", list_loss_functions),
-        Route("/list_models", list_models),
-        Route("/register_custom_loss", register_custom_loss, methods=["POST"]),
-        Route("/futures/{request_id}", future),
-        *(Route(f"/{kind}", _submit(kind, type_), methods=["POST"]) for kind, type_ in _SUBMITTED.items()),
+        Route("/list_loss_functions", allowed("read", list_loss_functions)),
+        Route("/list_models", allowed("read", list_models)),
+        Route("/register_custom_loss", allowed("upload", register_custom_loss), methods=["POST"]),
+        Route("/delete_custom_loss", allowed("upload", delete_custom_loss), methods=["POST"]),
+        Route("/publish_custom_loss", allowed("admin", publish_custom_loss), methods=["POST"]),
+        Route("/futures/{request_id}", allowed("read", future)),
+        *(
+            Route(f"/{kind}", allowed("read" if kind == "sample" else "train", _submit(kind, type_)), methods=["POST"])
+            for kind, type_ in SUBMITTED.items()
+        ),
     ]
 
 
 async def healthz(request: Request) -> Response:
-    return answer(request, _service(request).health())
+    service = _service(request)
+    known = "read" in request.auth.scopes
+    return answer(request, service.health() if known else service.brief_health())
 
 
 async def list_loss_functions(request: Request) -> Response:
-    return answer(request, await _service(request).losses())
+    return answer(request, await _service(request).losses(caller_of(request)))
 
 
 async def list_models(request: Request) -> Response:
-    return answer(request, {"models": _service(request).models()})
+    return answer(request, {"models": _service(request).models(caller_of(request))})
 
 
 async def register_custom_loss(request: Request) -> Response:
     service = _service(request)
-    uploads.check_on(service.settings.uploads)
+    uploads.check_on(await service.supervisor.described())
     body = await read_body(request, uploads.BODY_LIMIT, uploads.too_large())
-    return answer(request, await service.register(decode(request, body, RegisterLossRequest)))
+    upload = decode(request, body, RegisterLossRequest)
+    return answer(request, await service.library.register(caller_of(request), upload))
+
+
+async def delete_custom_loss(request: Request) -> Response:
+    asked = decode(request, await _small(request), DeleteLossesRequest)
+    return answer(request, await _service(request).library.delete(caller_of(request), asked))
+
+
+async def publish_custom_loss(request: Request) -> Response:
+    asked = decode(request, await _small(request), PublishLossRequest)
+    return answer(request, await _service(request).library.publish(caller_of(request), asked))
 
 
 async def future(request: Request) -> Response:
+    for name in request.query_params:
+        if name != "wait":
+            raise BadRequest(f"no parameter {name[:40]!r}{did_you_mean(name, ['wait'])} (there is: wait)")
     try:
         wait = float(request.query_params.get("wait", "0"))
     except ValueError:
@@ -111,18 +144,31 @@ async def future(request: Request) -> Response:
     if not 0 <= wait < math.inf:
         raise BadRequest(f"wait is {request.query_params['wait'][:40]!r}, but must be seconds, from 0 to {_MAX_WAIT:g}")
     request_id = request.path_params["request_id"]
-    return answer(request, await _service(request).futures.wait(request_id, min(wait, _MAX_WAIT)))
+    return answer(request, await _service(request).future(caller_of(request), request_id, min(wait, _MAX_WAIT)))
 
 
-def _submit(kind: str, type_: type[Submitted]) -> Callable[[Request], Awaitable[Response]]:
+def _submit(kind: str, type_: type[Submitted]) -> Endpoint:
     async def endpoint(request: Request) -> Response:
-        limit = f"a body may have {BODY_LIMIT >> 20} MiB; send fewer rows a call, gradients add up until optim_step"
-        body = await read_body(request, BODY_LIMIT, HttpProblem(limit, 413))
+        body = await (_large if type_ is ForwardRequest else _small)(request)
         submitted = decode(request, body, type_)
-        call = Call(kind, body, request.headers.get("idempotency-key"))
-        return answer(request, await _service(request).submit(call, submitted))
+        key = request.headers.get("idempotency-key")
+        if key is not None and len(key) > _MOST_KEY:
+            raise BadRequest(f"Idempotency-Key has {len(key)} characters, but may have {_MOST_KEY}")
+        return answer(request, await _service(request).submit(caller_of(request), Call(kind, body, key), submitted))
 
     return endpoint
+
+
+async def _large(request: Request) -> bytes:
+    """A body with data in it."""
+    mebibytes = _service(request).settings.body_limit
+    limit = f"a body may have {mebibytes} MiB; send fewer rows a call, gradients add up until optim_step"
+    return await read_body(request, mebibytes << 20, HttpProblem(limit, 413))
+
+
+async def _small(request: Request) -> bytes:
+    limit = f"{request.url.path} takes a body of at most {_SMALL >> 20} MiB"
+    return await read_body(request, _SMALL, HttpProblem(limit, 413))
 
 
 def _service(request: Request) -> Service:

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from tinkerbell_core.errors import BadData, BadLoss, BadRequest, OutOfMemory, PlainLogitsNeeded
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.types import (
+    DeleteLossesOutput,
     DeleteModelOutput,
     ForwardOutput,
     LoadOutput,
@@ -28,6 +29,7 @@ from tinkerbell_server.checks import check_rows
 from tinkerbell_server.engines.base import (
     Command,
     CreateModel,
+    DeleteLosses,
     DeleteModel,
     EngineConfig,
     EngineDescription,
@@ -43,6 +45,7 @@ from tinkerbell_server.engines.base import (
 )
 from tinkerbell_server.engines.torch import checkpoints, memory, sampling
 from tinkerbell_server.engines.torch.batching import data_of
+from tinkerbell_server.engines.torch.baton import Baton
 from tinkerbell_server.engines.torch.embedded import embedded_model
 from tinkerbell_server.engines.torch.losses import Losses
 from tinkerbell_server.engines.torch.model import (
@@ -59,6 +62,7 @@ from tinkerbell_server.engines.torch.outputs import AGAIN, stored_because
 from tinkerbell_server.engines.torch.references import KEY, ReferenceCache, with_references
 from tinkerbell_server.engines.torch.step import Step, StepResult, run_step
 from tinkerbell_server.engines.torch.trained import TrainedModel
+from tinkerbell_server.engines.torch.uploads import Uploads
 
 log = logging.getLogger("tinkerbell.engine")
 
@@ -74,6 +78,8 @@ class TorchEngine:
     """One base model on one device, the models trained on it, and the losses that are installed here."""
 
     def __init__(self, config: EngineConfig) -> None:
+        self._baton = Baton()
+        self._uploads = Uploads(config, self._baton)  # first: its process starts while the model is loaded
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
         source = config.model or str(embedded_model(Path(config.data_dir)))
@@ -98,10 +104,17 @@ class TorchEngine:
         self._base = load(source, dtype)
         self._models = Models(self._base, load)
         self._budgets = memory.budgets(self._base, config)
-        self._losses = Losses(self._base.vocab_size, device, enabled=config.plugins, disabled=config.disabled_plugins)
+        self._losses = Losses(
+            self._base.vocab_size,
+            device,
+            self._uploads,
+            enabled=config.plugins,
+            disabled=config.disabled_plugins,
+        )
         self._losses.check_required(config.required_plugins)
         self._chat_tokens = config.chat_tokens
         self._references = ReferenceCache()
+        self._uploads.prove()
 
     def describe(self) -> EngineDescription:
         return EngineDescription(
@@ -115,10 +128,24 @@ class TorchEngine:
             plugins=self._losses.plugins,
             has_chat_template=bool(self._tokenizer.chat_template),
             memory_bytes=memory.peak_bytes(self._base.device),
+            uploads=self._uploads.mode,
+            mechanisms=self._uploads.mechanisms,
+            uploads_problem=self._uploads.problem,
         )
 
     def execute(self, command: Command) -> Result:
-        """Raises TinkerbellError for what can be answered to the user; then nothing has changed."""
+        """Raises TinkerbellError for what can be answered to the user; then nothing has changed.
+
+        One command computes at a time, but for those whose loss is in a sandbox, while it is there.
+        """
+        with self._baton.held():
+            return self._execute_held(command)
+
+    def close(self) -> None:
+        """End the sandbox; losses under way there fail."""
+        self._uploads.close()
+
+    def _execute_held(self, command: Command) -> Result:
         try:
             return self._execute(command)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError, BadLoss) as error:
@@ -147,7 +174,9 @@ class TorchEngine:
             case DeleteModel():
                 return DeleteModelOutput(model_id=command.model_id, steps=self._models.delete(command.model_id).steps)
             case RegisterLoss():
-                return LossDescription.of(self._losses.upload(command.upload))
+                return LossDescription.of(self._losses.upload(command.upload, command.owner))
+            case DeleteLosses():
+                return DeleteLossesOutput(deleted=self._losses.delete(command.ids))
         raise BadRequest(f"the torch engine knows no command {type(command).__name__}")
 
     def _run_loss(self, command: RunLoss) -> ForwardOutput:
@@ -160,7 +189,14 @@ class TorchEngine:
         network = self._models.activate(model)
         network.mode(train=command.backward)
         step = Step(spec, hyperparameters, rows, model.call_seed)
-        result = self._run_step(network, model, step, stored_because(network, spec), backward=command.backward)
+        stored = stored_because(network, spec)
+
+        def resume() -> None:
+            self._models.activate(model)
+            network.mode(train=command.backward)
+
+        with self._baton.resuming(resume), self._uploads.asked_by(command):
+            result = self._run_step(network, model, step, stored, backward=command.backward)
         sequences = len(rows) // spec.group_size
         if command.backward:
             model.accumulate(result.counted_tokens, sequences)

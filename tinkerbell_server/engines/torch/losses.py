@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import msgspec
 import torch
 
 from tinkerbell_core.dryrun import dry_run
-from tinkerbell_core.errors import BadRequest, TinkerbellError, did_you_mean
+from tinkerbell_core.errors import BadRequest, TinkerbellError, UploadsOff, did_you_mean
 from tinkerbell_core.registry import build_registry
-from tinkerbell_core.spec import LossSpec
+from tinkerbell_core.spec import LossSpec, Provenance
 from tinkerbell_core.types import LossDescription, PluginDescription, RegisterLossRequest
-from tinkerbell_server.engines.torch.uploads import uploaded_loss
+from tinkerbell_server.engines.torch.uploads import Uploads
 
 
 class Losses:
     """A loss that fails its trial is not listed; its plugin is, with the reason."""
 
     def __init__(
-        self, vocab_size: int, device: torch.device, *, enabled: bool = True, disabled: Collection[str] = ()
+        self,
+        vocab_size: int,
+        device: torch.device,
+        uploads: Uploads | None = None,
+        *,
+        enabled: bool = True,
+        disabled: Collection[str] = (),
     ) -> None:
+        self._uploads = uploads
         self._vocab_size = vocab_size
         self._device = device
         self._registry, found = build_registry(enabled=enabled, disabled=disabled)
@@ -53,10 +60,22 @@ class Losses:
     def descriptions(self) -> list[LossDescription]:
         return [LossDescription.of(spec) for spec in self._registry]
 
-    def upload(self, upload: RegisterLossRequest) -> LossSpec:
+    def upload(self, upload: RegisterLossRequest, owner: str | None = None) -> LossSpec:
         """Raises BadUpload, BadLoss; then nothing was kept."""
         self._registry.check_upload_name(upload.name)
-        return self._registry.add(uploaded_loss(upload, self._vocab_size, self._device))
+        if self._uploads is None:
+            raise UploadsOff("these losses take no uploads")
+        spec = self._uploads.spec(upload, self._vocab_size, self._device)
+        return self._registry.add(spec.from_(Provenance("upload", owner=owner)))
+
+    def delete(self, ids: Iterable[str]) -> list[str]:
+        """Forget uploads; the ids of those that were there."""
+        there = [id for id in ids if id in self._registry]
+        for id in there:
+            if self._uploads is not None:
+                self._uploads.forget(self._registry.get(id))
+            self._registry.remove(id)
+        return there
 
 
 def _without(plugin: PluginDescription, failed: dict[str, str]) -> PluginDescription:

@@ -1,83 +1,122 @@
-"""An uploaded loss becomes a LossSpec: checked, unpickled, tried. Runs the uploader's code, which is trusted here."""
+"""How this engine takes uploaded losses: not at all, confined to a sandbox, or in its own process as trusted ones."""
 
 from __future__ import annotations
 
-import ast
 import importlib.util
-import linecache
-import pickle
+import logging
 import platform
-import traceback
-import types
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Literal
 
+import psutil
 import torch
 
 from tinkerbell_core.dryrun import dry_run
-from tinkerbell_core.errors import BadUpload, UploadTooLarge
-from tinkerbell_core.spec import LossSpec, Provenance, loss
+from tinkerbell_core.errors import BadUpload, UploadsOff, UploadTooLarge
+from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.types import UPLOAD_LIMIT, RegisterLossRequest
+from tinkerbell_server.engines.base import EngineConfig, RunLoss
 from tinkerbell_server.engines.torch.batching import tensor_of
+from tinkerbell_server.engines.torch.baton import Baton
+from tinkerbell_server.sandbox.losses import Asker, Patience, SandboxedLosses, asker
+from tinkerbell_server.sandbox.opened import opened
+from tinkerbell_server.sandbox.sandbox import NoSandbox, Sandbox
+
+log = logging.getLogger("tinkerbell.engine")
+
+Mode = Literal["off", "sandboxed", "trusted"]
 
 
-def uploaded_loss(upload: RegisterLossRequest, vocab_size: int, device: torch.device) -> LossSpec:
-    """The loss in an envelope, its inputs discovered.
+class Uploads:
+    """`mode` is what is in force, which is "off" where a sandbox was wanted and none can be had; `problem` says why."""
 
-    Raises BadUpload for an envelope that cannot be opened, BadLoss with the author's traceback for a loss that fails.
-    """
+    def __init__(self, config: EngineConfig, baton: Baton) -> None:
+        """Starts the sandbox's first process, and does not wait for it."""
+        self.mode: Mode = config.uploads
+        self.mechanisms: tuple[str, ...] = ()
+        self.problem: str | None = None
+        self._sandbox: Sandbox | None = None
+        self._losses: SandboxedLosses | None = None
+        if config.uploads != "sandboxed":
+            return
+        memory = config.sandbox_memory or _share_of_memory()
+        patience = Patience(config.dry_run_seconds, config.sandbox_seconds, config.sandbox_seconds_per_token)
+        try:
+            self._sandbox = Sandbox(hidden=[config.data_dir], memory=memory)
+        except (NoSandbox, OSError) as error:
+            self._turn_off(str(error))
+            return
+        # values, gradients, and what the loss makes of them
+        self._losses = SandboxedLosses(self._sandbox, patience, memory // 4, baton.away)
+
+    def prove(self) -> None:
+        """Wait for the sandbox and have it tried; off where it does not hold."""
+        if self._sandbox is None:
+            return
+        try:
+            self._sandbox.prove()
+        except Exception as error:  # whatever is wrong with it, no upload may run in it
+            log.exception("the sandbox does not hold")
+            self._sandbox.close()
+            self._sandbox = self._losses = None
+            self._turn_off(str(error))
+        else:
+            self.mechanisms = self._sandbox.mechanisms
+            log.info("uploaded losses are sandboxed by %s", ", ".join(self.mechanisms))
+
+    def spec(self, upload: RegisterLossRequest, vocab_size: int, device: torch.device) -> LossSpec:
+        """The loss in an envelope, tried. Raises UploadsOff, BadUpload, and BadLoss with the author's traceback."""
+        check_envelope(upload)
+        examples = {name: tensor_of(data) for name, data in (upload.example_inputs or {}).items()}
+        if self._losses is not None:
+            return self._losses.spec(upload, vocab_size, examples)
+        if self.mode != "trusted":
+            raise UploadsOff(f"this engine takes no uploaded losses{f': {self.problem}' if self.problem else ''}")
+        return dry_run(opened(upload), vocab_size, device, examples or None)
+
+    def forget(self, spec: LossSpec) -> None:
+        """End what still runs of a loss."""
+        if self._losses is not None:
+            self._losses.forget(spec.digest)
+
+    def asked_by(self, command: RunLoss) -> AbstractContextManager[None]:
+        """Within it, uploaded losses run on behalf of this command's model and tenant."""
+        return _as(Asker(f"{command.tenant or ''}/{command.model_id}", command.backward))
+
+    def close(self) -> None:
+        if self._losses is not None:
+            self._losses.close()
+
+    def _turn_off(self, why: str) -> None:
+        self.mode, self.problem = "off", why
+        log.error("UPLOADS ARE OFF: %s. `tinkerbell doctor` says what helps", why)
+
+
+def check_envelope(upload: RegisterLossRequest) -> None:
+    """Raise BadUpload, UploadTooLarge for an envelope that must not be opened."""
     if len(upload.payload) > UPLOAD_LIMIT:
         raise UploadTooLarge(
             f"loss {upload.name!r} is {len(upload.payload):,} bytes, but {UPLOAD_LIMIT:,} is the limit"
         )
     ours = importlib.util.MAGIC_NUMBER.hex()
-    if upload.magic != ours:  # before unpickling: bytecode of another Python crashes the process
+    # before unpickling: bytecode of another Python crashes the process
+    if upload.kind == "cloudpickle" and upload.magic != ours:
         raise BadUpload(
             f"loss {upload.name!r} was made by Python {upload.python}, but here runs {platform.python_version()}, "
-            "and their bytecode differs: run the client with the server's minor version"
+            "and their bytecode differs: run the client with the server's minor version, or send the loss as source"
         )
+
+
+@contextmanager
+def _as(who: Asker) -> Iterator[None]:
+    token = asker.set(who)
     try:
-        fn = pickle.loads(upload.payload)
-    # Broad: unpickling runs the uploader's code, and imports what it names.
-    except (Exception, SystemExit) as error:
-        text = f"loss {upload.name!r} does not unpickle here: {type(error).__name__}: {error}"
-        raise BadUpload(text, "".join(traceback.format_exception(error))) from error
-    fn = fn.fn if isinstance(fn, LossSpec) else fn
-    if not callable(fn):
-        raise BadUpload(f"the upload {upload.name!r} is a {type(fn).__name__}, but must be a function")
-    show_source(upload, getattr(fn, "__code__", None))
-    made = loss(name=upload.name, coupling=upload.coupling, group_size=upload.group_size)(fn)
-    spec = replace(made, source=upload.source, digest=upload.digest, provenance=Provenance("upload"))
-    examples = {name: tensor_of(data) for name, data in (upload.example_inputs or {}).items()}
-    return dry_run(spec, vocab_size, device, examples or None)
+        yield
+    finally:
+        asker.reset(token)
 
 
-def show_source(upload: RegisterLossRequest, code: types.CodeType | None) -> None:
-    """Lay the author's lines where tracebacks look for them; a later upload from the same file lies over an earlier."""
-    if not upload.source or not upload.filename:
-        return
-    first = _first_line(upload, code)
-    known = linecache.cache.get(upload.filename)
-    lines = list(known[2]) if known is not None and len(known) == 4 and known[1] is None else []
-    own = [f"{line}\n" for line in upload.source.splitlines()]
-    lines += ["\n"] * (first - 1 + len(own) - len(lines))
-    lines[first - 1 : first - 1 + len(own)] = own
-    # a modification time of None: not looked for on this machine's disk
-    linecache.cache[upload.filename] = (sum(map(len, lines)), None, lines, upload.filename)
-
-
-def _first_line(upload: RegisterLossRequest, code: types.CodeType | None) -> int:
-    """Where the source text begins in its file: after the decorators, which the code counts and the text lacks."""
-    try:
-        compiled = compile(ast.parse(upload.source), upload.filename, "exec")
-    except (SyntaxError, ValueError):
-        return upload.first_line
-    inner = [constant for constant in compiled.co_consts if isinstance(constant, types.CodeType)]
-    if code is None or not inner:
-        return upload.first_line
-    return max(1, _last_line(code) - _last_line(inner[0]) + 1)
-
-
-def _last_line(code: types.CodeType) -> int:
-    lines: list[Any] = [line for _, _, line in code.co_lines() if line]  # Any: mypy's None, which is left out
-    return max(lines, default=code.co_firstlineno)
+def _share_of_memory() -> int:
+    total: int = psutil.virtual_memory().total
+    return min(16 << 30, max(2 << 30, total // 4))

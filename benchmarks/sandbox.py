@@ -1,0 +1,199 @@
+"""What the wall costs: a loss in the sandbox against the same in the engine's process, and what a kill takes.
+
+Ratios and differences are of one run, the two sides interleaved; medians, with the spread from the 10th to the 90th
+percentile. Exit 1 where the gradients of the two sides differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinker_client import custom_loss
+from tinkerbell_core.dryrun import run_loss
+from tinkerbell_core.errors import LossKilled
+from tinkerbell_core.functional import target_logprobs
+from tinkerbell_core.logits import Head, LocalSource, Logits, plain_logits
+from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.spec import LossSpec
+from tinkerbell_core.travel import pack
+from tinkerbell_core.types import RegisterLossRequest
+from tinkerbell_server.sandbox.losses import Patience, SandboxedLosses
+from tinkerbell_server.sandbox.sandbox import Sandbox
+
+
+def likelihood(model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor) -> LossFnOutput:
+    """Asks for log-probabilities."""
+    logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=attention_mask)
+    return LossFnOutput(-(logprobs * attention_mask).sum(), logprobs)
+
+
+def whole(model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor) -> LossFnOutput:
+    """Asks for all logits: nothing lazy knows this."""
+    logits = torch.tanh(model_outputs / 30) * 30
+    logprobs = torch.log_softmax(logits, -1).gather(-1, loss_fn_inputs["target_tokens"][..., None])[..., 0]
+    return LossFnOutput(-(logprobs * attention_mask).sum(), logprobs)
+
+
+def hangs(model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor) -> LossFnOutput:
+    while len(attention_mask) == 1:
+        pass
+    return LossFnOutput(model_outputs.logsumexp(-1).sum())
+
+
+def guides(model_outputs, loss_fn_inputs, attention_mask):  # type: ignore[no-untyped-def]
+    """The guide's own."""
+    target_tokens = loss_fn_inputs["target_tokens"]
+    log_probs = torch.nn.functional.log_softmax(model_outputs, dim=-1)
+    target_logprobs = log_probs.gather(dim=-1, index=target_tokens.unsqueeze(-1)).squeeze(-1)
+    loss = (-target_logprobs * attention_mask).sum()
+    return LossFnOutput(loss=loss, logprobs=target_logprobs, diagnostics={"loss": loss.item()})
+
+
+def upload(fn: Callable[..., Any]) -> RegisterLossRequest:
+    return RegisterLossRequest(
+        name=fn.__name__,
+        kind="source",
+        payload=pack(fn),
+        magic="",
+        python="",
+        digest=fn.__name__.encode().hex().ljust(64, "0"),
+    )
+
+
+def pair(
+    spec: LossSpec, fn: Callable[..., Any], shape: tuple[int, int, int], width: int, lazy: bool, pairs: int
+) -> dict[str, Any]:
+    """Seconds of loss and gradient of the hidden states, in the sandbox and here."""
+    batch, length, vocab = shape
+    torch.manual_seed(0)
+    weight = torch.randn(vocab, width) / width**0.5
+    states = torch.randn(batch, length, width)
+    inputs = {"target_tokens": torch.randint(vocab, (batch, length))}
+    mask = torch.ones(batch, length)
+
+    def once(which: LossSpec) -> tuple[float, Tensor]:
+        hidden = states.clone().requires_grad_()
+        start = time.perf_counter()
+        if lazy:
+            logits: Tensor = Logits.over(LocalSource(hidden.flatten(0, 1), Head(weight)), (batch, length))
+        else:
+            logits = plain_logits(hidden, lambda rows: rows @ weight.T)
+        run_loss(which, logits, inputs, mask, {}).loss.backward()
+        assert hidden.grad is not None
+        return time.perf_counter() - start, hidden.grad
+
+    sides = (spec, replace(spec, fn=fn))
+    for side in sides:
+        once(side)
+    times: list[tuple[float, float]] = []
+    for number in range(pairs):
+        order = sides if number % 2 else sides[::-1]
+        found = {id(side): once(side) for side in order}
+        (there, ours), (here, theirs) = (found[id(side)] for side in sides)
+        if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max())):
+            raise SystemExit(f"the gradients differ by {(ours - theirs).abs().max()}")
+        times.append((there, here))
+    return {
+        "sandbox": statistics.median(there for there, _ in times),
+        "here": statistics.median(here for _, here in times),
+        "over": spread([there - here for there, here in times]),
+        "ratio": spread([there / here for there, here in times]),
+    }
+
+
+def kill(losses: SandboxedLosses, spec: LossSpec, pairs: int) -> dict[str, Any]:
+    """Seconds from the deadline to the error, and of the first good call afterwards."""
+    late, again = [], []
+    for _ in range(pairs):
+        start = time.perf_counter()
+        with contextlib.suppress(LossKilled):
+            spec(torch.zeros(1, 4, 16, requires_grad=True), {}, torch.ones(1, 4))
+        late.append(time.perf_counter() - start - losses._patience.call - 4 * losses._patience.per_token)
+        start = time.perf_counter()
+        spec(torch.zeros(2, 4, 16, requires_grad=True), {}, torch.ones(2, 4))
+        again.append(time.perf_counter() - start)
+    return {"after the deadline": spread(late), "next good call": spread(again)}
+
+
+def decorate(folder: Path, times: int) -> dict[str, Any]:
+    """Seconds from the decorator to a loss that can be used, on a warm server over HTTP."""
+    from tinker_client import TinkerClient
+    from tinkerbell_server.config import Settings
+    from tinkerbell_server.running import running
+
+    found = []
+    with (
+        running(Settings(data_dir=str(folder)), log=(folder / "log").open("wb")) as server,
+        TinkerClient(server.url) as client,
+    ):
+        custom_loss(client, name="warm")(guides)
+        for number in range(times):
+            start = time.perf_counter()
+            custom_loss(client, name=f"guides_{number}")(guides)
+            found.append(time.perf_counter() - start)
+    return {"upload": spread(found)}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return {"median": statistics.median(ordered), "p10": ordered[round(0.1 * last)], "p90": ordered[round(0.9 * last)]}
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    sandbox = Sandbox(memory=8 << 30)
+    losses = SandboxedLosses(sandbox, Patience(dry_run=60, call=120, per_token=0), 2 << 30, contextlib.nullcontext)
+    sandbox.prove()
+    try:
+        found: dict[str, Any] = {"mechanisms": list(sandbox.mechanisms), "threads": torch.get_num_threads()}
+        asks = losses.spec(upload(likelihood), 512, {})
+        found["log-probabilities"] = pair(asks, likelihood, (4, 64, 512), 64, True, options.pairs * 10)
+        takes = losses.spec(upload(whole), 512, {})
+        shape = (options.batch, options.length, options.vocab)
+        found["full logits"] = pair(takes, whole, shape, options.hidden, False, options.pairs)
+        hanging = losses.spec(upload(hangs), 16, {})
+        losses._patience = Patience(call=0.5, per_token=0)
+        found["kill"] = kill(losses, hanging, options.pairs)
+    finally:
+        losses.close()
+    with tempfile.TemporaryDirectory() as folder:
+        found["decorator"] = decorate(Path(folder), options.pairs)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--device", default="cpu", help="the sandbox has no other; here for the sake of `nox -s bench`")
+    parser.add_argument("--pairs", type=int, default=5)
+    for name, default in {"batch": 8, "length": 512, "vocab": 32000, "hidden": 256}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    found = measure(options)
+    if options.json:
+        print(json.dumps(found))
+        return
+    show = "{0[median]:.4g} ({0[p10]:.4g} to {0[p90]:.4g})".format
+    print(f"sandboxed by {', '.join(found['mechanisms'])}; {found['threads']} threads")
+    over, ratio = found["log-probabilities"]["over"], found["full logits"]["ratio"]
+    print(f"log-probabilities, ms over in-process: {show({k: 1000 * v for k, v in over.items()})}   target 2")
+    print(f"full logits, times in-process: {show(ratio)}   target 1.15")
+    print(f"kill, s after the deadline: {show(found['kill']['after the deadline'])}   target 0.5")
+    print(f"first good call after a kill, s: {show(found['kill']['next good call'])}   target 0.5")
+    print(f"decorator to usable, s: {show(found['decorator']['upload'])}   target 1")
+
+
+if __name__ == "__main__":
+    main()

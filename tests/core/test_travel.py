@@ -1,0 +1,144 @@
+"""A loss rebuilt from its source does what the loss does, and what cannot travel so is named."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tinkerbell_core.errors import BadUpload
+from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.source import digest_of
+from tinkerbell_core.spec import loss
+from tinkerbell_core.travel import pack, rebuild
+
+BETA = 0.1
+TABLE = {"a": [1, 2.5], ("b",): {3}}
+VECTOR = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
+
+
+def again(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return rebuild(pack(fn))
+
+
+def helper(x: Any) -> Any:
+    return x * BETA + (helper(x - 1) if x > 1 else 0)
+
+
+def mine(model_outputs: torch.Tensor, loss_fn_inputs: dict[str, torch.Tensor], attention_mask: torch.Tensor) -> Any:
+    """Mine."""
+    return LossFnOutput(F.log_softmax(model_outputs, -1).sum() * helper(3) * math.pi)
+
+
+def test_helpers_constants_and_imports_come_along() -> None:
+    x = torch.randn(2, 3)
+    assert torch.equal(again(mine)(x, {}, None).loss, mine(x, {}, None).loss)
+    assert again(mine).__doc__ == "Mine."
+
+
+def test_captured_values_arrive_as_they_were() -> None:
+    array = np.arange(6).reshape(2, 3)
+
+    def captures() -> Any:
+        return TABLE, VECTOR, array, torch.float16, torch.logsumexp, len, LossFnOutput
+
+    there = again(captures)()
+    assert there[0] == TABLE
+    assert there[1].dtype == torch.bfloat16
+    assert torch.equal(there[1], VECTOR)
+    assert np.array_equal(there[2], array)
+    assert there[3:] == (torch.float16, torch.logsumexp, len, LossFnOutput)
+
+
+def test_defaults_are_values_not_expressions() -> None:
+    functions = []
+    for c in (1, 2):
+
+        def scaled(x: float, y: float = c, *, z: float = c * 10) -> float:
+            return x + y + z
+
+        functions.append(scaled)
+    assert [again(fn)(0) for fn in functions] == [11, 22]
+
+
+def test_a_lambda_travels() -> None:
+    double = lambda x: x * 2  # noqa: E731
+
+    def uses(x: int) -> int:
+        return double(x) + 1
+
+    assert again(uses)(3) == 7
+
+
+def test_a_rebuilt_loss_has_the_hyperparameters_and_the_digest_of_the_loss() -> None:
+    def tuned(model_outputs: Any, loss_fn_inputs: Any, attention_mask: Any, *, beta: float = BETA) -> LossFnOutput:
+        return LossFnOutput(model_outputs.sum() * beta)
+
+    assert loss(again(tuned)).hyperparameters == loss(tuned).hyperparameters
+    digests = [digest_of(fn, coupling="batch", group_size=1) for fn in (tuned, again(tuned))]
+    assert digests[0] == digests[1]
+
+
+def test_a_traceback_shows_the_authors_line() -> None:
+    def wrong(x: int) -> float:
+        return x / 0  # a line of mine
+
+    try:
+        again(wrong)(1)
+    except ZeroDivisionError as error:
+        text = traceback.format_exc()
+        line = error.__traceback__.tb_next.tb_lineno
+    assert "return x / 0  # a line of mine" in text
+    assert line == wrong.__code__.co_firstlineno + 1
+
+
+def test_what_cannot_travel_is_named_with_a_remedy() -> None:
+    import threading
+
+    lock = threading.Lock()
+
+    def locked() -> None:
+        with lock:
+            pass
+
+    with pytest.raises(BadUpload, match=r"'lock' is a lock, .*make it inside the loss"):
+        pack(locked)
+
+
+def test_a_thing_reached_by_two_ways_is_refused() -> None:
+    shared: list[int] = []
+    pair = (shared, shared)
+
+    def both() -> Any:
+        return pair
+
+    with pytest.raises(BadUpload, match="two ways"):
+        pack(both)
+
+
+def test_a_function_without_source_is_refused() -> None:
+    scope: dict[str, Any] = {}
+    exec("def unsourced(): return 1", scope)
+    with pytest.raises(BadUpload, match="no source text"):
+        pack(scope["unsourced"])
+
+
+def test_a_decorated_function_does_not_lose_its_decorator_on_the_way() -> None:
+    @torch.no_grad()
+    def frozen(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    with pytest.raises(BadUpload):
+        pack(frozen)
+
+
+@pytest.mark.parametrize("payload", [b"", b"\x80", b"\x81\xa9functions\x90", b"cposix\nsystem\n"])
+def test_what_is_no_baggage_is_refused(payload: bytes) -> None:
+    with pytest.raises(BadUpload):
+        rebuild(payload)

@@ -1,0 +1,49 @@
+"""The device goes from thread to thread in the order they asked, and comes back as it was left."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+
+from tinkerbell_server.engines.torch.baton import Baton
+
+
+def test_who_waits_longest_is_next() -> None:
+    baton, order = Baton(), []
+
+    def take(name: int) -> None:
+        with baton.held():
+            order.append(name)
+
+    with baton.held():
+        threads = []
+        for name in range(4):
+            threads.append(threading.Thread(target=take, args=(name,)))
+            threads[-1].start()
+            time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 2, 3]
+
+
+def test_another_computes_while_one_is_away_and_random_numbers_go_on_as_if_it_had_not() -> None:
+    baton, restored = Baton(), []
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+
+    def other() -> None:
+        with baton.held():
+            torch.manual_seed(5)
+
+    with baton.held(), baton.resuming(lambda: restored.append(True)):
+        first = torch.rand(1)
+        with baton.away():
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join(10)
+            assert not thread.is_alive()
+        assert torch.equal(torch.cat([first, torch.rand(1)]), expected)
+    assert restored == [True]

@@ -1,0 +1,143 @@
+"""Uploads: a tenant's own names, versions by digest, deleted and published."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.server.conftest import Caller
+from tests.server.test_tenants import ROWS, Tenants
+from tests.server.test_tenants import tenants as tenants
+
+
+@pytest.fixture
+def clean(tenants: Tenants) -> Iterator[Tenants]:
+    """The tenants, without uploads before and after."""
+    yield tenants
+    for caller, tenant in ((tenants.ann, None), (tenants.bob, None), (tenants.local, None), (tenants.admin, "public")):
+        names = {loss["name"] for loss in caller.losses() if loss["provenance"]["kind"] == "upload"}
+        for name in names:
+            body = {"name": name} if tenant is None else {"name": name, "tenant": tenant}
+            caller.post("/delete_custom_loss", body)
+
+
+def uploads(caller: Caller) -> list[str]:
+    return [loss["id"] for loss in caller.losses() if loss["provenance"]["kind"] == "upload"]
+
+
+def digest(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()[:12]
+
+
+def test_one_name_is_two_tenants_losses(clean: Tenants, make_upload: Any) -> None:
+    clean.ann.register(make_upload("mine", b"anns"))
+    clean.bob.register(make_upload("mine", b"bobs"))
+    assert uploads(clean.ann) == [f"upload:ann/mine@{digest(b'anns')}"]
+    assert uploads(clean.bob) == [f"upload:bob/mine@{digest(b'bobs')}"]
+    call = {"model_id": "m", "data": ROWS, "loss_fn": "mine"}
+    assert clean.ann.done("/forward", **call)["loss"] != clean.bob.done("/forward", **call)["loss"]
+
+
+@pytest.mark.parametrize("name", ["theirs", "theirs@{0}", "upload:ann/theirs@{0}", "upload:ann/theirs"])
+def test_a_foreign_upload_is_as_unknown_as_none(clean: Tenants, make_upload: Any, name: str) -> None:
+    clean.ann.register(make_upload("theirs", b"anns"))
+    asked, none = name.format(digest(b"anns")), name.format(digest(b"anns")).replace("theirs", "nobody")
+    for path, field in (("/forward", "loss_fn"), ("/delete_custom_loss", "name")):
+        more = {"model_id": "m", "data": ROWS} if path == "/forward" else {}
+        foreign = clean.bob.problem(path, **{field: asked}, **more)
+        assert (foreign["status"], foreign["kind"]) == (404, "UnknownLoss")
+        unknown = clean.bob.problem(path, **{field: none}, **more)
+        assert foreign["message"].replace("theirs", "nobody") == unknown["message"]
+    assert uploads(clean.ann)
+
+
+def test_a_version_is_asked_for_by_digest_and_a_name_means_the_latest(clean: Tenants, make_upload: Any) -> None:
+    for payload in (b"one", b"two"):
+        clean.ann.register(make_upload("mine", payload))
+
+    def loss(name: str) -> float:
+        return float(clean.ann.done("/forward", model_id="m", data=ROWS, loss_fn=name)["loss"])
+
+    assert loss("mine") == loss(f"mine@{digest(b'two')}") != loss(f"mine@{digest(b'one')}")
+
+
+def test_a_call_that_waits_keeps_the_version_it_was_accepted_with(clean: Tenants, make_upload: Any) -> None:
+    clean.ann.register(make_upload("mine", b"one"))
+    before = clean.ann.done("/forward", model_id="slow-m", data=ROWS, loss_fn="mine")["loss"]
+    waiting = [clean.ann.accepted("/forward", model_id="slow-m", data=ROWS, loss_fn="mine") for _ in range(3)]
+    clean.ann.register(make_upload("mine", b"two"))
+    assert [clean.ann.future(request_id)["result"]["loss"] for request_id in waiting] == [before] * 3
+    assert clean.ann.done("/forward", model_id="slow-m", data=ROWS, loss_fn="mine")["loss"] != before
+
+
+def test_a_digest_stands_for_what_first_came_with_it(clean: Tenants, make_upload: Any) -> None:
+    first = make_upload("mine", b"one")
+    clean.ann.register(first)
+    clean.ann.register(make_upload("mine", b"two"))
+    again = clean.ann.register(make_upload("mine", b"broken", digest=first.digest, source="def other(): ..."))
+    assert again["source"] == first.source
+    assert uploads(clean.ann)[-1] == again["id"]
+
+
+def test_deleting_a_version_leaves_the_others_and_deleting_a_name_leaves_none(clean: Tenants, make_upload: Any) -> None:
+    for payload in (b"one", b"two", b"three"):
+        clean.ann.register(make_upload("mine", payload))
+    gone = clean.ann.post("/delete_custom_loss", {"name": f"mine@{digest(b'three')}"}).json()["deleted"]
+    assert gone == [f"upload:ann/mine@{digest(b'three')}"]
+    assert uploads(clean.ann) == [f"upload:ann/mine@{digest(b'one')}", f"upload:ann/mine@{digest(b'two')}"]
+    assert len(clean.ann.post("/delete_custom_loss", {"name": "mine"}).json()["deleted"]) == 2
+    assert uploads(clean.ann) == []
+    assert clean.ann.problem("/delete_custom_loss", name="mine")["kind"] == "UnknownLoss"
+    assert clean.ann.problem("/delete_custom_loss", name="dpo")["kind"] == "UnknownLoss"
+
+
+def test_a_call_whose_loss_was_deleted_while_it_waited_says_so(clean: Tenants, make_upload: Any) -> None:
+    clean.ann.register(make_upload("mine", b"one"))
+    clean.bob.register(make_upload("bobs", b"one"))
+    ids = [clean.ann.accepted("/forward", model_id="slow-m", data=ROWS, loss_fn="mine") for _ in range(3)]
+    clean.ann.post("/delete_custom_loss", {"name": "mine"})
+    problem = clean.ann.future(ids[-1])["problem"]
+    assert problem["kind"] == "UnknownLoss"
+    assert "deleted while this request waited" in problem["message"]
+
+
+def test_an_admin_publishes_and_takes_back(clean: Tenants, make_upload: Any) -> None:
+    clean.ann.register(make_upload("shared", b"anns"))
+    assert clean.ann.problem("/publish_custom_loss", name="shared")["kind"] == "Forbidden"
+    assert clean.admin.problem("/publish_custom_loss", name="shared")["kind"] == "UnknownLoss"
+    published = clean.admin.post("/publish_custom_loss", {"name": "shared", "tenant": "ann"}).json()
+    assert published["id"] == f"upload:public/shared@{digest(b'anns')}"
+    clean.ann.post("/delete_custom_loss", {"name": "shared"})
+    assert uploads(clean.bob) == uploads(clean.ann) == [published["id"]]
+    assert clean.bob.done("/forward", model_id="m", data=ROWS, loss_fn="shared")["loss_fn"] == "shared"
+    refused = clean.bob.problem("/delete_custom_loss", name="shared", tenant="public")
+    assert (refused["status"], refused["kind"]) == (403, "Forbidden")
+    assert clean.bob.problem("/delete_custom_loss", name="shared")["kind"] == "UnknownLoss"
+    clean.admin.post("/delete_custom_loss", {"name": "shared", "tenant": "public"})
+    assert uploads(clean.bob) == []
+
+
+def test_ones_own_upload_is_meant_before_the_public_one(clean: Tenants, make_upload: Any) -> None:
+    clean.bob.register(make_upload("shared", b"bobs"))
+    clean.ann.register(make_upload("shared", b"anns"))
+    clean.admin.post("/publish_custom_loss", {"name": "shared", "tenant": "ann"})
+
+    def loss(caller: Caller, name: str) -> float:
+        return float(caller.done("/forward", model_id="m", data=ROWS, loss_fn=name)["loss"])
+
+    assert loss(clean.bob, "shared") == loss(clean.bob, f"upload:bob/shared@{digest(b'bobs')}")
+    assert loss(clean.bob, f"upload:public/shared@{digest(b'anns')}") == loss(clean.ann, "shared")
+
+
+def test_uploads_and_deletions_outlive_the_engine_and_the_server(serve: Any, make_upload: Any) -> None:
+    with serve(uploads="trusted") as caller:
+        caller.register(make_upload("kept", b"one"))
+        caller.register(make_upload("gone", b"one"))
+        caller.post("/delete_custom_loss", {"name": "gone"})
+        caller.kill_engine()
+        assert uploads(caller) == [f"upload:kept@{digest(b'one')}"]
+    with serve(uploads="trusted") as caller:
+        assert uploads(caller) == [f"upload:kept@{digest(b'one')}"]
