@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinkerbell_core.errors import BadHyperparameter, did_you_mean
+from tinkerbell_core.errors import BadData, BadHyperparameter, did_you_mean
 
 __all__ = [
     "Aggregation",
@@ -21,6 +21,9 @@ __all__ = [
     "logsumexp",
     "masked_mean",
     "masked_sum",
+    "pairs",
+    "sequence_log_ratio",
+    "sequence_mean",
     "sequence_sum",
     "target_logprobs",
 ]
@@ -136,3 +139,25 @@ def aggregate(per_token: Tensor, mask: Tensor, aggregation: str = "sum") -> Tens
 
 def _float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """The sum of x times the mask in each sequence, divided by the number of its positions that count; 0 for none."""
+    return sequence_sum(x, mask) / (mask != 0).sum(-1).clamp(min=1)  # [B]
+
+
+def sequence_log_ratio(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    """How much likelier each sequence is than under the reference, `[B]`: the log-ratio, summed; 0 where none counts.
+
+    reference: `[B, T]`, or `[B]`, summed already.
+    """
+    if reference.dim() == 2:
+        return sequence_sum(logprobs - reference, mask)
+    return sequence_sum(logprobs, mask) - torch.where((mask != 0).any(-1), reference, 0.0)
+
+
+def pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows 2i, the chosen, and rows 2i + 1, the rejected. Raises BadData for an odd number of rows."""
+    if len(rows) % 2:
+        raise BadData(f"{len(rows)} rows, but they come in pairs: chosen, rejected, chosen, ...")
+    return rows[0::2], rows[1::2]

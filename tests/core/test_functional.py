@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinkerbell_core.errors import BadHyperparameter
+from tinkerbell_core.errors import BadData, BadHyperparameter
 from tinkerbell_core.functional import (
     aggregate,
     counted,
@@ -18,6 +18,9 @@ from tinkerbell_core.functional import (
     logsumexp,
     masked_mean,
     masked_sum,
+    pairs,
+    sequence_log_ratio,
+    sequence_mean,
     sequence_sum,
     target_logprobs,
 )
@@ -162,3 +165,26 @@ def test_an_unknown_aggregation_is_told_which_there_are() -> None:
 def test_cross_entropy_is_torchs() -> None:
     logits, targets = torch.randn(B, T, V), torch.randint(V, (B, T))
     assert torch.allclose(-target_logprobs(logits, targets).sum(), F.cross_entropy(logits.mT, targets, reduction="sum"))
+
+
+def test_a_sequence_mean_is_over_the_positions_that_count_and_0_where_none_does() -> None:
+    x = torch.tensor([[1.0, 3.0, torch.nan], [torch.nan, torch.inf, 5.0]])
+    mask = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
+    assert sequence_mean(x, mask).tolist() == [3.5, 0.0]
+
+
+def test_a_log_ratio_is_the_same_whether_the_reference_is_summed_or_not() -> None:
+    logprobs, reference = -torch.rand(B, T), -torch.rand(B, T)
+    summed = sequence_sum(reference, MASK)
+    assert torch.allclose(
+        sequence_log_ratio(logprobs, reference, MASK), sequence_log_ratio(logprobs, summed, MASK), atol=1e-6
+    )
+    assert sequence_log_ratio(logprobs, summed, torch.zeros(B, T)).tolist() == [0.0, 0.0]
+    assert sequence_log_ratio(logprobs, reference / 0, torch.zeros(B, T)).tolist() == [0.0, 0.0]
+
+
+def test_pairs_are_rows_that_alternate() -> None:
+    chosen, rejected = pairs(torch.arange(6))
+    assert (chosen.tolist(), rejected.tolist()) == ([0, 2, 4], [1, 3, 5])
+    with pytest.raises(BadData, match="3 rows, but they come in pairs"):
+        pairs(torch.zeros(3, 2))
