@@ -1,0 +1,60 @@
+"""Runs our loss on a record's tensors, and says where value or gradient differ from the record's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from tests.oracles.form import Entry, Record, tensor
+from tinkerbell_core.dryrun import run_loss
+from tinkerbell_core.registry import LossRegistry
+
+RELATIVE = 5e-5
+"""Of float64 records: of each number itself, but where a sum nearly cancels (a peer may round inside)."""
+OF_THE_LARGEST = 1e-4
+"""Of float32 records: of the largest entry."""
+
+
+def difference(record: Record, entry: Entry, registry: LossRegistry) -> str:
+    """What differs, or an empty string where value, gradient norm and gradient entries are the record's."""
+    spec = registry.get(entry.ours)
+    tensors = {name: tensor(value) for name, value in record["inputs"].items()}
+    leaf = tensors[record["grad_wrt"]].clone().requires_grad_()
+    outputs = entry.outputs(tensors, leaf)
+    inputs = entry.inputs_of(tensors)
+    mask = inputs.pop("attention_mask", torch.ones(outputs.shape[:2]))
+    result = run_loss(spec, outputs, inputs, mask, spec.bind(entry.config_of(record)))
+    loss = result.loss * entry.scale(record)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return _first(_differences(record, loss.item(), gradient.flatten().double(), gradient.norm().item()))
+
+
+def _differences(record: Record, loss: float, gradient: torch.Tensor, norm: float) -> Mapping[str, tuple[float, float]]:
+    """What → (ours, theirs), of all that is too far apart."""
+    grad = record["grad"]
+    largest = max((abs(value) for _, value in grad["entries"]), default=0.0)
+    apart = {}
+    if _far(record, loss, record["expected_loss"], abs(record["expected_loss"])):
+        apart["loss"] = (loss, record["expected_loss"])
+    if _far(record, norm, grad["norm"], grad["norm"]):
+        apart["gradient norm"] = (norm, grad["norm"])
+    for index, theirs in grad["entries"]:
+        ours = float(gradient[index])
+        if _far(record, ours, theirs, largest):
+            apart[f"gradient[{index}]"] = (ours, theirs)
+    return apart
+
+
+def _far(record: Record, ours: float, theirs: float, largest: float) -> bool:
+    if record["dtype"] == "float64":
+        # below a thousandth of the largest, float32 inside a peer shows
+        return not abs(ours - theirs) <= RELATIVE * max(abs(theirs), 1e-3 * largest) + 1e-12
+    return not abs(ours - theirs) <= OF_THE_LARGEST * max(largest, 1e-3)
+
+
+def _first(apart: Mapping[str, tuple[float, float]]) -> str:
+    for what, (ours, theirs) in apart.items():
+        more = f", and {len(apart) - 1} more" if len(apart) > 1 else ""
+        return f"{what} is {ours:.8g}, the record's {theirs:.8g}{more}"
+    return ""
