@@ -15,6 +15,7 @@ __all__ = [
     "Aggregation",
     "aggregate",
     "counted",
+    "counted_rows",
     "effective_mask",
     "entropy",
     "hidden_states",
@@ -25,6 +26,7 @@ __all__ = [
     "sequence_log_ratio",
     "sequence_mean",
     "sequence_sum",
+    "spread_rows",
     "target_logprobs",
 ]
 
@@ -50,14 +52,18 @@ def target_logprobs(model_outputs: Tensor, target_tokens: Tensor, where: Tensor 
     return -losses.view(targets.shape)
 
 
-def entropy(model_outputs: Tensor) -> Tensor:
-    """Entropy of the next-token distribution at each position, `[B, T]`."""
+def entropy(model_outputs: Tensor, where: Tensor | None = None) -> Tensor:
+    """Entropy of the next-token distribution at each position, `[B, T]`; 0 and no gradient where `where` is 0."""
+    if where is not None:
+        return spread_rows(entropy(counted_rows(model_outputs, where)), where)
     logprobs = _float32(model_outputs).log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def logsumexp(model_outputs: Tensor) -> Tensor:
-    """Log of the sum of the exponentials of the logits at each position, `[B, T]`."""
+def logsumexp(model_outputs: Tensor, where: Tensor | None = None) -> Tensor:
+    """Log of the sum of the exponentials of the logits at each position, `[B, T]`; 0 where `where` is 0."""
+    if where is not None:
+        return spread_rows(logsumexp(counted_rows(model_outputs, where)), where)
     return _float32(model_outputs).logsumexp(-1)
 
 
@@ -135,6 +141,19 @@ def aggregate(per_token: Tensor, mask: Tensor, aggregation: str = "sum") -> Tens
     if aggregation == "seq-mean-token-mean":
         sums = sums / keep.sum(-1).clamp(min=1)
     return sums.mean()
+
+
+def counted_rows(x: Tensor, where: Tensor) -> Tensor:
+    """The positions of x `[B, T, ...]` where `where` `[B, T]` is not 0, one after the other: `[n, ...]`.
+
+    What is computed from them alone can do no harm elsewhere, and costs nothing there.
+    """
+    return x[where != 0]
+
+
+def spread_rows(rows: Tensor, where: Tensor) -> Tensor:
+    """Numbers `[n]`, one for each counted row, back at their positions `[B, T]`; 0 elsewhere."""
+    return torch.zeros(where.shape, dtype=rows.dtype, device=rows.device).masked_scatter(where != 0, rows)
 
 
 def _float32(x: Tensor) -> Tensor:

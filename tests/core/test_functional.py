@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tinkerbell_core.errors import BadData, BadHyperparameter
 from tinkerbell_core.functional import (
     aggregate,
     counted,
+    counted_rows,
     effective_mask,
     entropy,
     hidden_states,
@@ -22,6 +24,7 @@ from tinkerbell_core.functional import (
     sequence_log_ratio,
     sequence_mean,
     sequence_sum,
+    spread_rows,
     target_logprobs,
 )
 from tinkerbell_core.logits import plain_logits
@@ -188,3 +191,22 @@ def test_pairs_are_rows_that_alternate() -> None:
     assert (chosen.tolist(), rejected.tolist()) == ([0, 2, 4], [1, 3, 5])
     with pytest.raises(BadData, match="3 rows, but they come in pairs"):
         pairs(torch.zeros(3, 2))
+
+
+def test_rows_that_count_go_out_and_come_back() -> None:
+    x = torch.arange(6.0).view(B, T)
+    assert counted_rows(x[..., None], MASK).shape == (int(MASK.sum()), 1)
+    assert torch.equal(spread_rows(counted_rows(x, MASK), MASK), x * MASK)
+
+
+@pytest.mark.parametrize("statistic", [entropy, logsumexp])
+def test_statistics_are_read_only_where_they_count(statistic: Callable[..., torch.Tensor]) -> None:
+    logits = torch.randn(B, T, V)
+    logits[MASK == 0] = math.nan
+    logits.requires_grad_()
+    read = statistic(logits, where=MASK)
+    read.sum().backward()
+    assert torch.equal(read, counted(statistic(logits), MASK))
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert statistic(logits, where=torch.zeros(B, T)).sum() == 0
