@@ -1,4 +1,4 @@
-"""`python -m tests.oracles FILE...` compares every record of a file with our losses: matched / total by peer, each miss."""
+"""`python -m tests.oracles FILE...` compares each record with our losses: matched / total by peer, and misses."""
 
 from __future__ import annotations
 
@@ -65,9 +65,8 @@ def report(outcomes: Sequence[Outcome]) -> str:
     totals = Counter(peer(result) for result in outcomes)
     matched = Counter(peer(result) for result in outcomes if result.matches)
     lines = [f"{name:20} {matched[name]:4} / {totals[name]:4}" for name in sorted(totals)]
-    lines.append(
-        f"{'all':20} {matched.total():4} / {totals.total():4}  ({matched.total() / max(totals.total(), 1):.1%})"
-    )
+    share = matched.total() / max(totals.total(), 1)
+    lines.append(f"{'all':20} {matched.total():4} / {totals.total():4}  ({share:.1%})")
     for result in outcomes:
         if not result.matches:
             loss, ours = result.record["loss"], result.entry.ours if result.entry else ""
