@@ -14,6 +14,7 @@ from tinkerbell_core.errors import BadData, BadHyperparameter, did_you_mean
 __all__ = [
     "Aggregation",
     "aggregate",
+    "aggregate_sequences",
     "counted",
     "counted_rows",
     "effective_mask",
@@ -25,6 +26,7 @@ __all__ = [
     "pairs",
     "sequence_log_ratio",
     "sequence_mean",
+    "sequence_nll",
     "sequence_sum",
     "spread_rows",
     "target_logprobs",
@@ -180,3 +182,22 @@ def pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
     if len(rows) % 2:
         raise BadData(f"{len(rows)} rows, but they come in pairs: chosen, rejected, chosen, ...")
     return rows[0::2], rows[1::2]
+
+
+def aggregate_sequences(per_sequence: Tensor, counts: Tensor, aggregation: str = "sum") -> Tensor:
+    """One scalar of a loss per sequence (or per group), `[B]`: aggregate as if each were one token.
+
+    counts: `[B]`; where it is 0 the sequence adds nothing. sum: the sum. token-mean: divided by how many count. The
+    others: divided by all B.
+    """
+    return aggregate(per_sequence[:, None], counts[:, None], aggregation)
+
+
+def sequence_nll(logprobs: Tensor, mask: Tensor, aggregation: str = "sum") -> Tensor:
+    """Negative log-likelihood to stand beside a loss per sequence, a scalar; for "sum", the sum of each one's mean.
+
+    The other aggregations are aggregate's; a likelihood summed over tokens would drown a preference of one number.
+    """
+    if aggregation == "sum":
+        return aggregate(-logprobs, mask, "seq-mean-token-mean") * len(mask)
+    return aggregate(-logprobs, mask, aggregation)

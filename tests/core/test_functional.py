@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tinkerbell_core.errors import BadData, BadHyperparameter
 from tinkerbell_core.functional import (
     aggregate,
+    aggregate_sequences,
     counted,
     counted_rows,
     effective_mask,
@@ -23,6 +24,7 @@ from tinkerbell_core.functional import (
     pairs,
     sequence_log_ratio,
     sequence_mean,
+    sequence_nll,
     sequence_sum,
     spread_rows,
     target_logprobs,
@@ -210,3 +212,16 @@ def test_statistics_are_read_only_where_they_count(statistic: Callable[..., torc
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
     assert statistic(logits, where=torch.zeros(B, T)).sum() == 0
+
+
+def test_a_loss_per_sequence_is_aggregated_as_if_a_sequence_were_a_token() -> None:
+    losses, counts = torch.tensor([2.0, 4.0, torch.nan]), torch.tensor([True, True, False])
+    found = [aggregate_sequences(losses, counts, how).item() for how in ("sum", "token-mean", "seq-mean-token-mean")]
+    assert found == [6.0, 3.0, 2.0]
+
+
+def test_a_likelihood_beside_a_preference_is_a_mean_in_each_sequence() -> None:
+    logprobs = torch.tensor([[-1.0, -3.0, torch.nan], [-5.0, torch.nan, torch.nan]])
+    assert sequence_nll(logprobs, MASK).item() == 2.0 + 5.0
+    assert sequence_nll(logprobs, MASK, "token-mean").item() == 3.0
+    assert sequence_nll(logprobs, MASK, "seq-mean-token-mean").item() == 3.5

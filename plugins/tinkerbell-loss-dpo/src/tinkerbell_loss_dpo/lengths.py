@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
 from tinkerbell_core.errors import BadData
-from tinkerbell_core.functional import logsumexp, pairs, sequence_mean
+from tinkerbell_core.functional import counted_rows, logsumexp, pairs, sequence_mean, spread_rows
 from tinkerbell_loss_dpo.pieces import Inputs, Pairs, on_pairs, read, under
 
 
@@ -60,9 +60,7 @@ def wpo(
 
 @torch.no_grad()
 def _likeness(model_outputs: Tensor, found: Pairs) -> Tensor:
-    counts = found.mask != 0  # [B, T]
-    rows = model_outputs[counts]  # [n, V]
-    concentration = torch.zeros_like(found.logprobs)
-    concentration[counts] = logsumexp(2 * rows) - 2 * logsumexp(rows)
-    chosen, rejected = pairs(sequence_mean(found.logprobs - concentration, counts.float()))  # [P]
+    rows = counted_rows(model_outputs, found.mask)  # [n, V]
+    concentration = spread_rows(logsumexp(2 * rows) - 2 * logsumexp(rows), found.mask)  # [B, T], log sum_v p(v)^2
+    chosen, rejected = pairs(sequence_mean(found.logprobs - concentration, (found.mask != 0).float()))  # [P]
     return (chosen + rejected).exp()

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
-from tinkerbell_loss_dpo.pieces import Inputs, nll, on_pairs, read
+from tinkerbell_core.functional import masked_mean, sequence_nll
+from tinkerbell_loss_dpo.pieces import Inputs, on_pairs, read
 
 
 @on_pairs
@@ -31,11 +32,12 @@ def mpo(
     chosen, rejected = beta * found.chosen, beta * found.rejected  # [P]
     preference = -F.logsigmoid(chosen - rejected)
     quality = -F.logsigmoid(chosen - reward_shift) - F.logsigmoid(reward_shift - rejected)
-    likelihood = nll(found, aggregation)
+    logprobs, mask = found.logprobs[0::2], found.mask[0::2]  # [P, T]
+    likelihood = sequence_nll(logprobs, mask, aggregation)
     output = found.output(
         preference_weight * preference + quality_weight * quality,
         beta,
         aggregation,
         plus=generation_weight * likelihood,
     )
-    return LossFnOutput(output.loss, output.logprobs, {**output.diagnostics, "nll": nll(found, "token-mean").detach()})
+    return LossFnOutput(output.loss, output.logprobs, {**output.diagnostics, "nll": masked_mean(-logprobs, mask)})

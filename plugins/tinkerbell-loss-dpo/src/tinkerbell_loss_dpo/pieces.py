@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tinkerbell_core import LossFnOutput, loss
 from tinkerbell_core.functional import (
-    aggregate,
+    aggregate_sequences,
     effective_mask,
     pairs,
     sequence_log_ratio,
@@ -67,8 +67,8 @@ class Pairs:
         return Pairs(self.mask, self.logprobs, self.reference, self.chosen / chosen, self.rejected / rejected)
 
     def output(self, per_pair: Tensor, beta: float, aggregation: str, plus: Tensor | None = None) -> LossFnOutput:
-        """A loss `[P]` aggregated as if a pair were a token, `plus` a scalar, and beta * log-ratio shown as rewards."""
-        loss = aggregate(per_pair[:, None], self.count[:, None], aggregation)
+        """A loss `[P]` aggregated, `plus` a scalar; beta * log-ratio are shown as rewards."""
+        loss = aggregate_sequences(per_pair, self.count, aggregation)
         return LossFnOutput(loss if plus is None else loss + plus, self.logprobs, self._rewards(beta))
 
     def _rewards(self, beta: float) -> dict[str, Tensor]:
@@ -93,18 +93,6 @@ def under(mask: Tensor, logprobs: Tensor, reference: Tensor) -> Pairs:
     """The pairs these numbers make under a mask `[B, T]`."""
     chosen, rejected = pairs(sequence_log_ratio(logprobs, reference, mask))  # [P]
     return Pairs(mask, logprobs, reference, chosen, rejected)
-
-
-def nll(read: Pairs, aggregation: str) -> Tensor:
-    """Negative log-likelihood of the chosen completions, a scalar; for "sum", each one's mean over its tokens, summed.
-
-    A completion's likelihood would drown its preference if its tokens were summed.
-    """
-    chosen, _ = pairs(read.mask)  # [P, T]
-    logprobs, _ = pairs(read.logprobs)
-    if aggregation == "sum":
-        return aggregate(-logprobs, chosen, "seq-mean-token-mean") * len(chosen)
-    return aggregate(-logprobs, chosen, aggregation)
 
 
 def smoothed(positive: Tensor, negative: Tensor, share: float) -> Tensor:
