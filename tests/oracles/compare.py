@@ -18,14 +18,16 @@ OF_THE_LARGEST = 1e-4
 
 def difference(record: Record, entry: Entry, registry: LossRegistry) -> str:
     """What differs, or an empty string where value, gradient norm and gradient entries are the record's."""
-    spec = registry.get(entry.ours)
     tensors = {name: tensor(value) for name, value in record["inputs"].items()}
     leaf = tensors[record["grad_wrt"]].clone().requires_grad_()
     outputs = entry.outputs(tensors, leaf)
     inputs = entry.inputs_of(tensors)
     mask = inputs.pop("attention_mask", torch.ones(outputs.shape[:2]))
-    result = run_loss(spec, outputs, inputs, mask, spec.bind(entry.config_of(record)))
-    loss = result.loss * entry.scale(record)
+    losses = []
+    for name, weight, config in entry.parts(record):
+        spec = registry.get(name)
+        losses.append(weight * run_loss(spec, outputs, inputs, mask, spec.bind(config)).loss)
+    loss = torch.stack(losses).sum()
     (gradient,) = torch.autograd.grad(loss, leaf)
     return _first(_differences(record, loss.item(), gradient.flatten().double(), gradient.norm().item()))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,12 +38,22 @@ def as_logits(tensors: Tensors, leaf: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A loss to add: its name, what it is multiplied by, its hyperparameters."""
+
+    ours: str
+    weight: Value | Their | Callable[[Record], Value]
+    config: Mapping[str, Value | Their | Callable[[Record], Value]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Entry:
     """One line of a mapping: "the peers' `loss` is our `ours`", or, with `reason`, why it is none of ours.
 
     peers, losses: patterns (`*` for any). where: narrows further by the record's other fields.
     config: our hyperparameter → a value, or `Their(key)`. inputs: our input → the record's, or a function of all.
     outputs: the model's outputs from the tensor the gradient is taken in. scale: what our loss is multiplied by.
+    plus: losses of the same inputs that are added to ours.
     """
 
     peers: str | Sequence[str]
@@ -54,6 +64,7 @@ class Entry:
     where: Callable[[Record], bool] = lambda record: True
     outputs: Callable[[Tensors, Tensor], Tensor] = as_logits
     scale: Callable[[Record], float] = lambda record: 1.0
+    plus: Sequence[Part] = ()
     reason: str = ""
     note: str = ""
 
@@ -66,7 +77,13 @@ class Entry:
 
     def config_of(self, record: Record) -> dict[str, Value]:
         """Our hyperparameters for this record."""
-        return {name: _value(value, record) for name, value in self.config.items()}
+        return _values(self.config, record)
+
+    def parts(self, record: Record) -> Iterator[tuple[str, float, dict[str, Value]]]:
+        """Our loss and those added to it: name, weight, hyperparameters."""
+        yield self.ours, self.scale(record), self.config_of(record)
+        for part in self.plus:
+            yield part.ours, float(_value(part.weight, record)), _values(part.config, record)
 
     def inputs_of(self, tensors: Tensors) -> Tensors:
         """Our inputs for this record's tensors."""
@@ -80,6 +97,10 @@ class Entry:
 def tensor(value: Mapping[str, Any]) -> Tensor:  # Any: JSON
     """A tensor of a record: `{dtype, shape, data}`."""
     return torch.tensor(value["data"], dtype=getattr(torch, value["dtype"])).view(value["shape"])
+
+
+def _values(config: Mapping[str, Value | Their | Callable[[Record], Value]], record: Record) -> dict[str, Value]:
+    return {name: _value(value, record) for name, value in config.items()}
 
 
 def _value(value: Value | Their | Callable[[Record], Value], record: Record) -> Value:

@@ -32,8 +32,8 @@ def reinforce(
 ) -> LossFnOutput:
     """-log p * A, summed over each response; the mean over responses (Williams 1992).
 
-    With aggregation="token-mean" it is GPG (arXiv:2504.02546). logprobs, of the policy that sampled, are for diagnostics
-    and the correction alone; inputs and correction as for grpo.
+    With aggregation="token-mean" it is GPG (arXiv:2504.02546). logprobs, of the policy that sampled, serve
+    diagnostics and the correction alone; inputs and correction as for grpo.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     per_token = -policy.logprobs * policy.advantages

@@ -125,7 +125,8 @@ def gmpo(
     """-A * geometric mean of a response's ratios, each clipped where it pays; the mean over responses.
 
     Geometric-mean policy optimisation (arXiv:2507.20673): log-ratios are held within [-log_clip_low, log_clip_high] on
-    the side the advantage points to. advantages: `[B]`; of `[B, T]` the mean over the response is taken. logprobs `[B, T]`.
+    the side the advantage points to. advantages: `[B]`; of `[B, T]` the mean over the response is taken. logprobs:
+    `[B, T]`.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     clipped = policy.log_ratio.clamp(-log_clip_low, log_clip_high)
@@ -154,7 +155,7 @@ def vespo(
 ) -> LossFnOutput:
     """-phi(w) * A * log p, phi(w) = w^k e^(lambda (1 - w)) detached, w the product of a response's ratios.
 
-    A gamma-shaped weight, 1 at w = 1 and falling to both sides, instead of a clip; k and lambda by the advantage's sign.
+    A gamma-shaped weight, 1 at w = 1 and falling to both sides, for a clip; k and lambda by the advantage's sign.
     As TRL and Liger have it; w is held within [1e-8, e^20]. To correct for the engine that sampled, give its
     log-probabilities as `logprobs`: w then holds the whole drift.
     """
