@@ -148,9 +148,10 @@ def aggregate(per_token: Tensor, mask: Tensor, aggregation: str = "sum") -> Tens
 def counted_rows(x: Tensor, where: Tensor) -> Tensor:
     """The positions of x `[B, T, ...]` where `where` `[B, T]` is not 0, one after the other: `[n, ...]`.
 
-    What is computed from them alone can do no harm elsewhere, and costs nothing there.
+    What is computed from them alone can do no harm elsewhere, and costs nothing there. Floats are float32 or better.
     """
-    return x[where != 0]
+    rows = x[where != 0]
+    return _float32(rows) if rows.is_floating_point() else rows
 
 
 def spread_rows(rows: Tensor, where: Tensor) -> Tensor:

@@ -199,6 +199,8 @@ def test_rows_that_count_go_out_and_come_back() -> None:
     x = torch.arange(6.0).view(B, T)
     assert counted_rows(x[..., None], MASK).shape == (int(MASK.sum()), 1)
     assert torch.equal(spread_rows(counted_rows(x, MASK), MASK), x * MASK)
+    assert counted_rows(x.bfloat16(), MASK).dtype == torch.float32
+    assert counted_rows(x.long(), MASK).dtype == torch.int64
 
 
 @pytest.mark.parametrize("statistic", [entropy, logsumexp])
