@@ -290,7 +290,19 @@ WITHOUT_A_CLIP = [
         POLICY,
         note="compared with clip_cov_ratio 1, where nothing is random",
     ),
-    Entry("skyrl", "clip_cov", "clip_cov", CLIPPED, POLICY, note="few tokens are between SkyRL's bounds"),
+    Entry(
+        "skyrl",
+        "clip_cov",
+        "clip_cov",
+        {
+            **CLIPPED,
+            "share": Their("clip_ratio", default=1.0),
+            "covariance_low": Their("clip_cov_lb", default=0.1),
+            "covariance_high": Their("clip_cov_ub", default=5.0),
+        },
+        POLICY,
+        note="the settings the records leave unsaid are those said for verl's",
+    ),
     Entry(
         "verl",
         "kl_cov",
@@ -302,8 +314,9 @@ WITHOUT_A_CLIP = [
         "skyrl",
         "kl_cov",
         "kl_cov",
-        {"share": Their("kl_cov_frac", default=0.2), "kl_coef": Their("ppo_kl_coef", default=1.0), **AGGREGATION},
+        {"share": Their("kl_cov_frac", default=0.25), "kl_coef": Their("ppo_kl_coef", default=1.0), **AGGREGATION},
         POLICY,
+        note="the share the records leave unsaid is the one said for verl",
     ),
 ]
 
