@@ -24,6 +24,7 @@ __all__ = [
     "masked_mean",
     "masked_sum",
     "pairs",
+    "per_sequence",
     "sequence_log_ratio",
     "sequence_mean",
     "sequence_nll",
@@ -202,3 +203,13 @@ def sequence_nll(logprobs: Tensor, mask: Tensor, aggregation: str = "sum") -> Te
     if aggregation == "sum":
         return aggregate(-logprobs, mask, "seq-mean-token-mean") * len(mask)
     return aggregate(-logprobs, mask, aggregation)
+
+
+def per_sequence(name: str, x: Tensor, mask: Tensor) -> Tensor:
+    """The input x called `name`, one number a row. Raises ValueError where it is not `[B]`.
+
+    Where B and T are equal, `[B, T]` would spread over rows without a word.
+    """
+    if x.shape != mask.shape[:1]:
+        raise ValueError(f"{name} is {list(x.shape)}, but must be one number a row, [{len(mask)}]")
+    return x

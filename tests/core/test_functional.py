@@ -22,6 +22,7 @@ from tinkerbell_core.functional import (
     masked_mean,
     masked_sum,
     pairs,
+    per_sequence,
     sequence_log_ratio,
     sequence_mean,
     sequence_nll,
@@ -227,3 +228,9 @@ def test_a_likelihood_beside_a_preference_is_a_mean_in_each_sequence() -> None:
     assert sequence_nll(logprobs, MASK).item() == 2.0 + 5.0
     assert sequence_nll(logprobs, MASK, "token-mean").item() == 3.0
     assert sequence_nll(logprobs, MASK, "seq-mean-token-mean").item() == 3.5
+
+
+def test_one_number_a_row_is_not_one_a_token() -> None:
+    assert per_sequence("labels", torch.ones(B), MASK).tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match=r"labels is \[2, 3\], but must be one number a row, \[2\]"):
+        per_sequence("labels", torch.ones(B, T), MASK)
