@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import gzip
 import importlib
-import json
 import pkgutil
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import tests.oracles
 from tests.oracles.compare import difference
 from tests.oracles.form import Entry, Record
+from tests.oracles.records import read
 from tinkerbell_core.errors import TinkerbellError
 from tinkerbell_core.registry import LossRegistry, build_registry
 
@@ -38,13 +38,6 @@ def mapping() -> list[Entry]:
     modules = [name for _, name, _ in pkgutil.iter_modules(tests.oracles.__path__)]
     found = [importlib.import_module(f"tests.oracles.{name}") for name in modules if name != "__main__"]
     return [entry for module in found for entry in getattr(module, "MAPPING", [])]
-
-
-def read(path: Path) -> list[Record]:
-    """The records of a file, JSON or JSON in gzip."""
-    data = path.read_bytes()
-    records: list[Record] = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)["oracles"]
-    return records
 
 
 def outcome(record: Record, entries: Sequence[Entry], registry: LossRegistry) -> Outcome:
@@ -70,7 +63,8 @@ def report(outcomes: Sequence[Outcome]) -> str:
     for result in outcomes:
         if not result.matches:
             loss, ours = result.record["loss"], result.entry.ours if result.entry else ""
-            lines.append(f"{result.record['id']}  {loss} -> {ours or '-'}: {result.apart or result.reason}")
+            why = textwrap.shorten(result.apart or result.reason, 160, placeholder=" ...")
+            lines.append(f"{result.record['id']}  {loss} -> {ours or '-'}: {why}")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tinkerbell_core import LossFnOutput, loss
 from tinkerbell_core.errors import BadData
-from tinkerbell_core.functional import aggregate_sequences, effective_mask
+from tinkerbell_core.functional import aggregate_sequences, effective_mask, per_sequence
 from tinkerbell_loss_contrastive.pieces import Inputs, embeddings
 
 
@@ -63,8 +63,8 @@ def info_nce_hard(
     return _contrast(
         vectors,
         mask,
-        loss_fn_inputs["group_ids"],
-        loss_fn_inputs["roles"],
+        per_sequence("group_ids", loss_fn_inputs["group_ids"], mask),
+        per_sequence("roles", loss_fn_inputs["roles"], mask),
         temperature,
         aggregation,
         in_batch=in_batch,

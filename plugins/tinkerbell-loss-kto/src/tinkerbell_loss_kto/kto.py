@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tinkerbell_core import LossFnOutput, loss
 from tinkerbell_core.errors import BadData
+from tinkerbell_core.functional import per_sequence
 from tinkerbell_loss_kto.pieces import Inputs, Judged, mean_over, read
 
 
@@ -41,6 +42,7 @@ def kto(
 
 def _drift(found: Judged, kl_log_ratio: Tensor | None) -> Tensor:
     if kl_log_ratio is not None:
+        per_sequence("kl_log_ratio", kl_log_ratio, found.logprobs)
         return mean_over(kl_log_ratio, found.liked | found.disliked | found.mismatched).clamp(min=0)
     judged = found.liked | found.disliked
     if bool(judged.any()) and not bool(found.mismatched.any()):

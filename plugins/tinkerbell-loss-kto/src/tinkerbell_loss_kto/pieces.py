@@ -13,6 +13,7 @@ from tinkerbell_core.functional import (
     aggregate_sequences,
     effective_mask,
     masked_mean,
+    per_sequence,
     sequence_log_ratio,
     target_logprobs,
 )
@@ -53,7 +54,8 @@ def read(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) 
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)  # [B, T]
     log_ratio = sequence_log_ratio(logprobs, loss_fn_inputs["ref_logprobs"], mask)  # [B]
-    desirable, counts = loss_fn_inputs["desirable"].float(), (mask != 0).any(-1)  # [B]
+    desirable = per_sequence("desirable", loss_fn_inputs["desirable"], mask).float()  # [B]
+    counts = (mask != 0).any(-1)  # [B]
     mismatched = counts & (desirable < 0)
     liked = counts & (desirable > 0.5)
     return Judged(logprobs, log_ratio, liked, counts & ~liked & ~mismatched, mismatched)

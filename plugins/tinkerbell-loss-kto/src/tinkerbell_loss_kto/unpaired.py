@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput, loss
+from tinkerbell_core.functional import per_sequence
 from tinkerbell_loss_kto.pieces import Inputs, read
 
 
@@ -60,5 +61,7 @@ def bco(
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     reward = beta * found.log_ratio - reward_shift  # [B]
     ratio = loss_fn_inputs.get("density_ratio")
-    disliked = -F.logsigmoid(-reward) if ratio is None else -ratio * F.logsigmoid(-reward)
+    disliked = -F.logsigmoid(-reward)
+    if ratio is not None:
+        disliked = per_sequence("density_ratio", ratio, found.logprobs) * disliked
     return found.output(-F.logsigmoid(reward), disliked, beta, aggregation)

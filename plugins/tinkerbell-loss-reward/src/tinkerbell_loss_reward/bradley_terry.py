@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput, loss
-from tinkerbell_core.functional import aggregate_sequences, effective_mask, pairs
+from tinkerbell_core.functional import aggregate_sequences, effective_mask, pairs, per_sequence
 from tinkerbell_loss_reward.pieces import Inputs, rewards
 
 
@@ -38,7 +38,7 @@ def bradley_terry(
     ahead = chosen - rejected
     margin = loss_fn_inputs.get("margin")
     if margin is not None:
-        ahead = ahead - margin[0::2]
+        ahead = ahead - per_sequence("margin", margin, mask)[0::2]
     per_pair = -F.logsigmoid(ahead) + center_weight * (chosen + rejected).square()
     diagnostics = {
         "reward_accuracy": (chosen > rejected).float().mean(),

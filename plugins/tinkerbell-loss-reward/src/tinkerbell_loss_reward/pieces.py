@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from tinkerbell_core.functional import counted_rows, spread_rows
@@ -13,7 +14,8 @@ Inputs = Mapping[str, Tensor]
 
 def scores(model_outputs: Tensor, mask: Tensor, token: int) -> Tensor:
     """The logit of `token` at each position that counts, `[B, T]`, 0 elsewhere: its row of the head scores."""
-    return spread_rows(counted_rows(model_outputs, mask)[..., token], mask)
+    score = counted_rows(model_outputs, mask)[..., token]
+    return spread_rows(score.to(torch.promote_types(score.dtype, torch.float32)), mask)
 
 
 def rewards(model_outputs: Tensor, mask: Tensor, token: int) -> Tensor:

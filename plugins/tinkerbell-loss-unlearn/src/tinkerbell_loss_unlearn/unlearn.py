@@ -14,6 +14,7 @@ from tinkerbell_core.functional import (
     aggregate_sequences,
     effective_mask,
     masked_mean,
+    per_sequence,
     sequence_log_ratio,
     sequence_mean,
     sequence_nll,
@@ -93,9 +94,9 @@ def _read(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor)
     mask = effective_mask(loss_fn_inputs, attention_mask)
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)
     retain = loss_fn_inputs.get("retain")
-    none = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
-    # the sum refuses a `retain` of another shape than [B]
-    return mask, logprobs, none if retain is None else (retain + none) > 0.5
+    if retain is None:
+        return mask, logprobs, torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+    return mask, logprobs, per_sequence("retain", retain, mask) > 0.5
 
 
 def _output(
