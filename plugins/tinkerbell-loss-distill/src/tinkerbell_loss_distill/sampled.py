@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
-from tinkerbell_core import LossFnOutput, loss
+from tinkerbell_core import LossFnOutput, LossSpec, loss
 from tinkerbell_core.functional import aggregate, counted, effective_mask, masked_mean, target_logprobs
+from tinkerbell_core.spec import LossFn
 
-on_samples = partial(
-    loss,
-    coupling="sequence",
-    inputs=("target_tokens", "teacher_logprobs", "logprobs"),
-    optional_inputs=("weights",),
-    finite=("teacher_logprobs", "logprobs", "weights"),
-)
+
+def on_samples(**different: Any) -> Callable[[LossFn], LossSpec]:  # Any: what loss() takes
+    """Declares a loss of samples' log-probabilities, like @loss, with `different` over what these have in common."""
+    common = {
+        "coupling": "sequence",
+        "inputs": ("target_tokens", "teacher_logprobs", "logprobs"),
+        "optional_inputs": ("weights",),
+        "finite": ("teacher_logprobs", "logprobs", "weights"),
+    }
+    return loss(**{**common, **different})
 
 
 @on_samples()

@@ -6,25 +6,29 @@ the few were all. tail: all the rest counts as one token more, which never overs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from tinkerbell_core import LossFnOutput, loss
+from tinkerbell_core import LossFnOutput, LossSpec, loss
 from tinkerbell_core.functional import counted_rows, effective_mask, logsumexp, target_logprobs
+from tinkerbell_core.spec import LossFn
 from tinkerbell_loss_distill.pieces import Rows, finite, jensen_shannon, kl, output, renormalised, with_tail
 
-of_teacher = partial(
-    loss,
-    coupling="sequence",
-    inputs=("teacher_topk_ids", "teacher_topk_logprobs"),
-    optional_inputs=("weights",),
-    finite=("weights",),
-)
-of_student = partial(
-    loss, coupling="sequence", inputs=("teacher_logits",), optional_inputs=("weights",), finite=("weights",)
-)
+
+def of_teacher() -> Callable[[LossFn], LossSpec]:
+    """Declares a loss on the teacher's top tokens, like @loss."""
+    return loss(
+        coupling="sequence",
+        inputs=("teacher_topk_ids", "teacher_topk_logprobs"),
+        optional_inputs=("weights",),
+        finite=("weights",),
+    )
+
+
+def of_student() -> Callable[[LossFn], LossSpec]:
+    """Declares a loss on the student's top tokens, like @loss."""
+    return loss(coupling="sequence", inputs=("teacher_logits",), optional_inputs=("weights",), finite=("weights",))
 
 
 def _teachers_top(

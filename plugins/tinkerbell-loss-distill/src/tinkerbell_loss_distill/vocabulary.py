@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinkerbell_core import LossFnOutput, loss
+from tinkerbell_core import LossFnOutput, LossSpec, loss
 from tinkerbell_core.functional import counted_rows, effective_mask, target_logprobs
+from tinkerbell_core.spec import LossFn
 from tinkerbell_loss_distill.pieces import entropy_of, finite, jensen_shannon, kl, output, whole_vocabulary
 
-distillation = partial(
-    loss, coupling="sequence", inputs=("teacher_logits",), optional_inputs=("weights",), finite=("weights",)
-)
+
+def distillation(**different: Any) -> Callable[[LossFn], LossSpec]:  # Any: what loss() takes
+    """Declares a divergence from teacher_logits, like @loss, with `different` over what these have in common."""
+    common = {
+        "coupling": "sequence",
+        "inputs": ("teacher_logits",),
+        "optional_inputs": ("weights",),
+        "finite": ("weights",),
+    }
+    return loss(**{**common, **different})
 
 
 @distillation()

@@ -148,10 +148,12 @@ def grpo_prompt_mean(
     correction: str = "none",
     correction_low: float = 0.0,
     correction_high: float = 2.0,
+    aggregation: str = "seq-mean-token-mean",
 ) -> LossFnOutput:
     """-min(ratio * A, clip(ratio) * A), the mean over the tokens of each prompt's responses, then over prompts.
 
-    SkyRL's prompt_mean. The responses of a prompt are consecutive rows; inputs and the rest as for grpo.
+    SkyRL's prompt_mean. The responses of a prompt are consecutive rows, and one sequence to aggregation. Inputs and the
+    rest as for grpo.
     Raises BadData where the rows are no whole number of prompts.
     """
     rows = len(attention_mask)
@@ -161,7 +163,7 @@ def grpo_prompt_mean(
     per_token, diagnostics = _clip(policy, clip_low_threshold, clip_high_threshold, dual_clip)
     per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
     prompts = (rows // responses_per_prompt, -1)
-    total = aggregate(per_token.reshape(prompts), policy.mask.reshape(prompts), "seq-mean-token-mean")
+    total = aggregate(per_token.reshape(prompts), policy.mask.reshape(prompts), aggregation)
     return LossFnOutput(total, policy.logprobs, diagnostics | more)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +13,8 @@ from tinkerbell_loss_grpo.pieces import Policy, policy_loss, ratio_diagnostics, 
 
 _SMALL = 1e-8
 
-dppo_loss = {"optional_inputs": ("weights",), "finite": ("logprobs", "advantages", "weights")}
+UNCORRECTED: dict[str, Any] = {"optional_inputs": ("weights",), "finite": ("logprobs", "advantages", "weights")}
+"""What these declare: logprobs are the engine's already."""  # Any: what loss() takes
 
 
 def _probabilities(policy: Policy, sampler: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +56,7 @@ def _truncated(policy: Policy, kept: Tensor, cap: float, aggregation: str) -> Lo
     return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics)
 
 
-@policy_loss(**dppo_loss)
+@policy_loss(**UNCORRECTED)
 def dppo_tv(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -74,7 +76,7 @@ def dppo_tv(
     return _surrogate(policy, kept, aggregation)
 
 
-@policy_loss(**dppo_loss)
+@policy_loss(**UNCORRECTED)
 def dppo_kl(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -93,7 +95,7 @@ def dppo_kl(
     return _surrogate(policy, kept, aggregation)
 
 
-@policy_loss(**dppo_loss)
+@policy_loss(**UNCORRECTED)
 def dppo_tv_truncated(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -110,7 +112,7 @@ def dppo_tv_truncated(
     return _truncated(policy, kept, ratio_cap, aggregation)
 
 
-@policy_loss(**dppo_loss)
+@policy_loss(**UNCORRECTED)
 def dppo_kl_truncated(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],

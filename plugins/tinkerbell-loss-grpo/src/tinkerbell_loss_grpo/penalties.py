@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
-from tinkerbell_core import LossFnOutput, loss
+from tinkerbell_core import LossFnOutput, LossSpec, loss
 from tinkerbell_core.functional import aggregate, counted, effective_mask, entropy, masked_mean, target_logprobs
+from tinkerbell_core.spec import LossFn
 from tinkerbell_loss_grpo.pieces import FURTHEST, Diagnostics, straight_through
 
-penalty = partial(
-    loss,
-    coupling="sequence",
-    inputs=("target_tokens", "ref_logprobs"),
-    optional_inputs=("weights", "logprobs"),
-    finite=("ref_logprobs", "weights", "logprobs"),
-)
+
+def penalty(**different: Any) -> Callable[[LossFn], LossSpec]:  # Any: what loss() takes
+    """Declares a penalty against a reference, like @loss, with `different` over what these have in common."""
+    common = {
+        "coupling": "sequence",
+        "inputs": ("target_tokens", "ref_logprobs"),
+        "optional_inputs": ("weights", "logprobs"),
+        "finite": ("ref_logprobs", "weights", "logprobs"),
+    }
+    return loss(**{**common, **different})
 
 
 def k2(log_ratio: Tensor) -> Tensor:

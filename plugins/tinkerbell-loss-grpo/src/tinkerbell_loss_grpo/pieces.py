@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tinkerbell_core import loss
+from tinkerbell_core import LossSpec, loss
 from tinkerbell_core.functional import counted, effective_mask, masked_mean, target_logprobs
+from tinkerbell_core.spec import LossFn
 
 FURTHEST = 20.0
 """Log-ratios are held within this of 0: exp(89) is infinite in float32, and its gradient NaN."""
@@ -18,14 +18,15 @@ FURTHEST = 20.0
 Diagnostics = dict[str, Tensor]
 
 
-policy_loss = partial(
-    loss,
-    coupling="sequence",
-    inputs=("target_tokens", "logprobs", "advantages"),
-    optional_inputs=("weights", "rollout_logprobs"),
-    finite=("logprobs", "advantages", "weights", "rollout_logprobs"),
-)
-"""Declares a loss of a policy on sampled tokens."""
+def policy_loss(**different: Any) -> Callable[[LossFn], LossSpec]:  # Any: what loss() takes
+    """Declares a loss of a policy on sampled tokens, like @loss, with `different` over what these have in common."""
+    common = {
+        "coupling": "sequence",
+        "inputs": ("target_tokens", "logprobs", "advantages"),
+        "optional_inputs": ("weights", "rollout_logprobs"),
+        "finite": ("logprobs", "advantages", "weights", "rollout_logprobs"),
+    }
+    return loss(**{**common, **different})
 
 
 class Policy(NamedTuple):

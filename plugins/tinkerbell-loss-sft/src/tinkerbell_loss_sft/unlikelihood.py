@@ -30,7 +30,9 @@ def unlikelihood(
     tokens = loss_fn_inputs["negative_tokens" if apart else "target_tokens"]  # [B, T] or [B, T, K]
     weights = loss_fn_inputs.get("negative_weights" if apart else "weights")
     mask = effective_mask({} if weights is None else {"weights": weights}, attention_mask)  # [B, T] or [B, T, K]
-    where = mask if mask.dim() == 2 else (mask != 0).any(-1)
+    if mask.dim() == 3:  # a token that does not count may be no token at all
+        tokens = torch.where(mask != 0, tokens, 0)
+    where = mask if mask.dim() == 2 else (mask != 0).any(-1)  # [B, T]
     logprobs = target_logprobs(model_outputs, tokens, where=where)
     keep = mask if mask.dim() == logprobs.dim() else mask[..., None].expand(logprobs.shape)
     safe = torch.where(keep != 0, logprobs, -1.0)
