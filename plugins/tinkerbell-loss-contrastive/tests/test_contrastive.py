@@ -16,7 +16,8 @@ from tests.oracles.compare import difference
 from tests.oracles.contrastive import MAPPING
 from tests.oracles.form import Entry, Record
 from tests.oracles.records import mapped
-from tinkerbell_core.errors import BadData, BadHyperparameter
+from tinkerbell_core.dryrun import dry_run
+from tinkerbell_core.errors import BadHyperparameter
 from tinkerbell_core.logits import plain_logits
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.registry import LossRegistry
@@ -41,6 +42,11 @@ def on_hidden_states(spec: LossSpec) -> LossSpec:
 
 def test_the_plugin_provides_all_it_exports() -> None:
     assert {spec.name for spec in register_losses()} == set(package.__all__) - {"register_losses"}
+
+
+@pytest.mark.parametrize("spec", register_losses(), ids=lambda spec: spec.name)
+def test_a_server_finds_it_to_read_what_it_says(spec: LossSpec) -> None:
+    assert dry_run(spec, 11).inputs == spec.inputs
 
 
 @each_loss
@@ -105,9 +111,17 @@ def test_anchors_may_be_rivals() -> None:
     assert more[0].loss > fewer[0].loss
 
 
-def test_a_batch_without_anchors_and_an_unknown_pooling_are_refused() -> None:
+@pytest.mark.parametrize("aggregation", ["sum", "token-mean", "seq-mean-token-mean"])
+def test_without_anchors_it_is_0_and_says_how_many(aggregation: str) -> None:
     logits, inputs = batch(**GROUPS)
-    with pytest.raises(BadData, match="no row is an anchor"):
-        run(info_nce_hard, logits, {**inputs, "roles": torch.ones(6)}, {})
+    output, gradient = run(info_nce_hard, logits, {**inputs, "roles": torch.ones(6)}, {"aggregation": aggregation})
+    assert output.loss.item() == 0
+    assert not gradient.any()
+    assert output.diagnostics["anchors:sum"] == 0
+    assert run(info_nce_hard, logits, inputs, {})[0].diagnostics["anchors:sum"] == 2
+
+
+def test_an_unknown_pooling_is_refused() -> None:
+    logits, inputs = batch(**GROUPS)
     with pytest.raises(BadHyperparameter, match="no pooling 'max'"):
         run(info_nce, logits, inputs, {"pooling": "max"})

@@ -36,6 +36,11 @@ def test_the_plugin_provides_all_it_exports() -> None:
 
 
 @each_loss
+def test_a_server_finds_it_to_read_what_it_says(spec: LossSpec) -> None:
+    assert dry_run(spec, 11).inputs == spec.inputs
+
+
+@each_loss
 def test_it_keeps_the_rules_every_loss_keeps(spec: LossSpec) -> None:
     check_loss(spec)
     check_loss(spec, example_inputs=batch(**inputs_of(spec))[1], vocab_size=11)

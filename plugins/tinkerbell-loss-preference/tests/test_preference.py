@@ -14,6 +14,7 @@ from tests.oracles.compare import difference
 from tests.oracles.form import Entry, Record
 from tests.oracles.preference import MAPPING
 from tests.oracles.records import mapped
+from tinkerbell_core.dryrun import dry_run
 from tinkerbell_core.errors import BadData
 from tinkerbell_core.registry import LossRegistry
 from tinkerbell_core.spec import LossSpec
@@ -26,6 +27,11 @@ each_loss = pytest.mark.parametrize("spec", register_losses(), ids=lambda spec: 
 
 def test_the_plugin_provides_all_it_exports() -> None:
     assert {spec.name for spec in register_losses()} == set(package.__all__) - {"register_losses"}
+
+
+@each_loss
+def test_a_server_finds_it_to_read_what_it_says(spec: LossSpec) -> None:
+    assert dry_run(spec, 11).inputs == spec.inputs
 
 
 @each_loss

@@ -10,6 +10,7 @@ import torch
 from tinkerbell_loss_unlearn import gradient_ascent, npo, register_losses, simnpo
 
 from tests.batches import batch, check_extremes, check_masks, descend, run
+from tinkerbell_core.dryrun import dry_run
 from tinkerbell_core.losses.cross_entropy import cross_entropy
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.testing import check_loss
@@ -20,6 +21,11 @@ each_loss = pytest.mark.parametrize("spec", register_losses(), ids=lambda spec: 
 
 def test_the_plugin_provides_all_it_exports() -> None:
     assert {spec.name for spec in register_losses()} == set(package.__all__) - {"register_losses"}
+
+
+@each_loss
+def test_a_server_finds_it_to_read_what_it_says(spec: LossSpec) -> None:
+    assert dry_run(spec, 11).inputs == spec.inputs
 
 
 @each_loss

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput, loss
-from tinkerbell_core.errors import BadData
 from tinkerbell_core.functional import aggregate_sequences, effective_mask, per_sequence
 from tinkerbell_loss_contrastive.pieces import Inputs, embeddings
 
@@ -56,7 +55,8 @@ def info_nce_hard(
 
     roles `[B]` are 0 for an anchor, 1 for a positive, 2 for a negative; group_ids `[B]` say whose they are. in_batch
     contrasts an anchor with other groups' rows too, anchor_anchor with their anchors. fake_negative_margin of at least
-    0 leaves out negatives that are nearer to the anchor than its positive by more than that: likely positives.
+    0 leaves out negatives that are nearer to the anchor than its positive by more than that: likely positives. An
+    anchor without a positive costs nothing; the diagnostic `anchors:sum` counts the others.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)
     vectors = embeddings(model_outputs, mask, pooling, normalize)  # [B, H]
@@ -85,8 +85,6 @@ def _contrast(
     fake_negative_margin: float = -1.0,
     anchor_anchor: bool = False,
 ) -> LossFnOutput:
-    if not bool((roles == 0).any()):
-        raise BadData("no row is an anchor: roles are 0 for an anchor, 1 for its positive, 2 for a negative")
     counts = (mask != 0).any(-1)  # [B]
     anchor, other = counts & (roles == 0), counts & (roles != 0)
     own = groups[:, None] == groups  # [B, B]
@@ -107,12 +105,14 @@ def _contrast(
         best = scores.masked_fill(~rivals, -torch.inf)
         found = positive.gather(-1, best.argmax(-1, keepdim=True)).float()
         diagnostics = {
+            "anchors:sum": anchors.sum(),
             "accuracy": found.sum() / found.numel() if found.numel() else found.sum(),
             "positive_similarity": _mean(alike[anchors], positive),
             "negative_similarity": _mean(alike[anchors], rivals & ~positive),
         }
     per_row = torch.zeros(len(mask), dtype=vectors.dtype, device=vectors.device).masked_scatter(anchors, per_anchor)
-    meant = roles == 0  # [B]: anchors, whether or not any token of theirs counts
+    # anchors, whether or not any token of theirs counts; without one every row, to count nothing
+    meant = (roles == 0) | (roles != 0).all()  # [B]
     return LossFnOutput(aggregate_sequences(per_row[meant], anchors[meant], aggregation), None, diagnostics)
 
 

@@ -150,7 +150,10 @@ def discopop(
     tau: float = 0.05,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """(1 - g) * -log sigmoid(u) + g * exp(-u), u = beta * margin, g = sigmoid(u / tau): DiscoPOP (arXiv:2406.08414)."""
+    """(1 - g) * -log sigmoid(u) + g * exp(-u), u = beta * margin, g = sigmoid(u / tau): DiscoPOP (arXiv:2406.08414).
+
+    Found by search, and not convex: at a margin of 0, where training begins, its slope has the other sign.
+    """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     margin = beta * found.margin  # [P]
     gate = (margin / tau).sigmoid()
