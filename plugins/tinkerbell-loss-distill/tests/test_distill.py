@@ -71,6 +71,14 @@ def test_the_plugin_provides_all_it_exports() -> None:
     assert {spec.name for spec in register_losses()} == set(package.__all__) - {"LOSSES", "register_losses"}
 
 
+def test_the_readme_names_every_loss_and_every_hyperparameter() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for spec in register_losses():
+        assert f"`{spec.name}`" in readme
+        for hyper in spec.hyperparameters:
+            assert f"`{hyper.name}`" in readme or f"`{hyper.name}=" in readme, (spec.name, hyper.name)
+
+
 @each_loss
 def test_it_keeps_the_rules_every_loss_keeps(spec: LossSpec) -> None:
     check_loss(spec)

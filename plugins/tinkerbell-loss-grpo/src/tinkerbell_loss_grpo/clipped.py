@@ -229,7 +229,7 @@ def high_entropy_dapo(
     with torch.no_grad():
         entropies = entropy(model_outputs, where=policy.mask)  # [B, T]
         kept = entropies[policy.mask != 0]  # [n]
-        threshold = kept.quantile(1 - top_entropy) if len(kept) else 0.0
+        threshold = kept.float().quantile(1 - top_entropy) if len(kept) else 0.0
     more["entropy:mean"] = masked_mean(entropies, policy.mask)
     per_token = torch.where(entropies >= threshold, per_token, 0.0)
     return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics | more)
