@@ -11,9 +11,11 @@ from tinkerbell_core.dryrun import run_loss
 from tinkerbell_core.registry import LossRegistry
 
 RELATIVE = 5e-5
-"""Of float64 records: of each number itself, but where a sum nearly cancels (a peer may round inside)."""
+"""Of float64 records: of each number itself."""
 OF_THE_LARGEST = 1e-4
 """Of float32 records: of the largest entry."""
+ROUNDING = 1e-9
+"""Of either: what a number that should be 0 may be."""
 
 
 def difference(record: Record, entry: Entry, registry: LossRegistry) -> str:
@@ -49,10 +51,8 @@ def _differences(record: Record, loss: float, gradient: torch.Tensor, norm: floa
 
 
 def _far(record: Record, ours: float, theirs: float, largest: float) -> bool:
-    if record["dtype"] == "float64":
-        # below a thousandth of the largest, float32 inside a peer shows
-        return not abs(ours - theirs) <= RELATIVE * max(abs(theirs), 1e-3 * largest) + 1e-12
-    return not abs(ours - theirs) <= OF_THE_LARGEST * max(largest, 1e-3)
+    allowed = RELATIVE * abs(theirs) if record["dtype"] == "float64" else OF_THE_LARGEST * largest
+    return not abs(ours - theirs) <= allowed + ROUNDING * max(largest, 1.0)
 
 
 def _first(apart: Mapping[str, tuple[float, float]]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.oracles.form import Entry, Their, Value
+from collections.abc import Callable
+
+from tests.oracles.form import Entry, Record, Their, Value
 
 PAIRS = {"target_tokens": "target_tokens", "weights": "weights", "ref_logprobs": "ref_logprobs"}
 BETA: dict[str, Value | Their] = {"beta": Their("beta"), "aggregation": "seq-mean-token-sum"}
@@ -15,6 +17,17 @@ FOLLOWING = ("trl", "liger-kernel")
 def named(losses: str, ours: str, peers: str | tuple[str, ...] = FOLLOWING) -> Entry:
     """The peers' loss is ours, with their beta."""
     return Entry(peers, losses, ours, BETA, PAIRS)
+
+
+def part(loss_type: str) -> Callable[[Record], float]:
+    """The weight of one loss in TRL's list of them."""
+
+    def weight(record: Record) -> float:
+        given = record["hyperparams"]
+        weights = given.get("loss_weights") or [1.0] * len(given["loss_type"])
+        return float(dict(zip(given["loss_type"], weights, strict=True)).get(loss_type, 0.0))
+
+    return weight
 
 
 MAPPING = [
@@ -56,18 +69,20 @@ MAPPING = [
     ),
     Entry(
         "trl",
-        "dpo_mpo_mix",
+        "dpo_*mix",
         "mpo",
         {
             **BETA,
-            "preference_weight": lambda record: float(record["hyperparams"]["loss_weights"][0]),
-            "quality_weight": lambda record: float(record["hyperparams"]["loss_weights"][1]),
-            "generation_weight": lambda record: float(record["hyperparams"]["loss_weights"][2]),
+            "preference_weight": part("sigmoid"),
+            "quality_weight": part("bco_pair"),
+            "generation_weight": part("sft"),
             "aggregation": "token-mean",
         },
         PAIRS,
-        where=lambda record: record["hyperparams"]["loss_type"] == ["sigmoid", "bco_pair", "sft"],
+        where=lambda record: set(record["hyperparams"]["loss_type"]) <= {"sigmoid", "bco_pair", "sft"},
+        note="a list of loss_type with loss_weights",
     ),
+    named("dpo_sigmoid_f_reverse_kl", "dpo"),
     named("dpo_sigmoid_f_forward_kl", "dpo_forward_kl"),
     named("dpo_sigmoid_f_js_divergence", "dpo_js"),
     Entry(
