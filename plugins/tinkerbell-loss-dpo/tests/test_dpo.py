@@ -11,6 +11,7 @@ import torch
 from tinkerbell_loss_dpo import (
     aot,
     aot_unpaired,
+    bco_pair,
     discopop,
     dpo,
     dpo_alpha,
@@ -193,3 +194,21 @@ def test_the_mean_over_pairs_is_an_aggregation() -> None:
     logits, inputs = batch()
     total = run(ipo, logits, inputs, {})[0].loss
     torch.testing.assert_close(run(ipo, logits, inputs, {"aggregation": "seq-mean-token-sum"})[0].loss, total / 3)
+
+
+def test_dpop_adds_its_penalty_only_where_a_chosen_completion_became_unlikelier() -> None:
+    logits, inputs = batch()
+    for shift, same in ((-9.0, True), (9.0, False)):  # of the reference: chosen rows gained, or lost
+        moved = {**inputs, "ref_logprobs": inputs["ref_logprobs"] + shift}
+        penalised, plain = run(dpop, logits, moved, {})[0].loss, run(dpop, logits, moved, {"penalty": 0.0})[0].loss
+        assert torch.isclose(penalised, plain).item() is same
+
+
+def test_bco_pair_shifts_both_rewards() -> None:
+    logits, inputs = batch()
+    output, _ = run(bco_pair, logits, inputs, {"reward_shift": 0.2})
+    reward = 0.1 * ((output.logprobs - inputs["ref_logprobs"]) * inputs["weights"]).sum(-1)
+    by_hand = torch.nn.functional.binary_cross_entropy_with_logits(
+        reward - 0.2, torch.tensor([1.0, 0.0] * 3), reduction="sum"
+    )
+    torch.testing.assert_close(output.loss, by_hand)

@@ -109,3 +109,11 @@ def test_a_density_ratio_weighs_the_disliked() -> None:
 def test_apo_zero_is_kto_without_drift() -> None:
     logits, inputs = batch(**JUDGED, kl_log_ratio=torch.zeros(6))
     torch.testing.assert_close(run(apo_zero_unpaired, logits, inputs, {})[0].loss, run(kto, logits, inputs, {})[0].loss)
+
+
+def test_bco_is_a_classifier_of_rewards_about_their_shift() -> None:
+    logits, inputs = batch(**JUDGED)
+    output, _ = run(bco, logits, inputs, {"beta": 0.5, "reward_shift": 0.2})
+    reward = 0.5 * ((output.logprobs - inputs["ref_logprobs"]) * inputs["weights"]).sum(-1)
+    by_hand = torch.nn.functional.binary_cross_entropy_with_logits(reward - 0.2, JUDGED["desirable"], reduction="sum")
+    torch.testing.assert_close(output.loss, by_hand)

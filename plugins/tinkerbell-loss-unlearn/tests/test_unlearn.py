@@ -80,3 +80,11 @@ def test_simnpo_is_npo_per_token_with_a_reference_of_1() -> None:
     simple, _ = run(simnpo, logits[:1], row, {"beta": 3.0})
     full, _ = run(npo, logits[:1], {**row, "ref_logprobs": torch.zeros(1)}, {"beta": 1.0})
     torch.testing.assert_close(simple.loss * 3.0, full.loss)
+
+
+def test_gamma_sets_where_simnpo_is_content() -> None:
+    logits, inputs = batch()
+    row = {key: value[:1] for key, value in inputs.items()}
+    output, _ = run(simnpo, logits[:1], row, {"beta": 2.0, "gamma": 0.5})
+    mean = (output.logprobs * row["weights"]).sum() / 3
+    torch.testing.assert_close(output.loss, torch.nn.functional.softplus(2 * mean + 0.5))
