@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.contract import check_output
-from tinkerbell_core.errors import BadLoss, PlainLogitsNeeded, TinkerbellError
+from tinkerbell_core.errors import BadData, BadLoss, PlainLogitsNeeded, TinkerbellError
 from tinkerbell_core.guesses import MadeUpInputs, ragged_mask
 from tinkerbell_core.logits import Head, LocalSource, Logits, plain_logits
 from tinkerbell_core.logits.recorded import RecordedSource
@@ -189,7 +189,7 @@ def _reads(
         without = MadeUpInputs(mask, vocab_size, {**inputs}, absent=frozenset(optional))
         try:
             _try(spec, without, mask, vocab_size, hidden_size)
-        except BadLoss:
+        except (BadLoss, BadData):
             pass  # one of the optional inputs must be there; which, the loss says when it is called
         else:
             optional += [key for key in [*without.required, *without.optional] if key not in [*required, *optional]]

@@ -9,19 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinkerbell_core.errors import BadHyperparameter, did_you_mean
+from tinkerbell_core.errors import BadData, BadHyperparameter, did_you_mean
 
 __all__ = [
     "Aggregation",
     "aggregate",
+    "aggregate_sequences",
     "counted",
+    "counted_rows",
     "effective_mask",
     "entropy",
     "hidden_states",
     "logsumexp",
     "masked_mean",
     "masked_sum",
+    "pairs",
+    "per_sequence",
+    "sequence_log_ratio",
+    "sequence_mean",
+    "sequence_nll",
     "sequence_sum",
+    "spread_rows",
     "target_logprobs",
 ]
 
@@ -156,3 +164,68 @@ def _scattered(found: Tensor, keep: Tensor) -> Tensor:
 
 def _float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """The sum of x times the mask in each sequence, divided by the number of its positions that count; 0 for none."""
+    return sequence_sum(x, mask) / (mask != 0).sum(-1).clamp(min=1)  # [B]
+
+
+def sequence_log_ratio(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    """How much likelier each sequence is than under the reference, `[B]`: the log-ratio, summed; 0 where none counts.
+
+    reference: `[B, T]`, or `[B]`, summed already.
+    """
+    if reference.dim() == 2:
+        return sequence_sum(logprobs - reference, mask)
+    return sequence_sum(logprobs, mask) - torch.where((mask != 0).any(-1), reference, 0.0)
+
+
+def pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows 2i, the chosen, and rows 2i + 1, the rejected. Raises BadData for an odd number of rows."""
+    if len(rows) % 2:
+        raise BadData(f"{len(rows)} rows, but they come in pairs: chosen, rejected, chosen, ...")
+    return rows[0::2], rows[1::2]
+
+
+def aggregate_sequences(per_sequence: Tensor, counts: Tensor, aggregation: str = "sum") -> Tensor:
+    """One scalar of a loss per sequence (or per group), `[B]`: aggregate as if each were one token.
+
+    counts: `[B]`; where it is 0 the sequence adds nothing. sum: the sum. token-mean: divided by how many count. The
+    others: divided by all B.
+    """
+    return aggregate(per_sequence[:, None], counts[:, None], aggregation)
+
+
+def sequence_nll(logprobs: Tensor, mask: Tensor, aggregation: str = "sum") -> Tensor:
+    """Negative log-likelihood to stand beside a loss per sequence, a scalar; for "sum", the sum of each one's mean.
+
+    The other aggregations are aggregate's; a likelihood summed over tokens would drown a preference of one number.
+    """
+    if aggregation == "sum":
+        return aggregate(-logprobs, mask, "seq-mean-token-mean") * len(mask)
+    return aggregate(-logprobs, mask, aggregation)
+
+
+def per_sequence(name: str, x: Tensor, mask: Tensor) -> Tensor:
+    """The input x called `name`, one number a row. Raises ValueError where it is not `[B]`.
+
+    Where B and T are equal, `[B, T]` would spread over rows without a word.
+    """
+    if x.shape != mask.shape[:1]:
+        raise ValueError(f"{name} is {list(x.shape)}, but must be one number a row, [{len(mask)}]")
+    return x
+
+
+def counted_rows(x: Tensor, where: Tensor) -> Tensor:
+    """The positions of x `[B, T, ...]` where `where` `[B, T]` is not 0, one after the other: `[n, ...]`.
+
+    What is computed from them alone can do no harm elsewhere, and costs nothing there. Floats are float32 or better.
+    """
+    rows = x[where != 0]
+    return _float32(rows) if rows.is_floating_point() else rows
+
+
+def spread_rows(rows: Tensor, where: Tensor) -> Tensor:
+    """Numbers `[n]`, one for each counted row, back at their positions `[B, T]`; 0 elsewhere."""
+    return _scattered(rows, where != 0)

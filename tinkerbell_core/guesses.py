@@ -12,6 +12,8 @@ from tinkerbell_core.errors import BadData
 LENGTHS = (8, 5, 7, 3)
 """How long the sequences of a made-up batch are."""
 
+_K = 4
+
 
 class MadeUpInputs(Mapping[str, Tensor]):
     """loss_fn_inputs that have whatever they are asked for.
@@ -75,9 +77,15 @@ class MadeUpInputs(Mapping[str, Tensor]):
 
 
 def guess(key: str, attention_mask: Tensor, vocab_size: int, *, per_sequence: bool = False) -> Tensor:
-    """A plausible input of this name: ids for `...tokens` and `...ids`, ones for weights and masks, else floats."""
+    """A plausible input of this name: ids for `...tokens` and `...ids`, ones for weights and masks, else floats.
+
+    `...logits` have the vocabulary as a third dimension, what has `topk` in its name has K.
+    """
+    width = vocab_size if key.endswith("logits") else min(_K, vocab_size) if "topk" in key else None
     shape = attention_mask.shape[:1] if per_sequence else attention_mask.shape
     real = torch.ones_like(attention_mask[:, 0]) if per_sequence else attention_mask
+    if width is not None and not per_sequence:
+        shape, real = (*shape, width), real[..., None]
     device = attention_mask.device
     if key.endswith(("tokens", "ids")):
         return torch.randint(vocab_size, shape, device=device) * real.long()
@@ -112,4 +120,4 @@ def ragged_mask(group_size: int, given: Mapping[str, Tensor], device: str | torc
 
 
 def _shape(value: Tensor) -> str:
-    return "[B]" if value.dim() == 1 else "[B, T]"
+    return ["[B]", "[B, T]", "[B, T, K]"][value.dim() - 1]

@@ -29,7 +29,7 @@ def check_loss(
 
     The loss is a finite scalar whose gradient reaches the logits; positions that attention_mask hides neither change it
     nor get a gradient; a batch with all hidden gives 0; groups may come in any order; and with coupling="sequence" the
-    loss of a batch is the sum over its groups.
+    loss of a batch is the sum over its groups, unless the reserved keyword `aggregation` asks for a mean.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -42,7 +42,7 @@ def check_loss(
         _check_padding(case, whole)
         _check_all_masked(case)
         _check_permutation(case, whole)
-        if spec.coupling == "sequence":
+        if spec.coupling == "sequence" and case.settings.get("aggregation", "sum") == "sum":
             _check_sum_over_groups(case, whole)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput, loss
-from tinkerbell_core.functional import effective_mask, sequence_sum, target_logprobs
+from tinkerbell_core.functional import aggregate, effective_mask, sequence_sum, target_logprobs
 from tinkerbell_core.testing import check_loss
 
 Inputs = dict[str, Tensor]
@@ -65,6 +65,19 @@ def test_a_mean_that_declares_itself_a_sum_over_sequences_is_told_so() -> None:
     mean = of(lambda lp, mask, _: -(lp * mask).sum() / mask.sum().clamp(min=1))
     with pytest.raises(AssertionError, match='declare coupling="batch"'):
         check_loss(loss(coupling="sequence")(mean))
+
+
+def test_a_loss_that_means_by_default_is_held_to_its_sum_when_asked_for_it() -> None:
+    def nll(
+        model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor, *, aggregation: str = "token-mean"
+    ) -> LossFnOutput:
+        logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"])
+        off = 1.0 if aggregation == "sum" else 0.0
+        return LossFnOutput(aggregate(-logprobs, attention_mask, aggregation) * (1 + off * len(attention_mask)))
+
+    check_loss(loss(coupling="sequence")(nll))
+    with pytest.raises(AssertionError, match="is not the sum over its groups"):
+        check_loss(loss(coupling="sequence")(nll), hyperparameters={"aggregation": "sum"})
 
 
 def test_pairs_that_are_not_declared_are_told_so() -> None:

@@ -126,6 +126,17 @@ def test_an_input_that_is_one_number_a_sequence_is_guessed_second() -> None:
     assert dry_run(mine, 50).inputs == ("target_tokens", "reward")
 
 
+def test_logits_and_topk_are_guessed_with_a_third_dimension() -> None:
+    def distil(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
+        student = model_outputs.log_softmax(-1)
+        full = (loss_fn_inputs["teacher_logits"].softmax(-1) * student).sum(-1)
+        few = loss_fn_inputs["teacher_topk_logprobs"].exp() * student.gather(-1, loss_fn_inputs["teacher_topk_ids"])
+        return LossFnOutput(-((full + few.sum(-1)) * attention_mask).sum())
+
+    inputs = dry_run(loss(distil), 23).inputs
+    assert inputs == ("teacher_logits", "teacher_topk_logprobs", "teacher_topk_ids")
+
+
 def test_a_guess_that_fails_says_what_was_guessed_and_names_the_way_out() -> None:
     @loss
     def mine(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:

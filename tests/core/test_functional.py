@@ -11,17 +11,25 @@ import torch
 import torch.nn.functional as F
 
 from tests.core.naive import StoredSource
-from tinkerbell_core.errors import BadHyperparameter
+from tinkerbell_core.errors import BadData, BadHyperparameter
 from tinkerbell_core.functional import (
     aggregate,
+    aggregate_sequences,
     counted,
+    counted_rows,
     effective_mask,
     entropy,
     hidden_states,
     logsumexp,
     masked_mean,
     masked_sum,
+    pairs,
+    per_sequence,
+    sequence_log_ratio,
+    sequence_mean,
+    sequence_nll,
     sequence_sum,
+    spread_rows,
     target_logprobs,
 )
 from tinkerbell_core.logits import Logits, Reading, plain_logits
@@ -205,3 +213,66 @@ def test_statistics_are_0_and_attached_where_nothing_counts(logits: torch.Tensor
     found = entropy(logits, where=nothing) + logsumexp(logits, where=nothing)
     assert torch.equal(found, torch.zeros(B, T))
     assert found.requires_grad
+
+
+def test_a_sequence_mean_is_over_the_positions_that_count_and_0_where_none_does() -> None:
+    x = torch.tensor([[1.0, 3.0, torch.nan], [torch.nan, torch.inf, 5.0]])
+    mask = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
+    assert sequence_mean(x, mask).tolist() == [3.5, 0.0]
+
+
+def test_a_log_ratio_is_the_same_whether_the_reference_is_summed_or_not() -> None:
+    logprobs, reference = -torch.rand(B, T), -torch.rand(B, T)
+    summed = sequence_sum(reference, MASK)
+    assert torch.allclose(
+        sequence_log_ratio(logprobs, reference, MASK), sequence_log_ratio(logprobs, summed, MASK), atol=1e-6
+    )
+    assert sequence_log_ratio(logprobs, summed, torch.zeros(B, T)).tolist() == [0.0, 0.0]
+    assert sequence_log_ratio(logprobs, reference / 0, torch.zeros(B, T)).tolist() == [0.0, 0.0]
+
+
+def test_pairs_are_rows_that_alternate() -> None:
+    chosen, rejected = pairs(torch.arange(6))
+    assert (chosen.tolist(), rejected.tolist()) == ([0, 2, 4], [1, 3, 5])
+    with pytest.raises(BadData, match="3 rows, but they come in pairs"):
+        pairs(torch.zeros(3, 2))
+
+
+def test_rows_that_count_go_out_and_come_back() -> None:
+    x = torch.arange(6.0).view(B, T)
+    assert counted_rows(x[..., None], MASK).shape == (int(MASK.sum()), 1)
+    assert torch.equal(spread_rows(counted_rows(x, MASK), MASK), x * MASK)
+    assert counted_rows(x.bfloat16(), MASK).dtype == torch.float32
+    assert counted_rows(x.long(), MASK).dtype == torch.int64
+
+
+@pytest.mark.parametrize("statistic", [entropy, logsumexp])
+def test_statistics_are_read_only_where_they_count(statistic: Callable[..., torch.Tensor]) -> None:
+    logits = torch.randn(B, T, V)
+    logits[MASK == 0] = math.nan
+    logits.requires_grad_()
+    read = statistic(logits, where=MASK)
+    read.sum().backward()
+    assert torch.equal(read, counted(statistic(logits), MASK))
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert statistic(logits, where=torch.zeros(B, T)).sum() == 0
+
+
+def test_a_loss_per_sequence_is_aggregated_as_if_a_sequence_were_a_token() -> None:
+    losses, counts = torch.tensor([2.0, 4.0, torch.nan]), torch.tensor([True, True, False])
+    found = [aggregate_sequences(losses, counts, how).item() for how in ("sum", "token-mean", "seq-mean-token-mean")]
+    assert found == [6.0, 3.0, 2.0]
+
+
+def test_a_likelihood_beside_a_preference_is_a_mean_in_each_sequence() -> None:
+    logprobs = torch.tensor([[-1.0, -3.0, torch.nan], [-5.0, torch.nan, torch.nan]])
+    assert sequence_nll(logprobs, MASK).item() == 2.0 + 5.0
+    assert sequence_nll(logprobs, MASK, "token-mean").item() == 3.0
+    assert sequence_nll(logprobs, MASK, "seq-mean-token-mean").item() == 3.5
+
+
+def test_one_number_a_row_is_not_one_a_token() -> None:
+    assert per_sequence("labels", torch.ones(B), MASK).tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match=r"labels is \[2, 3\], but must be one number a row, \[2\]"):
+        per_sequence("labels", torch.ones(B, T), MASK)

@@ -1,0 +1,120 @@
+"""InfoNCE: an anchor is nearer to its positive than to all others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tinkerbell_core import LossFnOutput, loss
+from tinkerbell_core.functional import aggregate_sequences, effective_mask, per_sequence
+from tinkerbell_loss_contrastive.pieces import Inputs, embeddings
+
+
+@loss(coupling="batch", group_size=2, inputs=(), optional_inputs=("weights",))
+def info_nce(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    temperature: float = 0.1,
+    pooling: str = "last",
+    normalize: bool = True,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """-log softmax of anchor * positive / temperature among all positives of the batch: InfoNCE (arXiv:1807.03748).
+
+    Rows 2i are anchors, rows 2i + 1 their positives. Embeddings are hidden states at the last position that counts
+    (pooling "mean": of all that do), of length 1 if normalized.
+    """
+    roles = torch.arange(len(attention_mask), device=attention_mask.device) % 2
+    groups = torch.arange(len(attention_mask), device=attention_mask.device) // 2
+    mask = effective_mask(loss_fn_inputs, attention_mask)
+    vectors = embeddings(model_outputs, mask, pooling, normalize)  # [B, H]
+    return _contrast(vectors, mask, groups, roles, temperature, aggregation, in_batch=True)
+
+
+@loss(
+    coupling="batch",
+    inputs=("group_ids", "roles"),
+    optional_inputs=("weights",),
+)
+def info_nce_hard(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    temperature: float = 0.1,
+    in_batch: bool = True,
+    fake_negative_margin: float = -1.0,
+    anchor_anchor: bool = False,
+    pooling: str = "last",
+    normalize: bool = True,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """-log softmax of anchor * positive / temperature, hard negatives among the others: InfoNCE (arXiv:1807.03748).
+
+    roles `[B]` are 0 for an anchor, 1 for a positive, 2 for a negative; group_ids `[B]` say whose they are. in_batch
+    contrasts an anchor with other groups' rows too, anchor_anchor with their anchors. fake_negative_margin of at least
+    0 leaves out negatives that are nearer to the anchor than its positive by more than that: likely positives. An
+    anchor without a positive costs nothing; the diagnostic `anchors:sum` counts the others.
+    """
+    mask = effective_mask(loss_fn_inputs, attention_mask)
+    vectors = embeddings(model_outputs, mask, pooling, normalize)  # [B, H]
+    return _contrast(
+        vectors,
+        mask,
+        per_sequence("group_ids", loss_fn_inputs["group_ids"], mask),
+        per_sequence("roles", loss_fn_inputs["roles"], mask),
+        temperature,
+        aggregation,
+        in_batch=in_batch,
+        fake_negative_margin=fake_negative_margin,
+        anchor_anchor=anchor_anchor,
+    )
+
+
+def _contrast(
+    vectors: Tensor,
+    mask: Tensor,
+    groups: Tensor,
+    roles: Tensor,
+    temperature: float,
+    aggregation: str,
+    *,
+    in_batch: bool,
+    fake_negative_margin: float = -1.0,
+    anchor_anchor: bool = False,
+) -> LossFnOutput:
+    counts = (mask != 0).any(-1)  # [B]
+    anchor, other = counts & (roles == 0), counts & (roles != 0)
+    own = groups[:, None] == groups  # [B, B]
+    positive = own & (counts & (roles == 1))
+    rivals = other & (own | in_batch)  # [B, B]: whom a row is compared with
+    if anchor_anchor:
+        rivals = rivals | (anchor & ~own)
+    anchors = anchor & positive.any(-1)  # [B]
+    alike = vectors @ vectors.T  # [B, B]
+    nearest = alike.masked_fill(~positive, -torch.inf).amax(-1, keepdim=True)  # [B, 1]
+    if fake_negative_margin >= 0:
+        rivals = rivals & (positive | (alike <= nearest + fake_negative_margin))
+    scores, rivals, positive = alike[anchors] / temperature, rivals[anchors], positive[anchors]  # [A, B]
+    of_all = scores.masked_fill(~rivals, -torch.inf).logsumexp(-1)  # [A]
+    of_positives = (scores * positive).sum(-1) / positive.sum(-1)
+    per_anchor = of_all - of_positives
+    with torch.no_grad():
+        best = scores.masked_fill(~rivals, -torch.inf)
+        found = positive.gather(-1, best.argmax(-1, keepdim=True)).float()
+        diagnostics = {
+            "anchors:sum": anchors.sum(),
+            "accuracy": found.sum() / found.numel() if found.numel() else found.sum(),
+            "positive_similarity": _mean(alike[anchors], positive),
+            "negative_similarity": _mean(alike[anchors], rivals & ~positive),
+        }
+    per_row = torch.zeros(len(mask), dtype=vectors.dtype, device=vectors.device).masked_scatter(anchors, per_anchor)
+    # anchors, whether or not any token of theirs counts; without one every row, to count nothing
+    meant = (roles == 0) | (roles != 0).all()  # [B]
+    return LossFnOutput(aggregate_sequences(per_row[meant], anchors[meant], aggregation), None, diagnostics)
+
+
+def _mean(x: Tensor, where: Tensor) -> Tensor:
+    return torch.where(where, x, 0.0).sum() / where.sum().clamp(min=1)

@@ -1,0 +1,127 @@
+"""Contrastive losses agree with twinkle's on its embeddings, and read theirs from hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tinkerbell_loss_contrastive as package
+import torch
+from tinkerbell_loss_contrastive import info_nce, info_nce_hard, register_losses
+from torch import Tensor
+
+from tests.batches import batch, check_masks, descend, run
+from tests.oracles.compare import difference
+from tests.oracles.contrastive import MAPPING
+from tests.oracles.form import Entry, Record
+from tests.oracles.records import mapped
+from tinkerbell_core.dryrun import dry_run
+from tinkerbell_core.errors import BadHyperparameter
+from tinkerbell_core.logits import plain_logits
+from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.registry import LossRegistry
+from tinkerbell_core.spec import LossSpec
+from tinkerbell_core.testing import check_loss
+
+RECORDS = mapped(Path(__file__).parent / "data" / "oracles.json.gz", MAPPING)
+REGISTRY = LossRegistry(register_losses())
+GROUPS = {"group_ids": torch.tensor([4, 4, 4, 9, 9, 9]), "roles": torch.tensor([0, 1, 2, 0, 1, 2])}
+EACH = [(info_nce, {}), (info_nce_hard, GROUPS)]
+each_loss = pytest.mark.parametrize(("spec", "inputs"), EACH, ids=["info_nce", "info_nce_hard"])
+
+
+def on_hidden_states(spec: LossSpec) -> LossSpec:
+    """The loss as a loss of logits that are their own hidden states, for a kit that makes up logits."""
+
+    def fn(model_outputs: Tensor, loss_fn_inputs: dict[str, Tensor], attention_mask: Tensor) -> LossFnOutput:
+        return spec(plain_logits(model_outputs, lambda hidden: hidden * 1), loss_fn_inputs, attention_mask)
+
+    return replace(spec, fn=fn, hyperparameters=())
+
+
+def test_the_plugin_provides_all_it_exports() -> None:
+    assert {spec.name for spec in register_losses()} == set(package.__all__) - {"register_losses"}
+
+
+@pytest.mark.parametrize("spec", register_losses(), ids=lambda spec: spec.name)
+def test_a_server_finds_it_to_read_what_it_says(spec: LossSpec) -> None:
+    assert dry_run(spec, 11).inputs == spec.inputs
+
+
+@each_loss
+def test_it_keeps_the_rules_every_loss_keeps(spec: LossSpec, inputs: dict[str, Tensor]) -> None:
+    check_loss(on_hidden_states(spec), example_inputs={"weights": batch()[1]["weights"], **inputs})
+
+
+@each_loss
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_what_masks_hide_does_nothing(spec: LossSpec, inputs: dict[str, Tensor], pooling: str, normalize: bool) -> None:
+    check_masks(spec, inputs, pooling=pooling, normalize=normalize)
+
+
+@each_loss
+def test_training_brings_positives_nearer(spec: LossSpec, inputs: dict[str, Tensor]) -> None:
+    descend(
+        spec,
+        inputs,
+        lambda first, last: (
+            last.diagnostics["positive_similarity"] > first.diagnostics["positive_similarity"]
+            and last.diagnostics["accuracy"] == 1
+        ),
+    )
+
+
+@pytest.mark.parametrize(("record", "entry"), RECORDS, ids=lambda value: value["id"] if isinstance(value, dict) else "")
+def test_value_and_gradient_are_those_of_the_record(record: Record, entry: Entry) -> None:
+    assert difference(record, entry, REGISTRY) == ""
+
+
+def test_pairs_are_groups_without_negatives() -> None:
+    logits, inputs = batch()
+    grouped = {**inputs, "group_ids": torch.tensor([0, 0, 1, 1, 2, 2]), "roles": torch.tensor([0, 1] * 3)}
+    torch.testing.assert_close(
+        run(info_nce_hard, logits, grouped, {})[0].loss, run(info_nce, logits, inputs, {})[0].loss
+    )
+
+
+def test_own_negatives_alone_leave_other_groups_out() -> None:
+    logits, inputs = batch(**GROUPS)
+    half = {key: value[:3] for key, value in inputs.items()}
+    alone, _ = run(info_nce_hard, logits[:3], half, {"in_batch": False})
+    rest, _ = run(info_nce_hard, logits[3:], {key: value[3:] for key, value in inputs.items()}, {"in_batch": False})
+    both, _ = run(info_nce_hard, logits, inputs, {"in_batch": False})
+    torch.testing.assert_close(both.loss, alone.loss + rest.loss)
+
+
+def test_a_negative_nearer_than_the_positive_may_be_left_out() -> None:
+    logits, inputs = batch(**GROUPS)
+    logits[2] = logits[0]  # the negative says what the anchor says
+    inputs["weights"][:] = 1
+    harsh, _ = run(info_nce_hard, logits, inputs, {})
+    kind, gradient = run(info_nce_hard, logits, inputs, {"fake_negative_margin": 0.0})
+    assert kind.loss < harsh.loss
+    assert gradient.isfinite().all()
+
+
+def test_anchors_may_be_rivals() -> None:
+    logits, inputs = batch(**GROUPS)
+    more, fewer = run(info_nce_hard, logits, inputs, {"anchor_anchor": True}), run(info_nce_hard, logits, inputs, {})
+    assert more[0].loss > fewer[0].loss
+
+
+@pytest.mark.parametrize("aggregation", ["sum", "token-mean", "seq-mean-token-mean"])
+def test_without_anchors_it_is_0_and_says_how_many(aggregation: str) -> None:
+    logits, inputs = batch(**GROUPS)
+    output, gradient = run(info_nce_hard, logits, {**inputs, "roles": torch.ones(6)}, {"aggregation": aggregation})
+    assert output.loss.item() == 0
+    assert not gradient.any()
+    assert output.diagnostics["anchors:sum"] == 0
+    assert run(info_nce_hard, logits, inputs, {})[0].diagnostics["anchors:sum"] == 2
+
+
+def test_an_unknown_pooling_is_refused() -> None:
+    logits, inputs = batch(**GROUPS)
+    with pytest.raises(BadHyperparameter, match="no pooling 'max'"):
+        run(info_nce, logits, inputs, {"pooling": "max"})

@@ -1,0 +1,85 @@
+"""What distillation losses are made of: rows of teacher and student, and divergences between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinkerbell_core import LossFnOutput
+from tinkerbell_core.functional import aggregate, counted_rows, effective_mask, masked_mean, spread_rows
+
+Diagnostics = dict[str, Tensor]
+
+
+class Rows(NamedTuple):
+    """Log-probabilities of student and teacher at the n positions that count, `[n, V]` or `[n, K]`; mask is `[B, T]`.
+
+    The student's are attached to the graph; the teacher's may be -inf.
+    """
+
+    mask: Tensor
+    student: Tensor
+    teacher: Tensor
+
+
+def whole_vocabulary(
+    model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, temperature: float = 1.0
+) -> Rows:
+    """Rows over V; both softmaxes are of logits / temperature."""
+    mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
+    student = counted_rows(model_outputs, mask)
+    teacher = counted_rows(loss_fn_inputs["teacher_logits"], mask)
+    if temperature != 1.0:
+        student, teacher = student / temperature, teacher / temperature
+    return Rows(mask, student.log_softmax(-1), teacher.log_softmax(-1))
+
+
+def finite(logprobs: Tensor) -> Tensor:
+    """-inf becomes the lowest finite number, so that 0 * log 0 is 0."""
+    return logprobs.clamp(min=torch.finfo(logprobs.dtype).min)
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of each row, `[n]`; p must be finite, q may be -inf where p is 0 or the divergence infinite."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def entropy_of(log_p: Tensor) -> Tensor:
+    """Entropy of each row, `[n]`."""
+    return -(log_p.exp() * finite(log_p)).sum(-1)
+
+
+def jensen_shannon(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """beta * KL(T || M) + (1 - beta) * KL(S || M) of each row, M = beta * T + (1 - beta) * S: `[n]`.
+
+    At 0 and 1, where that is 0, it is what it tends to per unit of beta: KL(T || S) and KL(S || T).
+    """
+    if beta == 0:
+        return kl(finite(teacher), student)
+    if beta == 1:
+        return kl(student, teacher)
+    mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
+    return beta * kl(finite(teacher), mixture) + (1 - beta) * kl(student, mixture)
+
+
+def renormalised(logprobs: Tensor) -> Tensor:
+    """Of a part of the vocabulary, as if it were all."""
+    return logprobs - logprobs.logsumexp(-1, keepdim=True)
+
+
+def with_tail(logprobs: Tensor) -> Tensor:
+    """`[n, K + 1]`: the last column is all the rest of the vocabulary, taken as one token."""
+    mass = logprobs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([logprobs, (-torch.expm1(mass)).log()], -1)
+
+
+def output(per_row: Tensor, mask: Tensor, aggregation: str, diagnostics: Mapping[str, Tensor]) -> LossFnOutput:
+    """The loss of divergences `[n]`; what to watch is given `[n]` too."""
+    per_token = spread_rows(per_row, mask)  # [B, T]
+    shown = {f"{name}:mean": masked_mean(spread_rows(x.detach(), mask), mask) for name, x in diagnostics.items()}
+    shown["divergence:mean"] = masked_mean(per_token, mask)
+    return LossFnOutput(aggregate(per_token, mask, aggregation), diagnostics=shown)

@@ -1,0 +1,147 @@
+"""Divergences on a few tokens a position: three ways to treat what is left out, each by its own name.
+
+partial: the left-out tokens are ignored, and the divergence can be negative. renormalised: both sides are taken as if
+the few were all. tail: all the rest counts as one token more, which never overstates the divergence over all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from tinkerbell_core import LossFnOutput, LossSpec, loss
+from tinkerbell_core.functional import counted_rows, effective_mask, logsumexp, target_logprobs
+from tinkerbell_core.spec import LossFn
+from tinkerbell_loss_distill.pieces import Rows, finite, jensen_shannon, kl, output, renormalised, with_tail
+
+
+def of_teacher() -> Callable[[LossFn], LossSpec]:
+    """Declares a loss on the teacher's top tokens, like @loss."""
+    return loss(
+        coupling="sequence",
+        inputs=("teacher_topk_ids", "teacher_topk_logprobs"),
+        optional_inputs=("weights",),
+        finite=("weights",),
+    )
+
+
+def of_student() -> Callable[[LossFn], LossSpec]:
+    """Declares a loss on the student's top tokens, like @loss."""
+    return loss(coupling="sequence", inputs=("teacher_logits",), optional_inputs=("weights",), finite=("weights",))
+
+
+def _teachers_top(
+    model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor
+) -> tuple[Rows, dict[str, Tensor]]:
+    """Log-probabilities of the teacher's K tokens, `[n, K]`, and the mass they hold on each side."""
+    mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
+    student = target_logprobs(model_outputs, loss_fn_inputs["teacher_topk_ids"], where=mask)  # [B, T, K]
+    teacher = loss_fn_inputs["teacher_topk_logprobs"]  # [B, T, K]
+    return _watched(Rows(mask, counted_rows(student, mask), counted_rows(teacher, mask)))
+
+
+def _students_top(
+    model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, k: int
+) -> tuple[Rows, dict[str, Tensor]]:
+    """Log-probabilities of the student's k likeliest tokens, `[n, k]`, and the mass they hold on each side."""
+    mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
+    logits = counted_rows(model_outputs, mask)  # [n, V]
+    theirs = counted_rows(loss_fn_inputs["teacher_logits"], mask).log_softmax(-1)  # [n, V]
+    values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)  # [n, k]
+    student = values - logsumexp(logits)[..., None]
+    return _watched(Rows(mask, student, theirs.gather(-1, ids)))
+
+
+def _watched(rows: Rows) -> tuple[Rows, dict[str, Tensor]]:
+    masses = {"student_mass": rows.student.detach().exp().sum(-1), "teacher_mass": rows.teacher.exp().sum(-1)}
+    return rows, masses
+
+
+@of_teacher()
+def teacher_topk_partial_kl(
+    model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, *, aggregation: str = "sum"
+) -> LossFnOutput:
+    """Sum over the teacher's top K of p_teacher * (log p_teacher - log p), nothing renormalised; summed.
+
+    Forward KL with the rest left out, verl's forward_kl_topk: negative where the student holds more of the few.
+    teacher_topk_ids, teacher_topk_logprobs `[B, T, K]`. The trainer of verl then holds each position at 0 or more.
+    """
+    rows, masses = _teachers_top(model_outputs, loss_fn_inputs, attention_mask)
+    return output(kl(finite(rows.teacher), rows.student), rows.mask, aggregation, masses)
+
+
+@of_teacher()
+def teacher_topk_renormalised_jsd(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """jsd between teacher and student given that the token is one of the teacher's top K, summed; twinkle's GKD top-k.
+
+    Says nothing of how much the student puts elsewhere. beta 0: forward KL. teacher_topk_ids, teacher_topk_logprobs
+    `[B, T, K]`.
+    """
+    rows, masses = _teachers_top(model_outputs, loss_fn_inputs, attention_mask)
+    divergence = jensen_shannon(renormalised(rows.student), renormalised(rows.teacher), beta)
+    return output(divergence, rows.mask, aggregation, masses)
+
+
+@of_teacher()
+def teacher_topk_tail_jsd(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """jsd over the teacher's top K and one token more that is all the rest, summed.
+
+    The best of the three where a teacher gives K log-probabilities only. beta 0: forward KL. teacher_topk_ids (no
+    position has one twice), teacher_topk_logprobs `[B, T, K]`.
+    """
+    rows, masses = _teachers_top(model_outputs, loss_fn_inputs, attention_mask)
+    divergence = jensen_shannon(with_tail(rows.student), with_tail(rows.teacher), beta)
+    return output(divergence, rows.mask, aggregation, masses)
+
+
+@of_student()
+def student_topk_renormalised_jsd(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    k: int = 100,
+    beta: float = 0.5,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """jsd between student and teacher given that the token is one of the student's top k, summed; TRL's SDFT, no tail.
+
+    teacher_logits `[B, T, V]`. beta is TRL's distillation_alpha.
+    """
+    rows, masses = _students_top(model_outputs, loss_fn_inputs, attention_mask, k)
+    divergence = jensen_shannon(renormalised(rows.student), renormalised(rows.teacher), beta)
+    return output(divergence, rows.mask, aggregation, masses)
+
+
+@of_student()
+def student_topk_tail_jsd(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    k: int = 100,
+    beta: float = 0.5,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """jsd over the student's top k and one token more that is all the rest, summed; TRL's SDFT with add_tail.
+
+    teacher_logits `[B, T, V]`. beta is TRL's distillation_alpha.
+    """
+    rows, masses = _students_top(model_outputs, loss_fn_inputs, attention_mask, k)
+    divergence = jensen_shannon(with_tail(rows.student), with_tail(rows.teacher), beta)
+    return output(divergence, rows.mask, aggregation, masses)

@@ -1,0 +1,197 @@
+"""Divergences from a teacher whose logits are all there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinkerbell_core import LossFnOutput, LossSpec, loss
+from tinkerbell_core.functional import counted_rows, effective_mask, target_logprobs
+from tinkerbell_core.spec import LossFn
+from tinkerbell_loss_distill.pieces import entropy_of, finite, jensen_shannon, kl, output, whole_vocabulary
+
+
+def distillation(**different: Any) -> Callable[[LossFn], LossSpec]:  # Any: what loss() takes
+    """Declares a divergence from teacher_logits, like @loss, with `different` over what these have in common."""
+    common = {
+        "coupling": "sequence",
+        "inputs": ("teacher_logits",),
+        "optional_inputs": ("weights",),
+        "finite": ("weights",),
+    }
+    return loss(**{**common, **different})
+
+
+@distillation()
+def forward_kl(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """KL(teacher || student) at each position, summed: the student covers all that the teacher says (arXiv:1503.02531).
+
+    teacher_logits `[B, T, V]` may hold -inf. Both are softened by temperature; nothing is multiplied by its square.
+    torchtune's leaves out the teacher's entropy: that is soft_cross_entropy.
+    """
+    rows = whole_vocabulary(model_outputs, loss_fn_inputs, attention_mask, temperature)
+    shown = {"teacher_entropy": entropy_of(rows.teacher)}
+    return output(kl(finite(rows.teacher), rows.student), rows.mask, aggregation, shown)
+
+
+@distillation()
+def soft_cross_entropy(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """-sum over the vocabulary of p_teacher * log p, summed: forward_kl plus the teacher's entropy, the same gradient.
+
+    teacher_logits `[B, T, V]`.
+    """
+    rows = whole_vocabulary(model_outputs, loss_fn_inputs, attention_mask, temperature)
+    shown = {"teacher_entropy": entropy_of(rows.teacher)}
+    return output(-(rows.teacher.exp() * rows.student).sum(-1), rows.mask, aggregation, shown)
+
+
+@distillation()
+def reverse_kl(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """KL(student || teacher) at each position, summed: the student keeps to what the teacher says (arXiv:2306.08543).
+
+    teacher_logits `[B, T, V]`; where they are -inf and the student's are not, the divergence is infinite and refused.
+    """
+    rows = whole_vocabulary(model_outputs, loss_fn_inputs, attention_mask, temperature)
+    shown = {"teacher_entropy": entropy_of(rows.teacher), "student_entropy": entropy_of(rows.student.detach())}
+    return output(kl(rows.student, rows.teacher), rows.mask, aggregation, shown)
+
+
+@distillation()
+def symmetric_kl(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """alpha * KL(teacher || student) + (1 - alpha) * KL(student || teacher) at each position, summed.
+
+    teacher_logits `[B, T, V]`. torchtune's leaves out the teacher's entropy of the first part.
+    """
+    rows = whole_vocabulary(model_outputs, loss_fn_inputs, attention_mask, temperature)
+    forward, reverse = kl(finite(rows.teacher), rows.student), kl(rows.student, rows.teacher)
+    shown = {"forward_kl": forward, "reverse_kl": reverse}
+    return output(alpha * forward + (1 - alpha) * reverse, rows.mask, aggregation, shown)
+
+
+@distillation()
+def jsd(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """beta * KL(T || M) + (1 - beta) * KL(S || M), M = beta * T + (1 - beta) * S, summed (GKD, arXiv:2306.13649).
+
+    T is the teacher, S the student; beta 0 is forward_kl, 1 reverse_kl. teacher_logits `[B, T, V]`, -inf allowed.
+    On the student's own samples it is on-policy distillation over the whole vocabulary.
+    """
+    rows = whole_vocabulary(model_outputs, loss_fn_inputs, attention_mask, temperature)
+    shown = {"teacher_entropy": entropy_of(rows.teacher)}
+    return output(jensen_shannon(rows.student, rows.teacher, beta), rows.mask, aggregation, shown)
+
+
+@loss(
+    coupling="sequence",
+    inputs=("target_tokens", "logprobs", "teacher_logits"),
+    optional_inputs=("weights",),
+    finite=("logprobs", "weights"),
+)
+def sdft(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.5,
+    ratio_cap: float = 2.0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """jsd to the model shown a demonstration, times min(ratio of the sampled token, ratio_cap), detached; summed.
+
+    Self-distillation fine-tuning: target_tokens are the student's own samples, logprobs `[B, T]` theirs when they were
+    sampled, teacher_logits `[B, T, V]` the same model's with the demonstration in its prompt. beta is TRL's
+    distillation_alpha: 0 forward, 1 reverse. Where samples are fresh, ratios are 1 and it is jsd.
+    """
+    rows = whole_vocabulary(model_outputs, loss_fn_inputs, attention_mask)
+    logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=rows.mask)  # [B, T]
+    drift = counted_rows(logprobs.detach() - loss_fn_inputs["logprobs"], rows.mask)  # [n]
+    ratio = drift.clamp(-20, 20).exp().clamp(max=ratio_cap)
+    divergence = jensen_shannon(rows.student, rows.teacher, beta)  # [n]
+    found = output(divergence * ratio, rows.mask, aggregation, {"ratio": ratio, "kl": -drift})
+    return LossFnOutput(found.loss, logprobs, found.diagnostics)
+
+
+@distillation()
+def total_variation(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """Half the sum over the vocabulary of |p_teacher - p| at each position, summed (arXiv:2307.15190).
+
+    teacher_logits `[B, T, V]`.
+    """
+    rows = whole_vocabulary(model_outputs, loss_fn_inputs, attention_mask, temperature)
+    return output((rows.teacher.exp() - rows.student.exp()).abs().sum(-1) / 2, rows.mask, aggregation, {})
+
+
+@distillation(finite=("weights", "teacher_logits"))
+def cosine_distance(
+    model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, *, aggregation: str = "sum"
+) -> LossFnOutput:
+    """1 - cosine of the angle between teacher's and student's logits at each position, summed; as Liger has it.
+
+    teacher_logits `[B, T, V]`, finite.
+    """
+    mask = effective_mask(loss_fn_inputs, attention_mask)
+    student = counted_rows(model_outputs, mask)
+    teacher = counted_rows(loss_fn_inputs["teacher_logits"], mask)
+    return output(1 - F.cosine_similarity(student, teacher, dim=-1), mask, aggregation, {})
+
+
+@distillation()
+def uld(
+    model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, *, aggregation: str = "sum"
+) -> LossFnOutput:
+    """Sum of |teacher - student| over probabilities sorted by size, summed: for a teacher of another vocabulary.
+
+    Universal logit distillation (arXiv:2402.12030). teacher_logits `[B, T, V']`, of the teacher's position that stands
+    for each of the student's: which that is, the caller decides.
+    """
+    rows = whole_vocabulary(model_outputs, loss_fn_inputs, attention_mask)
+    student, teacher = (x.exp().sort(-1, descending=True).values for x in (rows.student, rows.teacher))
+    width = max(student.shape[-1], teacher.shape[-1])
+    student, teacher = (F.pad(x, (0, width - x.shape[-1])) for x in (student, teacher))
+    return output((student - teacher).abs().sum(-1), rows.mask, aggregation, {})

@@ -1,0 +1,178 @@
+"""Losses of the margin: by how much the chosen completion gained more on the reference than the rejected one did."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinkerbell_core import LossFnOutput
+from tinkerbell_core.errors import BadHyperparameter
+from tinkerbell_loss_dpo.pieces import Inputs, on_pairs, read, smoothed
+
+
+@on_pairs
+def dpo(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """-log sigmoid(beta * margin): direct preference optimisation (arXiv:2305.18290).
+
+    The margin is the chosen row's log-ratio to the reference less the rejected row's, each summed over the tokens that
+    count. label_smoothing is the share of flipped labels (cDPO, ericmitchell.ai/cdpo.pdf); TRL and Liger ignore theirs.
+    """
+    found = read(model_outputs, loss_fn_inputs, attention_mask)
+    margin = beta * found.margin  # [P]
+    return found.output(smoothed(-F.logsigmoid(margin), -F.logsigmoid(-margin), label_smoothing), beta, aggregation)
+
+
+@on_pairs
+def dpo_norm(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """-log sigmoid(beta * margin) of log-ratios averaged over tokens: length-normalised DPO (arXiv:2411.15124)."""
+    found = read(model_outputs, loss_fn_inputs, attention_mask).averaged()
+    margin = beta * found.margin  # [P]
+    return found.output(smoothed(-F.logsigmoid(margin), -F.logsigmoid(-margin), label_smoothing), beta, aggregation)
+
+
+@on_pairs
+def robust_dpo(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.1,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """(-(1 - e) log sigmoid(u) + e log sigmoid(-u)) / (1 - 2e), u = beta * margin: unbiased under noise (2403.00409).
+
+    label_smoothing, e, is the share of flipped labels, below 0.5. Raises BadHyperparameter for another.
+    """
+    if not 0 <= label_smoothing < 0.5:
+        raise BadHyperparameter(f"robust_dpo: label_smoothing is {label_smoothing}, but must be at least 0, below 0.5")
+    found = read(model_outputs, loss_fn_inputs, attention_mask)
+    margin = beta * found.margin  # [P]
+    per_pair = -(1 - label_smoothing) * F.logsigmoid(margin) + label_smoothing * F.logsigmoid(-margin)
+    return found.output(per_pair / (1 - 2 * label_smoothing), beta, aggregation)
+
+
+@on_pairs
+def dpo_hinge(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.1,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """max(0, 1 - beta * margin): the hinge of SLiC on DPO's margin, as in RSO (arXiv:2309.06657)."""
+    found = read(model_outputs, loss_fn_inputs, attention_mask)
+    return found.output(torch.relu(1 - beta * found.margin), beta, aggregation)
+
+
+@on_pairs
+def ipo(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.1,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """(margin - 1 / (2 beta))^2: identity preference optimisation, beta being its tau (arXiv:2310.12036).
+
+    Log-ratios are summed, as in the paper and in OpenRLHF; TRL averages them over tokens: that is ipo_norm. twinkle
+    multiplies the margin by beta first: beta^2 times this loss at a tau of beta^2.
+    """
+    found = read(model_outputs, loss_fn_inputs, attention_mask)
+    return found.output((found.margin - 1 / (2 * beta)).square(), beta, aggregation)
+
+
+@on_pairs
+def ipo_norm(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.1,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """(margin - 1 / (2 beta))^2 of log-ratios averaged over tokens: IPO (arXiv:2310.12036) as TRL computes it."""
+    found = read(model_outputs, loss_fn_inputs, attention_mask).averaged()
+    return found.output((found.margin - 1 / (2 * beta)).square(), beta, aggregation)
+
+
+@on_pairs
+def exo(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 1e-3,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """KL(sigmoid(beta * margin) || 1 - e), of two outcomes: efficient exact optimisation of pairs (arXiv:2402.00856).
+
+    label_smoothing, e, is between 0 and 1. Raises BadHyperparameter for another.
+    """
+    if not 0 < label_smoothing < 1:
+        raise BadHyperparameter(f"exo: label_smoothing is {label_smoothing}, but must be above 0, below 1")
+    found = read(model_outputs, loss_fn_inputs, attention_mask)
+    margin = beta * found.margin  # [P]
+    right = margin.sigmoid() * (F.logsigmoid(margin) - math.log(1 - label_smoothing))
+    wrong = (-margin).sigmoid() * (F.logsigmoid(-margin) - math.log(label_smoothing))
+    return found.output(right + wrong, beta, aggregation)
+
+
+@on_pairs
+def discopop(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.05,
+    tau: float = 0.05,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """(1 - g) * -log sigmoid(u) + g * exp(-u), u = beta * margin, g = sigmoid(u / tau): DiscoPOP (arXiv:2406.08414).
+
+    Found by search, and not convex: at a margin of 0, where training begins, its slope has the other sign.
+    """
+    found = read(model_outputs, loss_fn_inputs, attention_mask)
+    margin = beta * found.margin  # [P]
+    gate = (margin / tau).sigmoid()
+    # g * exp(-u) in logarithms: where u is far below 0, exp(-u) alone overflows
+    exponential = (F.logsigmoid(margin / tau) - margin).exp()
+    return found.output(-F.logsigmoid(margin) * (1 - gate) + exponential, beta, aggregation)
+
+
+@on_pairs
+def dpop(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.3,
+    penalty: float = 50.0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """-log sigmoid(beta * (margin - penalty * max(0, -chosen log-ratio))): DPO-positive, Smaug (arXiv:2402.13228)."""
+    found = read(model_outputs, loss_fn_inputs, attention_mask)
+    margin = beta * (found.margin - penalty * torch.relu(-found.chosen))  # [P]
+    return found.output(-F.logsigmoid(margin), beta, aggregation)

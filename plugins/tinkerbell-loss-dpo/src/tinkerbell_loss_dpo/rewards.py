@@ -1,0 +1,101 @@
+"""Losses of each completion's own reward, beta * log-ratio: they say where each goes, not only how far apart."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinkerbell_core import LossFnOutput
+from tinkerbell_loss_dpo.pieces import Inputs, on_pairs, read
+
+
+@on_pairs
+def nca(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.1,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """-log sigmoid(chosen) - (log sigmoid(-chosen) + log sigmoid(-rejected)) / 2, of rewards: NCA (2402.05369)."""
+    found = read(model_outputs, loss_fn_inputs, attention_mask)
+    chosen, rejected = beta * found.chosen, beta * found.rejected  # [P]
+    per_pair = -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+    return found.output(per_pair, beta, aggregation)
+
+
+@on_pairs
+def bco_pair(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.1,
+    reward_shift: float = 0.0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """-log sigmoid(chosen - shift) - log sigmoid(shift - rejected): a binary classifier of rewards (arXiv:2404.04656).
+
+    reward_shift is the paper's delta, a running mean of `chosen_reward` and `rejected_reward` that the caller keeps;
+    TRL and Liger have none, which is 0.
+    """
+    found = read(model_outputs, loss_fn_inputs, attention_mask)
+    chosen, rejected = beta * found.chosen - reward_shift, beta * found.rejected - reward_shift  # [P]
+    return found.output(-F.logsigmoid(chosen) - F.logsigmoid(-rejected), beta, aggregation)
+
+
+@on_pairs
+def sppo_hard(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.1,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """(chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2, of log-ratios: self-play, hard labels (2405.00675).
+
+    beta is the inverse of the paper's eta.
+    """
+    found = read(model_outputs, loss_fn_inputs, attention_mask)
+    goal = 1 / (2 * beta)
+    return found.output((found.chosen - goal).square() + (found.rejected + goal).square(), beta, aggregation)
+
+
+@on_pairs
+def apo_zero(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.1,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """1 - sigmoid(chosen) + sigmoid(rejected), of rewards: anchored preferences (arXiv:2408.06266).
+
+    Where the chosen completions are better than the model's own; where they are worse, apo_down.
+    twinkle calls it kto_pair.
+    """
+    found = read(model_outputs, loss_fn_inputs, attention_mask)
+    chosen, rejected = beta * found.chosen, beta * found.rejected  # [P]
+    return found.output((-chosen).sigmoid() + rejected.sigmoid(), beta, aggregation)
+
+
+@on_pairs
+def apo_down(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.1,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """sigmoid(chosen) + 1 - sigmoid(chosen - rejected), of rewards: anchored preferences (2408.06266).
+
+    Where the model's own completions are better than the chosen ones: both become less likely, the
+    rejected ones more so.
+    """
+    found = read(model_outputs, loss_fn_inputs, attention_mask)
+    chosen, margin = beta * found.chosen, beta * found.margin  # [P]
+    return found.output(chosen.sigmoid() + (-margin).sigmoid(), beta, aggregation)

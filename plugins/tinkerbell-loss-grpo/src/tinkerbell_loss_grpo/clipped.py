@@ -1,0 +1,235 @@
+"""The clipped surrogate of PPO on groups of samples, and the losses that differ by how it is averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tinkerbell_core import LossFnOutput
+from tinkerbell_core.errors import BadData
+from tinkerbell_core.functional import aggregate, counted, entropy, masked_mean
+from tinkerbell_loss_grpo.corrections import corrected
+from tinkerbell_loss_grpo.penalties import k3
+from tinkerbell_loss_grpo.pieces import (
+    Diagnostics,
+    Policy,
+    clip_diagnostics,
+    clipped_surrogate,
+    policy_loss,
+    ratio_diagnostics,
+    read_policy,
+)
+
+
+def _clip(policy: Policy, low: float, high: float, dual_clip: float | None) -> tuple[Tensor, Diagnostics]:
+    """The loss of each token `[B, T]`, and what to watch of it."""
+    ratio = policy.log_ratio.exp()
+    surrogate = clipped_surrogate(ratio, policy.advantages, low, high, dual_clip)
+    return -surrogate, ratio_diagnostics(policy, ratio) | clip_diagnostics(policy, ratio, low, high)
+
+
+@policy_loss()
+def grpo(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    clip_low_threshold: float = 0.8,
+    clip_high_threshold: float = 1.2,
+    dual_clip: float | None = None,
+    correction: str = "none",
+    correction_low: float = 0.0,
+    correction_high: float = 2.0,
+    aggregation: str = "seq-mean-token-mean",
+) -> LossFnOutput:
+    """-min(ratio * A, clip(ratio) * A), the mean over each response, then over responses.
+
+    Group relative policy optimisation (DeepSeekMath, arXiv:2402.03300) without its KL term, as all use it now; with it:
+    grpo_kl. advantages: `[B]` one a response (rewards less the group's mean, over its deviation), or `[B, T]`.
+    logprobs: `[B, T]`, of the policy that sampled. dual_clip: where A < 0 the loss goes no higher than -dual_clip * A
+    (arXiv:1912.09729); verl always does, with 3; TRL calls it delta.
+    correction: a factor from rollout_logprobs, see corrections.py.
+    """
+    policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
+    per_token, diagnostics = _clip(policy, clip_low_threshold, clip_high_threshold, dual_clip)
+    per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
+    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics | more)
+
+
+@policy_loss()
+def bnpo(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    clip_low_threshold: float = 0.8,
+    clip_high_threshold: float = 1.2,
+    dual_clip: float | None = None,
+    correction: str = "none",
+    correction_low: float = 0.0,
+    correction_high: float = 2.0,
+    aggregation: str = "token-mean",
+) -> LossFnOutput:
+    """-min(ratio * A, clip(ratio) * A), the mean over the tokens of this call.
+
+    GRPO normalised by the batch's tokens, TRL's and Liger's `bnpo`; inputs and the rest as for grpo.
+    """
+    policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
+    per_token, diagnostics = _clip(policy, clip_low_threshold, clip_high_threshold, dual_clip)
+    per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
+    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics | more)
+
+
+@policy_loss()
+def dapo(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    clip_low_threshold: float = 0.8,
+    clip_high_threshold: float = 1.28,
+    dual_clip: float | None = None,
+    correction: str = "none",
+    correction_low: float = 0.0,
+    correction_high: float = 2.0,
+    aggregation: str = "token-mean",
+) -> LossFnOutput:
+    """-min(ratio * A, clip(ratio) * A) with a higher upper clip, the mean over all tokens (arXiv:2503.14476).
+
+    The mean is over the tokens of this call; for all tokens of an accumulated step, ask for aggregation="sum" and
+    optim_step(normalize="tokens"). TRL's and Liger's `dapo` keep an upper clip of 1.2. Inputs and the rest as for grpo.
+    """
+    policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
+    per_token, diagnostics = _clip(policy, clip_low_threshold, clip_high_threshold, dual_clip)
+    per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
+    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics | more)
+
+
+@policy_loss()
+def dr_grpo(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    max_completion_length: int,
+    clip_low_threshold: float = 0.8,
+    clip_high_threshold: float = 1.2,
+    dual_clip: float | None = None,
+    correction: str = "none",
+    correction_low: float = 0.0,
+    correction_high: float = 2.0,
+    aggregation: str = "seq-mean-token-sum",
+) -> LossFnOutput:
+    """-min(ratio * A, clip(ratio) * A), summed over each response, over a constant length, the mean over responses.
+
+    GRPO done right (arXiv:2503.20783): no response is weighted by its own length. Its advantages are rewards less the
+    group's mean, not over the deviation. verl's seq-mean-token-sum-norm divides by the longest response of the batch,
+    and leaves responses without a token out of the mean. Inputs and the rest as for grpo.
+    """
+    policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
+    per_token, diagnostics = _clip(policy, clip_low_threshold, clip_high_threshold, dual_clip)
+    per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
+    total = aggregate(per_token, policy.mask, aggregation)
+    return LossFnOutput(total / max_completion_length, policy.logprobs, diagnostics | more)
+
+
+@policy_loss(coupling="batch")
+def grpo_prompt_mean(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    responses_per_prompt: int,
+    clip_low_threshold: float = 0.8,
+    clip_high_threshold: float = 1.2,
+    dual_clip: float | None = None,
+    correction: str = "none",
+    correction_low: float = 0.0,
+    correction_high: float = 2.0,
+    aggregation: str = "seq-mean-token-mean",
+) -> LossFnOutput:
+    """-min(ratio * A, clip(ratio) * A), the mean over the tokens of each prompt's responses, then over prompts.
+
+    SkyRL's prompt_mean. The responses of a prompt are consecutive rows, and one sequence to aggregation. Inputs and the
+    rest as for grpo.
+    Raises BadData where the rows are no whole number of prompts.
+    """
+    rows = len(attention_mask)
+    if rows % responses_per_prompt:
+        raise BadData(f"grpo_prompt_mean got {rows} rows, but they come in prompts of {responses_per_prompt} responses")
+    policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
+    per_token, diagnostics = _clip(policy, clip_low_threshold, clip_high_threshold, dual_clip)
+    per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
+    prompts = (rows // responses_per_prompt, -1)
+    total = aggregate(per_token.reshape(prompts), policy.mask.reshape(prompts), aggregation)
+    return LossFnOutput(total, policy.logprobs, diagnostics | more)
+
+
+@policy_loss(
+    inputs=("target_tokens", "logprobs", "advantages", "ref_logprobs"),
+    finite=("logprobs", "advantages", "weights", "rollout_logprobs", "ref_logprobs"),
+)
+def grpo_kl(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.04,
+    ratio_weighted_kl: bool = False,
+    clip_low_threshold: float = 0.8,
+    clip_high_threshold: float = 1.2,
+    dual_clip: float | None = None,
+    correction: str = "none",
+    correction_low: float = 0.0,
+    correction_high: float = 2.0,
+    aggregation: str = "seq-mean-token-mean",
+) -> LossFnOutput:
+    """-min(ratio * A, clip(ratio) * A) + beta * k3(policy, reference), averaged as grpo (arXiv:2402.03300, eq. 3).
+
+    ref_logprobs `[B, T]` come from the server where none are sent. ratio_weighted_kl: k3 times the ratio, so that its
+    mean over the sampler's tokens is the policy's (DeepSeek-V3.2, arXiv:2512.02556; TRL's use_bias_correction_kl).
+    A correction does not touch the KL term. Inputs and the rest as for grpo.
+    """
+    policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
+    per_token, diagnostics = _clip(policy, clip_low_threshold, clip_high_threshold, dual_clip)
+    per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
+    divergence = k3(counted(policy.logprobs - loss_fn_inputs["ref_logprobs"], policy.mask))  # [B, T]
+    more["ref_kl:mean"] = masked_mean(divergence, policy.mask)
+    if ratio_weighted_kl:
+        divergence = divergence * policy.log_ratio.exp()
+    total = aggregate(per_token + beta * divergence, policy.mask, aggregation)
+    return LossFnOutput(total, policy.logprobs, diagnostics | more)
+
+
+@policy_loss(coupling="batch")
+def high_entropy_dapo(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    top_entropy: float = 0.2,
+    clip_low_threshold: float = 0.8,
+    clip_high_threshold: float = 1.28,
+    dual_clip: float | None = None,
+    correction: str = "none",
+    correction_low: float = 0.0,
+    correction_high: float = 2.0,
+    aggregation: str = "token-mean",
+) -> LossFnOutput:
+    """-min(ratio * A, clip(ratio) * A) on the tokens of highest entropy only, 0 on the others (arXiv:2506.01939).
+
+    top_entropy: the share of the batch's tokens that train; a mean still divides by all of them, as TRL's
+    top_entropy_quantile does. Inputs and the rest as for grpo.
+    """
+    policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
+    per_token, diagnostics = _clip(policy, clip_low_threshold, clip_high_threshold, dual_clip)
+    per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
+    with torch.no_grad():
+        entropies = entropy(model_outputs, where=policy.mask)  # [B, T]
+        kept = entropies[policy.mask != 0]  # [n]
+        threshold = kept.float().quantile(1 - top_entropy) if len(kept) else 0.0
+    more["entropy:mean"] = masked_mean(entropies, policy.mask)
+    per_token = torch.where(entropies >= threshold, per_token, 0.0)
+    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics | more)

@@ -1,0 +1,119 @@
+"""Corrections for an engine that sampled with other probabilities than the trainer's: TIS, MIS and their kin.
+
+A correction is a factor of each token's loss made from `rollout_logprobs` (the engine's) and `logprobs` (the
+trainer's, at the time); it never changes how many tokens a mean divides by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinkerbell_core.errors import BadData, BadHyperparameter, did_you_mean
+from tinkerbell_core.functional import counted, masked_mean
+from tinkerbell_loss_grpo.pieces import FURTHEST, Diagnostics, Policy, effective_share
+
+
+class Drift(NamedTuple):
+    """Trainer against engine; `[B, T]`, 0 where nothing counts."""
+
+    policy: Policy
+    trainer: Tensor
+    engine: Tensor
+
+    @property
+    def log_ratio(self) -> Tensor:
+        return (self.trainer - self.engine).clamp(-FURTHEST, FURTHEST)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Over each sequence's tokens that count, `[B, 1]`."""
+        keep = self.policy.mask != 0
+        return counted(x, keep).sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp(min=1)
+
+
+def token_ratio(drift: Drift) -> Tensor:
+    """`[B, T]`."""
+    return drift.log_ratio.exp()
+
+
+def sequence_ratio(drift: Drift) -> Tensor:
+    """The product of the tokens' ratios, `[B, 1]`."""
+    return drift.log_ratio.sum(-1, keepdim=True).clamp(-FURTHEST, FURTHEST).exp()
+
+
+def geometric_ratio(drift: Drift) -> Tensor:
+    """The geometric mean of the tokens' ratios, `[B, 1]`."""
+    return drift.mean(drift.log_ratio).exp()
+
+
+def binary_kl(drift: Drift) -> Tensor:
+    """KL(engine || trainer) of "this token or another", `[B, T]`."""
+    p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (drift.engine, drift.trainer))
+    return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+
+
+def binary_tv(drift: Drift) -> Tensor:
+    """Total variation of "this token or another", `[B, T]`."""
+    return (drift.engine.exp() - drift.trainer.exp()).abs()
+
+
+def inside(statistic: Tensor, low: float, high: float) -> Tensor:
+    """1 where low <= statistic <= high."""
+    return ((statistic >= low) & (statistic <= high)).to(statistic.dtype)
+
+
+def off_policy_sequence(drift: Drift, low: float, high: float) -> Tensor:
+    """OPSM (arXiv:2512.02556): drops negative advantages in a sequence the policy has left, mean KL > high."""
+    left = drift.mean(drift.engine - drift.policy.logprobs.detach())  # [B, 1]
+    return ((drift.policy.advantages >= 0) | (left <= high)).to(left.dtype)
+
+
+CORRECTIONS: Mapping[str, Callable[[Drift, float, float], Tensor]] = {
+    # truncated importance sampling: the ratio, held within the bounds
+    "truncate-token": lambda d, low, high: token_ratio(d).clamp(low, high),
+    "truncate-sequence": lambda d, low, high: sequence_ratio(d).clamp(low, high),
+    # masked importance sampling: the ratio, dropped outside the bounds
+    "mask-token": lambda d, low, high: token_ratio(d) * inside(token_ratio(d), low, high),
+    "mask-sequence": lambda d, low, high: sequence_ratio(d) * inside(sequence_ratio(d), low, high),
+    "mask-geometric": lambda d, low, high: token_ratio(d) * inside(geometric_ratio(d), low, high),
+    "mask-token-kl": lambda d, low, high: token_ratio(d) * inside(binary_kl(d), low, high),
+    "mask-sequence-kl": lambda d, low, high: token_ratio(d) * inside(d.mean(binary_kl(d)), low, high),
+    "mask-token-tv": lambda d, low, high: token_ratio(d) * inside(binary_tv(d), low, high),
+    "mask-sequence-tv": lambda d, low, high: token_ratio(d) * inside(d.mean(binary_tv(d)), low, high),
+    # rejection: tokens or sequences dropped, the rest not weighted
+    "reject-token": lambda d, low, high: inside(token_ratio(d), low, high),
+    "reject-sequence": lambda d, low, high: inside(sequence_ratio(d), low, high),
+    "reject-geometric": lambda d, low, high: inside(geometric_ratio(d), low, high),
+    "off-policy-sequence": off_policy_sequence,
+}
+"""Name → the factor of drift, lower bound and upper bound."""
+
+
+def corrected(
+    per_token: Tensor, policy: Policy, loss_fn_inputs: Mapping[str, Tensor], name: str, low: float, high: float
+) -> tuple[Tensor, Diagnostics]:
+    """per_token `[B, T]` times the correction of this name ("none": as it is), and what to watch of it.
+
+    Raises BadHyperparameter for another name, BadData without rollout_logprobs.
+    """
+    if name == "none":
+        return per_token, {}
+    if name not in CORRECTIONS:
+        raise BadHyperparameter(
+            f"no correction {name!r}{did_you_mean(name, CORRECTIONS)} (there is: none, {', '.join(CORRECTIONS)})"
+        )
+    engine = loss_fn_inputs.get("rollout_logprobs")
+    if engine is None:
+        raise BadData(f"correction={name!r} needs rollout_logprobs: the log-probabilities of the engine that sampled")
+    trainer, engine = (counted(x, policy.mask) for x in (loss_fn_inputs["logprobs"], engine))
+    with torch.no_grad():
+        factor = CORRECTIONS[name](Drift(policy, trainer, engine), low, high).expand_as(policy.mask)
+    diagnostics = {
+        "correction:mean": masked_mean(factor, policy.mask),
+        "corrected_away:mean": masked_mean((factor == 0).float(), policy.mask),
+        "correction_sample_size:mean": effective_share(factor, policy.mask),
+    }
+    return per_token * factor, diagnostics

@@ -1,0 +1,76 @@
+"""Triple preference optimisation: a pair, and beside it a third, gold completion whose likelihood is raised."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinkerbell_core import LossFnOutput, loss
+from tinkerbell_core.errors import BadData
+from tinkerbell_core.functional import sequence_mean, sequence_sum
+from tinkerbell_loss_preference.pieces import Inputs, Pairs, score
+
+on_triples = loss(
+    coupling="sequence", group_size=3, inputs=("target_tokens",), optional_inputs=("weights",), finite=("weights",)
+)
+"""Declares a loss of rows 3i, chosen, 3i + 1, rejected, and 3i + 2, gold."""
+
+
+@on_triples
+def tpo(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.01,
+    likelihood_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """-log sigmoid(beta * (log p(chosen) - log p(rejected))) + NLL(gold): TPO (arXiv:2405.16681).
+
+    Rows come in threes: chosen, rejected, gold. Without gold rows this is cpo at likelihood_weight 0.
+    """
+    mask, logprobs = score(model_outputs, loss_fn_inputs, attention_mask)
+    found = _tripled(mask, logprobs, sequence_sum(logprobs, mask))
+    return _output(found, beta, beta * found.margin, likelihood_weight, label_smoothing, aggregation)
+
+
+@on_triples
+def tpo_l(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.01,
+    gamma: float = 0.5,
+    likelihood_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """-log sigmoid(beta * (mean log p(chosen) - mean log p(rejected)) - gamma) + NLL(gold): TPO-L (arXiv:2405.16681).
+
+    Rows come in threes: chosen, rejected, gold. Without gold rows this is simpo.
+    """
+    mask, logprobs = score(model_outputs, loss_fn_inputs, attention_mask)
+    found = _tripled(mask, logprobs, sequence_mean(logprobs, mask))
+    return _output(found, beta, beta * found.margin - gamma, likelihood_weight, label_smoothing, aggregation)
+
+
+def _tripled(mask: Tensor, logprobs: Tensor, per_row: Tensor) -> Pairs:
+    if len(mask) % 3:
+        raise BadData(f"{len(mask)} rows, but they come in threes: chosen, rejected, gold, chosen, ...")
+    count = (mask != 0).any(-1).view(-1, 3)[:, :2].any(-1)  # [P]
+    return Pairs(mask, logprobs, per_row[0::3], per_row[1::3], count, slice(2, None, 3))
+
+
+def _output(
+    found: Pairs, beta: float, margin: Tensor, likelihood_weight: float, label_smoothing: float, aggregation: str
+) -> LossFnOutput:
+    per_pair = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)  # [P]
+    return found.output(
+        per_pair,
+        aggregation,
+        rewards=(beta * found.chosen, beta * found.rejected),
+        likelihood_weight=likelihood_weight,
+    )

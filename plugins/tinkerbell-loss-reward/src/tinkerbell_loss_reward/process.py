@@ -1,0 +1,65 @@
+"""Process rewards: each step of a solution is right or wrong, and is scored where it ends."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinkerbell_core import LossFnOutput, loss
+from tinkerbell_core.functional import aggregate, counted, effective_mask, masked_mean
+from tinkerbell_loss_reward.pieces import Inputs, scores
+
+on_steps = loss(
+    coupling="sequence",
+    inputs=("step_labels", "weights"),
+    finite=("step_labels", "weights"),
+)
+"""Declares a loss of positions where steps end: weights are not 0 there."""
+
+
+@on_steps
+def prm(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    reward_token: int = 0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """Binary cross-entropy of sigmoid(score) and the label of each step: a process reward model (arXiv:2305.20050).
+
+    The score is the logit of reward_token where the step ends. step_labels `[B, T]` are 1, 0, or a share of successful
+    rollouts between them (arXiv:2312.08935). With one label at the end of each row it is an outcome reward model.
+    """
+    mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
+    return _output(scores(model_outputs, mask, reward_token), loss_fn_inputs, mask, aggregation)
+
+
+@on_steps
+def prm_tokens(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    good_token: int,
+    bad_token: int,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """Binary cross-entropy of softmax over two tokens and the label of each step: Math-Shepherd (arXiv:2312.08935).
+
+    good_token and bad_token are ids ("+" and "-", say); what the model thinks of other tokens does not matter.
+    """
+    mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
+    score = scores(model_outputs, mask, good_token) - scores(model_outputs, mask, bad_token)
+    return _output(score, loss_fn_inputs, mask, aggregation)
+
+
+def _output(score: Tensor, loss_fn_inputs: Inputs, mask: Tensor, aggregation: str) -> LossFnOutput:
+    labels = counted(loss_fn_inputs["step_labels"].to(score.dtype), mask)  # [B, T]
+    per_step = F.binary_cross_entropy_with_logits(score, labels, reduction="none")
+    right = (score > 0) == (labels > 0.5)
+    diagnostics = {
+        "step_accuracy:mean": masked_mean(right.float(), mask),
+        "step_reward:mean": masked_mean(score.sigmoid(), mask),
+    }
+    return LossFnOutput(aggregate(per_step, mask, aggregation), None, diagnostics)

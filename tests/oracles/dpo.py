@@ -1,0 +1,97 @@
+"""Preference losses with a reference: tinkerbell-loss-dpo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.oracles.form import Entry, Record, Their, Value
+
+PAIRS = {"target_tokens": "target_tokens", "weights": "weights", "ref_logprobs": "ref_logprobs"}
+BETA: dict[str, Value | Their] = {"beta": Their("beta"), "aggregation": "seq-mean-token-sum"}
+"""The peers' losses are means over pairs."""
+SMOOTHED = {**BETA, "label_smoothing": Their("label_smoothing", default=0.0)}
+FOLLOWING = ("trl", "liger-kernel")
+"""Liger's losses are TRL's, fused."""
+
+
+def named(losses: str, ours: str, peers: str | tuple[str, ...] = FOLLOWING) -> Entry:
+    """The peers' loss is ours, with their beta."""
+    return Entry(peers, losses, ours, BETA, PAIRS)
+
+
+def part(loss_type: str) -> Callable[[Record], float]:
+    """The weight of one loss in TRL's list of them."""
+
+    def weight(record: Record) -> float:
+        given = record["hyperparams"]
+        weights = given.get("loss_weights") or [1.0] * len(given["loss_type"])
+        return float(dict(zip(given["loss_type"], weights, strict=True)).get(loss_type, 0.0))
+
+    return weight
+
+
+MAPPING = [
+    # TRL and Liger read no label_smoothing under "sigmoid"
+    named("dpo_sigmoid", "dpo"),
+    Entry("*", ("dpo_sigmoid", "cdpo"), "dpo", SMOOTHED, PAIRS),
+    named("dpo_sigmoid_norm", "dpo_norm"),
+    named("dpo_hinge", "dpo_hinge", (*FOLLOWING, "twinkle")),
+    Entry("torchtune", "dpo_hinge", "dpo_hinge", {**BETA, "beta": Their("gamma")}, PAIRS, note="RSOLoss"),
+    named("dpo_ipo", "ipo", "openrlhf"),
+    named("dpo_ipo", "ipo_norm", "trl"),
+    Entry(
+        "twinkle",
+        "dpo_ipo",
+        "ipo",
+        {**BETA, "beta": Their("beta", lambda beta: beta**2)},
+        PAIRS,
+        scale=lambda record: float(record["hyperparams"]["beta"] ** 2),
+        note="(beta * margin - 1 / (2 beta))^2 is beta^2 times ipo at beta^2",
+    ),
+    Entry("*", "dpo_exo_pair", "exo", SMOOTHED, PAIRS),
+    Entry("*", "dpo_robust", "robust_dpo", SMOOTHED, PAIRS),
+    named("dpo_nca_pair", "nca"),
+    named("dpo_bco_pair", "bco_pair"),
+    named("dpo_sppo_hard", "sppo_hard"),
+    named("dpo_apo_zero", "apo_zero"),
+    named("dpo_kto_pair", "apo_zero", "twinkle"),
+    named("dpo_apo_down", "apo_down"),
+    Entry("*", "dpo_discopop", "discopop", {**BETA, "tau": Their("discopop_tau", default=0.05)}, PAIRS),
+    Entry("*", "dpo_aot", "aot", SMOOTHED, PAIRS),
+    Entry("*", "dpo_aot_unpaired", "aot_unpaired", SMOOTHED, PAIRS),
+    Entry(
+        "trl",
+        "dpo_sft",
+        "mpo",
+        {**BETA, "preference_weight": 0.0, "quality_weight": 0.0, "aggregation": "token-mean"},
+        PAIRS,
+        note="the likelihood of the chosen alone",
+    ),
+    Entry(
+        "trl",
+        "dpo_*mix",
+        "mpo",
+        {
+            **BETA,
+            "preference_weight": part("sigmoid"),
+            "quality_weight": part("bco_pair"),
+            "generation_weight": part("sft"),
+            "aggregation": "token-mean",
+        },
+        PAIRS,
+        where=lambda record: set(record["hyperparams"]["loss_type"]) <= {"sigmoid", "bco_pair", "sft"},
+        note="a list of loss_type with loss_weights",
+    ),
+    named("dpo_sigmoid_f_reverse_kl", "dpo"),
+    named("dpo_sigmoid_f_forward_kl", "dpo_forward_kl"),
+    named("dpo_sigmoid_f_js_divergence", "dpo_js"),
+    Entry(
+        "trl",
+        "dpo_sigmoid_f_alpha_divergence",
+        "dpo_alpha",
+        {**BETA, "alpha": Their("f_alpha_divergence_coef", lambda coefficient: 1 - coefficient)},
+        PAIRS,
+    ),
+    Entry("trl", "dpo_ld", "ld_dpo", {**BETA, "alpha": Their("ld_alpha")}, PAIRS),
+    named("dpo_wpo", "wpo"),
+]

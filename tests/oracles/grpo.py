@@ -1,0 +1,337 @@
+"""Policy losses of reinforcement learning: tinkerbell-loss-grpo, and the built-in ppo, cispo, dro and their like."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tests.oracles.form import Entry, Part, Record, Tensors, Their, Value
+
+Config = dict[str, Value | Their]
+
+
+def _advantages(tensors: Tensors) -> Tensor:
+    """One a token or one a sequence, whichever the record was computed with."""
+    return next(tensors[key] for key in ("token_advantages", "seq_advantages", "advantages") if key in tensors)
+
+
+def _aggregation(record: Record) -> str:
+    return {
+        "sum": "sum",
+        "token-sum": "sum",
+        "token-mean": "token-mean",
+        "token_mean": "token-mean",
+        "sum/num_items": "token-mean",
+        "seq-mean-token-mean": "seq-mean-token-mean",
+        "sequence_mean": "seq-mean-token-mean",
+        "seq-mean-token-sum": "seq-mean-token-sum",
+        "seq-mean": "seq-mean-token-sum",
+    }[record["reduction"]]
+
+
+def _offset(record: Record, side: str) -> float:
+    """How far from 1 the peer clips the ratio: everybody's name for it, and 0.2 where it is left to the default."""
+    names = (f"epsilon_{side}", f"clip_ratio_{side}", f"eps_clip_{side}", f"clip_eps_{side}", f"c{side[0]}")
+    both = ("epsilon", "clip_ratio", "eps_clip")
+    given = (record["hyperparams"].get(name) for name in (*names, *both))
+    return float(next((value for value in given if value is not None), 0.2))
+
+
+def _low(record: Record) -> float:
+    bound = record["hyperparams"].get("clip_low_threshold", record["hyperparams"].get("clip_low"))
+    return float(bound) if bound is not None else 1 - _offset(record, "low")
+
+
+def _high(record: Record) -> float:
+    bound = record["hyperparams"].get("clip_high_threshold", record["hyperparams"].get("clip_high"))
+    return float(bound) if bound is not None else 1 + _offset(record, "high")
+
+
+def _length(record: Record) -> int:
+    """verl divides by the width of the batch."""
+    return int(record["inputs"]["target_tokens"]["shape"][1])
+
+
+def _openrlhf_correction(record: Record) -> str:
+    given = record["hyperparams"]
+    level = {"token": "token", "seq": "sequence"}[given["is_correction_level"]]
+    gate = given.get("is_correction_gating", "ratio")
+    if gate != "ratio":
+        return f"mask-{level}-{gate.removeprefix('binary_')}"
+    if given.get("is_correction_mode", "mask") == "clip":
+        return "truncate-token"
+    return "mask-token" if level == "token" else "mask-geometric"
+
+
+def _threshold(index: int) -> Their:
+    return Their("is_correction_threshold", lambda bounds: float(bounds[index]))
+
+
+def _skyrl(record: Record) -> tuple[str, float, float]:
+    """SkyRL's off_policy_correction: our correction and its bounds, SkyRL's own where the record names none."""
+    given = record["hyperparams"]["opc"]
+    if given.get("tis_ratio_type") == "token":
+        return "truncate-token", 0.0, given.get("token_tis_ratio_clip_high", 2.0)
+    if given.get("tis_ratio_type") == "sequence":
+        return "truncate-sequence", 0.0, given.get("sequence_tis_ratio_clip_high", 5.0)
+    if given.get("sequence_mask_metric") == "geometric":
+        return "reject-geometric", given.get("geo_mask_low", 0.99), given.get("geo_mask_high", 1.01)
+    if given.get("sequence_mask_metric") == "product":
+        return "reject-sequence", given.get("product_mask_low", 0.5), given.get("product_mask_high", 2.0)
+    return "reject-token", given["token_mask_is_threshold_low"], given["token_mask_is_threshold_high"]
+
+
+def _delta(record: Record) -> float:
+    """TRL holds the ratio under delta before it takes the smaller of two, so delta under the clip does nothing."""
+    return max(float(record["hyperparams"]["delta"]), _high(record))
+
+
+ROWS = {"target_tokens": "target_tokens", "weights": "weights"}
+POLICY = {**ROWS, "logprobs": "logprobs", "advantages": _advantages, "rollout_logprobs": "rollout_logprobs"}
+REFERENCE = {**POLICY, "ref_logprobs": "ref_logprobs"}
+KL = {**ROWS, "logprobs": "logprobs", "ref_logprobs": "ref_logprobs"}
+OF_ROLLOUT = {**ROWS, "logprobs": "rollout_logprobs", "advantages": _advantages}
+AGGREGATION = {"aggregation": _aggregation}
+CLIP = {"clip_low_threshold": _low, "clip_high_threshold": _high}
+CLIPPED = {**CLIP, **AGGREGATION}
+DUAL = {**CLIPPED, "dual_clip": Their("clip_ratio_c", default=3.0)}
+SAPO = {"tau_positive": Their("tau_pos", default=1.0), "tau_negative": Their("tau_neg", default=1.05), **AGGREGATION}
+DELTA = {"delta_low": Their("clip_ratio_low"), "delta_high": Their("clip_ratio_high")}
+SKYRL = {
+    "correction": lambda record: _skyrl(record)[0],
+    "correction_low": lambda record: _skyrl(record)[1],
+    "correction_high": lambda record: _skyrl(record)[2],
+}
+
+CLIPPED_SURROGATES = [
+    Entry("*", "importance_sampling", "importance_sampling", {"aggregation": "sum"}, POLICY),
+    Entry(
+        "tinkerbell-ref",
+        "importance_sampling_extreme",
+        reason="different maths: the toy holds ratios within [0.01, 100], undocumented, and so loses their gradient",
+    ),
+    Entry("*", "importance_sampling_extreme", "importance_sampling", {"aggregation": "sum"}, POLICY),
+    Entry(
+        ("skyrl", "skyrl-jax", "tinkerbell-ref", "openrlhf", "torchtune"),
+        ("ppo", "ppo_extreme", "ppo_mean", "ppo_seqmean", "ppo_sum", "ppo_token_mean", "ppo_sequence_mean"),
+        "ppo",
+        CLIPPED,
+        POLICY,
+        note="what peers call PPO is the built-in ppo, whatever they average over",
+    ),
+    Entry(
+        "verl",
+        "ppo_dualclip_seq-mean-token-sum-norm",
+        "dr_grpo",
+        {**CLIP, "dual_clip": Their("clip_ratio_c", default=3.0), "max_completion_length": _length},
+        POLICY,
+    ),
+    Entry(
+        "skyrl",
+        "ppo_seq_mean_token_sum_norm",
+        "dr_grpo",
+        {**CLIP, "max_completion_length": Their("max_seq_len")},
+        POLICY,
+    ),
+    Entry("skyrl", "ppo_prompt_mean", "grpo_prompt_mean", {**CLIP, "responses_per_prompt": 2}, POLICY),
+    Entry("openrlhf", "ppo_dualclip", "grpo", {**CLIPPED, "dual_clip": Their("dual_clip")}, POLICY),
+    Entry(("verl", "skyrl"), "ppo_dualclip*", "grpo", DUAL, POLICY, note="verl always clips twice"),
+    Entry("*", "bnpo", "bnpo", CLIPPED, POLICY),
+    Entry(
+        "trl",
+        "bnpo_entbonus",
+        "bnpo",
+        CLIPPED,
+        POLICY,
+        plus=[Part("entropy_bonus", Their("entropy_coef"), {"aggregation": "token-mean"})],
+        note="TRL's entropy_coef is a weighted sum with entropy_bonus",
+    ),
+    Entry("*", "dapo", "dapo", CLIPPED, POLICY, note="TRL's dapo divides by the tokens of a whole step"),
+    Entry("trl", "dapo_topent", "high_entropy_dapo", {**CLIPPED, "top_entropy": Their("top_entropy_quantile")}, POLICY),
+    Entry("*", "dr_grpo", "dr_grpo", {**CLIP, "max_completion_length": Their("max_completion_length")}, POLICY),
+    Entry("*", "grpo", "grpo", CLIPPED, POLICY),
+    Entry("trl", "grpo_delta", "grpo", {**CLIPPED, "dual_clip": _delta}, POLICY, note="TRL's delta is a dual clip"),
+    Entry("*", "grpo_kl", "grpo_kl", {**CLIPPED, "beta": Their("beta")}, REFERENCE),
+    Entry(
+        "trl", "grpo_kl_unbiased", "grpo_kl", {**CLIPPED, "beta": Their("beta"), "ratio_weighted_kl": True}, REFERENCE
+    ),
+    Entry(
+        "trl",
+        "grpo_opsm",
+        "grpo",
+        {**CLIPPED, "correction": "off-policy-sequence", "correction_high": Their("off_policy_mask_threshold")},
+        POLICY,
+    ),
+]
+
+CORRECTED = [
+    Entry(
+        "verl", "ppo_tis", "grpo", {**DUAL, "correction": "truncate-token", "correction_high": Their("tis_cap")}, POLICY
+    ),
+    Entry(
+        "openrlhf",
+        ("ppo_flash_kl", "ppo_icepop", "ppo_seqmask", "ppo_tis_clip"),
+        "grpo",
+        {
+            **CLIPPED,
+            "correction": _openrlhf_correction,
+            "correction_low": _threshold(0),
+            "correction_high": _threshold(1),
+        },
+        POLICY,
+    ),
+    Entry("skyrl", ("ppo_tis", "ppo_seq_tis", "ppo_geo_mask", "ppo_token_mask"), "grpo", {**CLIPPED, **SKYRL}, POLICY),
+    Entry("skyrl", "rollout_is", "rollout_is", CLIPPED, OF_ROLLOUT),
+]
+
+SEQUENCES = [
+    Entry("*", "gspo", "gspo", CLIPPED, POLICY),
+    Entry("*", "luspo_seq", "luspo", CLIPPED, POLICY),
+    Entry(
+        "liger-kernel",
+        "luspo",
+        reason="different maths: Liger's luspo on tokens has no mask, so padding and prompt train",
+    ),
+    Entry("trl", "luspo", "grpo", CLIPPED, POLICY, note="with the ratio of each token it is grpo, summed"),
+    Entry("trl", "rloo_seq_ppo", "rloo_ppo", CLIPPED, POLICY),
+    Entry(
+        "trl",
+        "gmpo",
+        "gmpo",
+        {"log_clip_low": Their("epsilon_low"), "log_clip_high": Their("epsilon_high"), **AGGREGATION},
+        POLICY,
+    ),
+    Entry(
+        "verl",
+        "gmpo",
+        "gmpo",
+        {"log_clip_low": Their("clip_ratio_low"), "log_clip_high": Their("clip_ratio_high"), **AGGREGATION},
+        POLICY,
+    ),
+    Entry("*", "vespo", "vespo", AGGREGATION, POLICY),
+]
+
+WITHOUT_A_CLIP = [
+    Entry("*", "sapo", "sapo", SAPO, POLICY),
+    Entry(
+        ("trl", "liger-kernel"),
+        "cispo",
+        "cispo",
+        {"clip_low_threshold": 0.0, "clip_high_threshold": Their("epsilon_high"), **AGGREGATION},
+        POLICY,
+        note="epsilon_high is the bound of the ratio itself, and there is no lower one",
+    ),
+    Entry(
+        "twinkle",
+        "cispo",
+        "cispo",
+        {"clip_low_threshold": 0.0, "clip_high_threshold": _high, **AGGREGATION},
+        POLICY,
+    ),
+    Entry(
+        "skyrl",
+        "cispo",
+        "cispo",
+        {
+            "clip_low_threshold": Their("cl", lambda offset: 1 - offset, default=1.0),
+            "clip_high_threshold": Their("ch", lambda offset: 1 + offset, default=4.0),
+            **AGGREGATION,
+        },
+        POLICY,
+        note="offsets from 1: SkyRL's own are 1 and 4, the bounds 0 and 5",
+    ),
+    Entry(("skyrl-jax", "verl"), "cispo", "cispo", CLIPPED, POLICY),
+    Entry("verl", "dro", "dro", {"beta": Their("dro_beta"), **AGGREGATION}, POLICY),
+    Entry("verl", ("reinforce", "gpg"), "reinforce", AGGREGATION, POLICY),
+    Entry(
+        "trl",
+        "a2po",
+        "a2po",
+        {"beta": Their("beta2")},
+        {**ROWS, "ref_logprobs": "ref_logprobs", "rewards": "rewards", "optimal_values": "v_star"},
+    ),
+    Entry(
+        "verl",
+        "dppo_tv",
+        "dppo_tv_truncated",
+        {**DELTA, "ratio_cap": Their("clip_ratio_c", default=20.0), **AGGREGATION},
+        POLICY,
+    ),
+    Entry(
+        "verl",
+        "dppo_kl",
+        "dppo_kl_truncated",
+        {**DELTA, "ratio_cap": Their("clip_ratio_c", default=20.0), **AGGREGATION},
+        POLICY,
+    ),
+    Entry(
+        "skyrl",
+        "dppo_tv",
+        "dppo_tv",
+        {"delta_low": Their("dl", default=0.2), "delta_high": Their("dh", default=0.2), **AGGREGATION},
+        POLICY,
+    ),
+    Entry(
+        "skyrl",
+        "dppo_kl",
+        "dppo_kl",
+        {"delta_low": Their("dl", default=0.2), "delta_high": Their("dh", default=0.2), **AGGREGATION},
+        POLICY,
+    ),
+    Entry(
+        "verl",
+        "clip_cov",
+        "clip_cov",
+        {
+            **CLIPPED,
+            "share": Their("clip_cov_ratio", default=2e-4),
+            "covariance_low": Their("clip_cov_lb", default=1.0),
+            "covariance_high": Their("clip_cov_ub", default=5.0),
+        },
+        POLICY,
+        note="compared with clip_cov_ratio 1, where nothing is random",
+    ),
+    Entry(
+        "skyrl",
+        "clip_cov",
+        "clip_cov",
+        {
+            **CLIPPED,
+            "share": Their("clip_ratio", default=1.0),
+            "covariance_low": Their("clip_cov_lb", default=0.1),
+            "covariance_high": Their("clip_cov_ub", default=5.0),
+        },
+        POLICY,
+        note="the settings the records leave unsaid are those said for verl's",
+    ),
+    Entry(
+        "verl",
+        "kl_cov",
+        "kl_cov",
+        {"share": Their("kl_cov_ratio", default=2e-4), "kl_coef": Their("ppo_kl_coef", default=1.0), **AGGREGATION},
+        POLICY,
+    ),
+    Entry(
+        "skyrl",
+        "kl_cov",
+        "kl_cov",
+        {"share": Their("kl_cov_frac", default=0.25), "kl_coef": Their("ppo_kl_coef", default=1.0), **AGGREGATION},
+        POLICY,
+        note="the share the records leave unsaid is the one said for verl",
+    ),
+]
+
+PENALTIES = [
+    Entry("verl", "entropy", "entropy_bonus", AGGREGATION, ROWS, scale=lambda record: -1.0, note="the entropy itself"),
+    *(
+        Entry(peers, theirs, ours, {"unbiased_gradient": unbiased, "aggregation": "sum"}, KL)
+        for ours in ("kl_k1", "kl_k2", "kl_k3")
+        for peers, theirs, unbiased in (
+            ("verl", f"{ours}+", True),
+            ("openrlhf", f"{ours}_unbiased", True),
+            ("*", ours, False),
+        )
+    ),
+    Entry("*", "kl_abs", "kl_abs", {"aggregation": "sum"}, KL),
+]
+
+MAPPING = [*CLIPPED_SURROGATES, *CORRECTED, *SEQUENCES, *WITHOUT_A_CLIP, *PENALTIES]
