@@ -82,7 +82,7 @@ def guess(key: str, attention_mask: Tensor, vocab_size: int, *, per_sequence: bo
     `...logits` have the vocabulary as a third dimension, what has `topk` in its name has K.
     """
     width = vocab_size if key.endswith("logits") else min(_K, vocab_size) if "topk" in key else None
-    shape = attention_mask.shape[:1] if per_sequence else attention_mask.shape
+    shape: tuple[int, ...] = attention_mask.shape[:1] if per_sequence else attention_mask.shape
     real = torch.ones_like(attention_mask[:, 0]) if per_sequence else attention_mask
     if width is not None and not per_sequence:
         shape, real = (*shape, width), real[..., None]
