@@ -51,7 +51,7 @@ class Sides:
     def two_passes(self) -> None:
         logprobs = self.backend.forward("two", self.data).logprobs
         assert logprobs is not None
-        rows = [torch.from_numpy(row).requires_grad_() for row in logprobs]
+        rows = [torch.tensor(row, requires_grad=True) for row in logprobs]
         scores = BETA * torch.stack([row.sum() for row in rows])  # [B]
         gradients = torch.autograd.grad(-F.logsigmoid(scores[0::2] - scores[1::2]).sum(), rows)
         carried = [

@@ -68,6 +68,16 @@ def test_losses_are_sums_over_tokens_of_their_formula(
     assert torch.allclose(gradient, expected)
 
 
+def test_a_forward_call_gives_logprobs_where_weights_are_0(batch: tuple[Tensor, dict[str, Tensor], Tensor]) -> None:
+    logits, inputs, mask = batch
+    inputs = {"target_tokens": inputs["target_tokens"], "weights": torch.zeros(B, T)}
+    output = run_loss(cross_entropy, logits.detach(), inputs, mask, {})
+    everywhere = logits.log_softmax(-1).gather(-1, inputs["target_tokens"][..., None])[..., 0]
+    assert output.logprobs is not None
+    assert torch.allclose(output.logprobs, everywhere * mask)
+    assert output.loss.item() == 0
+
+
 @pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
 def test_logprobs_are_zero_where_a_token_does_not_count(
     spec: LossSpec, batch: tuple[Tensor, dict[str, Tensor], Tensor]

@@ -117,6 +117,21 @@ def test_targets_may_be_several_a_position(make_engine: MakeEngine) -> None:
     assert result.counted_tokens == 6
 
 
+@pytest.mark.parametrize("splits", [True, False])
+def test_a_forward_call_of_weights_0_reads_log_probabilities(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, splits: bool
+) -> None:
+    if not splits:
+        monkeypatch.setattr(heads, "SOFTCAPS", ())
+    engine = make_engine("softcap")
+    assert engine._base.splits is splits
+    ones = run(engine, rows([5, 3]), backward=False)
+    zeros = run(engine, rows([5, 3], weights=[[0.0] * 5, [0.0] * 3]), backward=False)
+    assert zeros.loss == 0
+    assert ones.logprobs is not None
+    assert zeros.logprobs == ones.logprobs
+
+
 def test_inputs_of_any_dtype_and_shape_reach_the_loss_padded(make_engine: MakeEngine) -> None:
     engine = make_engine()
 

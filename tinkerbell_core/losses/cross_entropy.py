@@ -18,10 +18,13 @@ def cross_entropy(
 ) -> LossFnOutput:
     """-log p(target) times the weights (any sign, default 1), summed.
 
-    target_tokens and weights are `[B, T]`, or `[B, T, K]` for K targets a position.
+    target_tokens and weights are `[B, T]`, or `[B, T, K]` for K targets a position. A forward call gives the logprobs
+    of every token; in training those of weight 0 are skipped, and given as 0.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T] or [B, T, K]
-    logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)
+    # clients read log-probabilities by a forward call whose weights are all 0
+    where = mask if model_outputs.requires_grad else attention_mask
+    logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=where)
     return LossFnOutput(aggregate(-logprobs, mask, aggregation), logprobs)
 
 

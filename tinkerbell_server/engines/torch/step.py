@@ -19,7 +19,7 @@ from tinkerbell_server.engines.base import Row
 from tinkerbell_server.engines.torch.batching import Batch, collate, micro_batches
 from tinkerbell_server.engines.torch.diagnostics import Diagnostics
 from tinkerbell_server.engines.torch.model import Network
-from tinkerbell_server.engines.torch.outputs import materialised, model_outputs
+from tinkerbell_server.engines.torch.outputs import AGAIN, materialised, model_outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,11 @@ class Step:
     def coupled(self) -> bool:
         """Whether the loss must see the whole batch at once."""
         return self.spec.coupling == "batch" or self.hyperparameters.get("aggregation", "sum") != "sum"
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether the loss may differentiate by itself, also in a call that trains nothing."""
+        return bool(self.spec.plain_logits) or self.stored_because == AGAIN
 
     def micro_batches(self) -> list[list[int]]:
         lengths = [row.tokens.shape[0] for row in self.rows]
@@ -94,7 +99,7 @@ def _one_pass(
     step.seed_of(index)
     with torch.set_grad_enabled(backward):
         states = network.states(batch.tokens, batch.padding)  # [B, T, H]
-    leaf = states.detach().requires_grad_(backward or step.stored_because != "")
+    leaf = states.detach().requires_grad_(backward or step.needs_graph)
     collected.add(batch, part, _loss_on(network, step, leaf, batch), leaf, backward)
     if backward and leaf.grad is not None:
         torch.autograd.backward(states, leaf.grad)
@@ -117,7 +122,7 @@ def _two_passes(network: Network, step: Step, parts: list[list[int]], collected:
             states = piece.new_zeros(*whole.tokens.shape, piece.shape[-1])  # [B, T, H]
         states[part, : piece.shape[1]] = piece.detach()
     assert states is not None
-    leaf = states.requires_grad_(backward or step.stored_because != "")
+    leaf = states.requires_grad_(backward or step.needs_graph)
     step.seed_of(-1)
     collected.add(whole, list(range(len(step.rows))), _loss_on(network, step, leaf, whole), leaf, backward)
     if not backward or leaf.grad is None:
