@@ -63,7 +63,7 @@ PICKS: dict[str, Any] = {
     "many columns": torch.randint(H, (len(ROWS), 30)),
     "the largest": 3,
 }
-CHUNKS = {"a row a chunk": 1, "two rows": 2 * V * 8, "all kept": 1 << 20}
+CHUNKS = {"a row a chunk": 1, "a row, three kept": V * 8, "all kept": 1 << 20}
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,6 @@ class Known:
     scale: float | Tensor
     sloped: dict[str, Tensor] = field(default_factory=dict)
     plain: dict[str, Tensor] = field(default_factory=dict)
-    logits: Tensor | None = None
     highest: Tensor | None = None
 
     def has(self, name: str, sloped: bool) -> bool:

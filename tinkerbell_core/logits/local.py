@@ -17,10 +17,12 @@ from tinkerbell_core.logits.picked import Picked
 from tinkerbell_core.logits.products import AnyProduct
 from tinkerbell_core.logits.recompute import Recompute
 from tinkerbell_core.logits.source import Reading, Statistic
-from tinkerbell_core.logits.stored import Stored
 from tinkerbell_core.logits.sweep import Sweep
 
 CHUNK_BYTES = 256 << 20
+
+# Chunks that are kept. Backward under a trained head, and that of two statistics, needs logits again: a product more.
+KEEP = 3
 
 # Columns of a row read one by one, as a share of the vocabulary: more of them cost more than a whole matrix product.
 _FEW = 1 / 64
@@ -31,8 +33,7 @@ class LocalSource:
 
     head: a `Head`, an nn.Linear, or anything callable; a module's parameters take gradients. together: statistics the
     loss is known to ask of the rows it reads, so that one sweep answers them all; beside: those it asks under no_grad.
-    keep_bytes (default: a chunk): under a head that is not swept, logits so small, with their gradient, are kept for
-    backward instead of computed again.
+    keep_bytes: of logits that backward needs again, so much is kept (default: KEEP chunks); the rest is computed again.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class LocalSource:
         self._together = (together & REMEMBERED) - self._sums_of(None)
         self._beside = (beside & REMEMBERED) - self._sums_of(None)
         self._chunk_bytes = chunk_bytes
-        self._keep_bytes = chunk_bytes if keep_bytes is None else keep_bytes
+        self._keep_bytes = KEEP * chunk_bytes if keep_bytes is None else keep_bytes
         self._memory = Memory()
         self.count, self.vocab, self.device = hidden.shape[0], self._product.vocab, hidden.device
         self.dtype = torch.promote_types(self._product.dtype, torch.float32)
@@ -76,7 +77,7 @@ class LocalSource:
         missing = frozenset(name for name in want - found.keys() if not known.has(name, differentiable))
         if missing or pick is not None:
             asked = self._question(known, pick, missing, weights, differentiable)
-            found |= known.add(self._ask(asked, known, differentiable), asked.sloped)
+            found |= known.add(self._ask(asked, differentiable), asked.sloped)
         for name in want & REMEMBERED - self._sums_of(None):
             found[name] = known.get(name, differentiable)
         return Reading(**{name: found[name] for name in found.keys() & want | found.keys() & {"columns", "values"}})
@@ -120,33 +121,29 @@ class LocalSource:
         sloped = missing | later if differentiable else frozenset()
         return Question(known.rows, known.scale, pick, missing | later | aside, weights, sloped)
 
-    def _ask(self, asked: Question, known: Known, differentiable: bool) -> dict[str, Tensor]:
+    def _ask(self, asked: Question, differentiable: bool) -> dict[str, Tensor]:
         """Answers by name, by the cheapest way there is to them."""
-        product, pick = self._product, asked.pick
-        source: Tensor = product.gradients.token() if differentiable else product.hidden.new_zeros(())
+        product, pick, products = self._product, asked.pick, 1 + len(asked.sloped)
         few = _count(pick) <= max(1, self.vocab * _FEW)
-        way: type[torch.autograd.Function] = Recompute
-        how: tuple[object, ...] = (product, asked, self._width(product.copies))
+        token = product.gradients.token() if differentiable else product.hidden.new_zeros(())
         if isinstance(product, LinearProduct) and few and not asked.want and isinstance(pick, Tensor):
             row_bytes = _count(pick) * product.hidden.shape[1] * product.dtype.itemsize
-            way, how = Picked, (product, asked, max(1, block_bytes(self.device) // max(1, row_bytes)))
-        elif isinstance(product, LinearProduct) and few and product.frozen:
-            way, how = Sweep, (product, asked, self._width(len(asked.sloped)))
-        elif differentiable and self._keep(known):
-            assert known.logits is not None
-            way, source, how = Stored, known.logits, (asked,)
-        answers = way.apply(source, *how)  # type: ignore[no-untyped-call]
+            width = max(1, block_bytes(self.device) // max(1, row_bytes))
+            answers = Picked.apply(token, product, asked, width)  # type: ignore[no-untyped-call]
+        elif isinstance(product, LinearProduct) and few and product.frozen and products <= 2 + (self._keep_bytes <= 0):
+            answers = Sweep.apply(token, product, asked, self._width(products - 1))  # type: ignore[no-untyped-call]
+        else:
+            keep = self._keep(len(asked.rows)) if differentiable else 0
+            width = self._width(product.copies)
+            answers = Recompute.apply(token, product, asked, width, keep)  # type: ignore[no-untyped-call]
         return {name: tensor for name, tensor in zip(ANSWERS, answers, strict=True) if tensor is not None}
 
-    def _keep(self, known: Known) -> bool:
-        """Whether these rows' logits are kept for backward: they are, while all that are kept fit one chunk."""
-        if known.logits is None:
-            held = 2 * len(known.rows) * self.vocab * self._product.dtype.itemsize  # and their gradient
-            if held > self._keep_bytes:
-                return False
-            self._keep_bytes -= held
-            known.logits = self._head(self._product.hidden[known.rows])
-        return True
+    def _keep(self, count: int) -> int:
+        """How many of so many rows keep their logits for backward; what they take is no longer there for others."""
+        row_bytes = self.vocab * self._product.dtype.itemsize * self._product.copies
+        keep = min(count, self._keep_bytes // row_bytes)
+        self._keep_bytes -= keep * row_bytes
+        return keep
 
     def _width(self, copies: int) -> int:
         """Rows of a chunk that holds so many tensors."""
