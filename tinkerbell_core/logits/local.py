@@ -31,6 +31,8 @@ class LocalSource:
 
     head: a `Head`, an nn.Linear, or anything callable; a module's parameters take gradients. together: statistics the
     loss is known to ask of the rows it reads, so that one sweep answers them all; beside: those it asks under no_grad.
+    keep_bytes (default: a chunk): under a head that is not swept, logits so small, with their gradient, are kept for
+    backward instead of computed again.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class LocalSource:
         head: Callable[[Tensor], Tensor],
         *,
         chunk_bytes: int = CHUNK_BYTES,
+        keep_bytes: int | None = None,
         together: frozenset[Statistic] = frozenset(),
         beside: frozenset[Statistic] = frozenset(),
     ) -> None:
@@ -48,7 +51,8 @@ class LocalSource:
         self._product = LinearProduct(hidden, head) if isinstance(head, Head) else AnyProduct(hidden, head)
         self._together = (together & REMEMBERED) - self._sums_of(None)
         self._beside = (beside & REMEMBERED) - self._sums_of(None)
-        self._chunk_bytes = self._keep_bytes = chunk_bytes
+        self._chunk_bytes = chunk_bytes
+        self._keep_bytes = chunk_bytes if keep_bytes is None else keep_bytes
         self._memory = Memory()
         self.count, self.vocab, self.device = hidden.shape[0], self._product.vocab, hidden.device
         self.dtype = torch.promote_types(self._product.dtype, torch.float32)

@@ -46,7 +46,9 @@ def budgets(network: Network, config: EngineConfig) -> Budgets:
     """What the settings say; by the memory that is free where they say nothing."""
 
     def tokens(stored: bool) -> int:
-        return config.micro_batch_tokens or token_budget(_bytes_a_token(network, stored=stored), network.device)
+        return config.micro_batch_tokens or token_budget(
+            _bytes_a_token(network, stored, config.gradient_checkpointing), network.device
+        )
 
     logits = config.logits_budget
     # an eighth, since a loss makes some copies of what it is given, and so does its backward pass
@@ -94,7 +96,7 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def _bytes_a_token(network: Network, *, stored: bool) -> int:
+def _bytes_a_token(network: Network, stored: bool, checkpointing: bool) -> int:
     """About what one token takes in a forward and backward pass, with its logits `stored` or lazy."""
     config = network.model.config.get_text_config()
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
@@ -102,5 +104,5 @@ def _bytes_a_token(network: Network, *, stored: bool) -> int:
     inner = int(max(inner) if isinstance(inner, list | tuple) else inner)  # one a layer, in some models
     # what a layer of attention and a gated MLP keeps for its backward pass
     kept = 16 * hidden + 6 * inner
-    floats = layers * hidden + kept if network.model.is_gradient_checkpointing else layers * kept
+    floats = layers * hidden + kept if checkpointing else layers * kept
     return floats * network.dtype.itemsize + (batch_bytes(1, network.vocab_size) if stored else 0)
