@@ -12,7 +12,7 @@ from tinkerbell_server.running import running
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
-with tempfile.TemporaryDirectory() as folder, running(Settings(data_dir=folder)) as server:
+with tempfile.TemporaryDirectory() as folder, running(Settings(data_dir=folder, dry_run_seconds=60.0)) as server:
     for example in EXAMPLES:
         print(f"--- {example.name}", flush=True)
         subprocess.run([sys.executable, str(example), "--url", server.url], check=True)

@@ -22,7 +22,7 @@ AT_ONCE = {"seconds": data_of(torch.zeros(4))}
 
 @pytest.fixture
 def engine(make_engine: MakeEngine) -> Iterator[TorchEngine]:
-    made = make_engine(uploads="sandboxed")
+    made = make_engine(uploads="sandboxed", dry_run_seconds=60.0, sandbox_seconds=60.0)
     yield made
     made.close()
 
@@ -45,7 +45,7 @@ def test_loss_and_gradient_are_those_of_the_engine(make_engine: MakeEngine, loss
     data = rows([3, 5, 2, 4])
     results = []
     for mode in ("trusted", "sandboxed"):
-        engine = make_engine(uploads=mode, micro_batch_tokens=budget)
+        engine = make_engine(uploads=mode, micro_batch_tokens=budget, dry_run_seconds=60.0, sandbox_seconds=60.0)
         name = upload(engine, loss, "mine", group_size=2)
         results.append((run(engine, data, name), gradients(engine)))
         engine.close()
@@ -65,7 +65,7 @@ def test_forward_only_asks_for_no_gradient(engine: TorchEngine) -> None:
 def test_a_call_that_is_replayed_draws_the_same_random_numbers(make_engine: MakeEngine) -> None:
     losses = []
     for _ in range(2):
-        engine = make_engine(uploads="sandboxed")
+        engine = make_engine(uploads="sandboxed", dry_run_seconds=60.0, sandbox_seconds=60.0)
         losses.append(run(engine, rows([3, 4]), upload(engine, draws, "draws")).loss)
         engine.close()
     assert losses[0] == losses[1]

@@ -20,6 +20,7 @@ from tinkerbell_core.errors import TinkerbellError
 SECRET = "planted-7f3a9c51e0b2"
 MARKER = "neighbour-b81d40aa93fe"
 ROWS = ["All children, except one, grow up.", "Second star to the right."]
+TRIAL, CALL = 15, 6  # seconds; a machine that runs many tests at once is slow
 SHORT = 8  # positions of the trial's batch; in training there are more
 
 Attack = Callable[[dict[str, Any], Any], Any]  # Any: what an attack is told, and what it got
@@ -140,9 +141,9 @@ def world(folder: Path, uploads: str) -> Iterator[World]:
     (folder / "canary").mkdir()
     (folder / "secret").write_text(SECRET)
     os.environ["PLANTED"] = SECRET
-    options = ["--uploads", uploads, "--device", "cpu", "--dry-run-seconds", "6", "--sandbox-seconds", "4"]
+    options = ["--uploads", uploads, "--device", "cpu", "--dry-run-seconds", str(TRIAL), "--sandbox-seconds", str(CALL)]
     try:
-        with live_server(folder, *options) as url, _ears() as (tcp, udp), TinkerClient(url) as client:
+        with live_server(folder, *options, seconds=300) as url, _ears() as (tcp, udp), TinkerClient(url) as client:
             made = World(url, folder, tcp, udp, client)
             made.boot_id = client.healthz()["boot_id"]
             made.restore()

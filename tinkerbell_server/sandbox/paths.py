@@ -58,7 +58,7 @@ def _roots() -> Iterator[str]:
         real = os.path.realpath(path)
         if real == here and path not in asked and real not in editable:
             continue
-        yield path
+        yield os.path.abspath(path)
 
 
 def _listed_in_pth() -> Iterator[str]:
