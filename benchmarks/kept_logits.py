@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.logits import Head, LocalSource, Lora
-from tinkerbell_core.logits.local import CHUNK_BYTES
+from tinkerbell_core.logits.local.source import CHUNK_BYTES
 
 FEW, MANY = 128, 2048  # rows: 2 x 74 MiB of logits fit a chunk, 2 x 1187 MiB do not
 VOCAB, HIDDEN, RANK = 151_936, 512, 16

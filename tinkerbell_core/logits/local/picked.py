@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.chunks import live_rows, outputs, slices, upstream
-from tinkerbell_core.logits.linear import LinearProduct
-from tinkerbell_core.logits.moments import Question
+from tinkerbell_core.logits.local.chunks import live_rows, outputs, slices, upstream
+from tinkerbell_core.logits.local.linear import LinearProduct
+from tinkerbell_core.logits.local.moments import Question
 
 
 class Picked(torch.autograd.Function):

@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.arithmetic import mul
-from tinkerbell_core.logits.dims import besides_vocab
-from tinkerbell_core.logits.form import Form, PerRow, a_form, is_one, is_zero, same_scale
-from tinkerbell_core.logits.rule import NotLazy, need
+from tinkerbell_core.logits.lazy.arithmetic import mul
+from tinkerbell_core.logits.lazy.dims import besides_vocab
+from tinkerbell_core.logits.lazy.form import Form, PerRow, a_form, is_one, is_zero, same_scale
+from tinkerbell_core.logits.lazy.rule import NotLazy, need
+from tinkerbell_core.logits.lazy.weighted import Lazy, a_lazy
 from tinkerbell_core.logits.source import Statistic
-from tinkerbell_core.logits.weighted import Lazy, a_lazy
 
 
 def total(input: object, dim: object = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:

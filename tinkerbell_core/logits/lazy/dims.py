@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tinkerbell_core.logits.rule import NotLazy, need
-from tinkerbell_core.logits.weighted import Lazy
+from tinkerbell_core.logits.lazy.rule import NotLazy, need
+from tinkerbell_core.logits.lazy.weighted import Lazy
 
 
 def positive(form: Lazy, dim: object) -> int:

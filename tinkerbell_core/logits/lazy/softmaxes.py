@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.dims import along_vocab, besides_vocab
-from tinkerbell_core.logits.form import Form, Kind, PerRow, a_form, is_one, is_zero
-from tinkerbell_core.logits.rule import need
-from tinkerbell_core.logits.weighted import Lazy, a_lazy
+from tinkerbell_core.logits.lazy.dims import along_vocab, besides_vocab
+from tinkerbell_core.logits.lazy.form import Form, Kind, PerRow, a_form, is_one, is_zero
+from tinkerbell_core.logits.lazy.rule import need
+from tinkerbell_core.logits.lazy.weighted import Lazy, a_lazy
 
 
 def softmax(

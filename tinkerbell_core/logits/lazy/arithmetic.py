@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.form import Form, PerRow, a_form, broadcast, is_one, is_zero, same_rows
-from tinkerbell_core.logits.rule import NotLazy, need
-from tinkerbell_core.logits.weighted import Lazy, Weighted, a_lazy
+from tinkerbell_core.logits.lazy.form import Form, PerRow, a_form, broadcast, is_one, is_zero, same_rows
+from tinkerbell_core.logits.lazy.rule import NotLazy, need
+from tinkerbell_core.logits.lazy.weighted import Lazy, Weighted, a_lazy
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.family import Family
-from tinkerbell_core.logits.rule import NotLazy, need
+from tinkerbell_core.logits.lazy.family import Family
+from tinkerbell_core.logits.lazy.rule import NotLazy, need
 from tinkerbell_core.logits.source import Reading, Statistic
 
 Kind = Literal["logits", "logprobs", "probs"]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.form import Form
-from tinkerbell_core.logits.rule import need
+from tinkerbell_core.logits.lazy.form import Form
+from tinkerbell_core.logits.lazy.rule import need
 
 
 def like(name: str, input: Any, *args: Any, **named: Any) -> Tensor:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.form import Form, a_form
-from tinkerbell_core.logits.picks import columns
-from tinkerbell_core.logits.rule import need
-from tinkerbell_core.logits.softmaxes import softmax
-from tinkerbell_core.logits.sums import row_sum
-from tinkerbell_core.logits.weighted import Weighted
+from tinkerbell_core.logits.lazy.form import Form, a_form
+from tinkerbell_core.logits.lazy.picks import columns
+from tinkerbell_core.logits.lazy.rule import need
+from tinkerbell_core.logits.lazy.softmaxes import softmax
+from tinkerbell_core.logits.lazy.sums import row_sum
+from tinkerbell_core.logits.lazy.weighted import Weighted
 
 
 def cross_entropy(

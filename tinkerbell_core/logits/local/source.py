@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from tinkerbell_core.errors import PlainLogitsNeeded
-from tinkerbell_core.logits.chunks import block_bytes
 from tinkerbell_core.logits.head import Head
-from tinkerbell_core.logits.known import REMEMBERED, Known, Memory
-from tinkerbell_core.logits.linear import LinearProduct
-from tinkerbell_core.logits.moments import ANSWERS, Question
-from tinkerbell_core.logits.picked import Picked
-from tinkerbell_core.logits.products import AnyProduct
-from tinkerbell_core.logits.recompute import Recompute
+from tinkerbell_core.logits.local.chunks import block_bytes
+from tinkerbell_core.logits.local.known import REMEMBERED, Known, Memory
+from tinkerbell_core.logits.local.linear import LinearProduct
+from tinkerbell_core.logits.local.moments import ANSWERS, Question
+from tinkerbell_core.logits.local.picked import Picked
+from tinkerbell_core.logits.local.products import AnyProduct
+from tinkerbell_core.logits.local.recompute import Recompute
+from tinkerbell_core.logits.local.sweep import Sweep
 from tinkerbell_core.logits.source import Reading, Statistic
-from tinkerbell_core.logits.sweep import Sweep
 
 CHUNK_BYTES = 256 << 20
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinkerbell_core.logits.chunks import blocks
-from tinkerbell_core.logits.gradients import Gradients
+from tinkerbell_core.logits.local.chunks import blocks
+from tinkerbell_core.logits.local.gradients import Gradients
 
 
 class Matrix:

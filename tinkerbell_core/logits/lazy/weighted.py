@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.family import Family
-from tinkerbell_core.logits.form import Form, PerRow, detached, wide
-from tinkerbell_core.logits.rule import NotLazy, need
+from tinkerbell_core.logits.lazy.family import Family
+from tinkerbell_core.logits.lazy.form import Form, PerRow, detached, wide
+from tinkerbell_core.logits.lazy.rule import NotLazy, need
 
 
 @dataclass(frozen=True, slots=True, eq=False)

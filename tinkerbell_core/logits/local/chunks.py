@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.errors import PlainLogitsNeeded
-from tinkerbell_core.logits.moments import ANSWERS, Question
+from tinkerbell_core.logits.local.moments import ANSWERS, Question
 
 
 def slices(count: int, width: int) -> Iterator[slice]:

@@ -7,10 +7,10 @@ import functools
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.gradients import Gradients
 from tinkerbell_core.logits.head import Head
-from tinkerbell_core.logits.matrix import Matrix
-from tinkerbell_core.logits.products import Pull
+from tinkerbell_core.logits.local.gradients import Gradients
+from tinkerbell_core.logits.local.matrix import Matrix
+from tinkerbell_core.logits.local.products import Pull
 
 
 class LinearProduct:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.form import Form, is_one, is_zero, wide
-from tinkerbell_core.logits.weighted import Lazy
+from tinkerbell_core.logits.lazy.form import Form, is_one, is_zero, wide
+from tinkerbell_core.logits.lazy.weighted import Lazy
 
 
 def dense(form: Lazy, stored: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.chunks import blocks, live_rows, outputs, slices, times, upstream
-from tinkerbell_core.logits.moments import Question, answer, slope
-from tinkerbell_core.logits.products import Product, Pull
+from tinkerbell_core.logits.local.chunks import blocks, live_rows, outputs, slices, times, upstream
+from tinkerbell_core.logits.local.moments import Question, answer, slope
+from tinkerbell_core.logits.local.products import Product, Pull
 
 
 class Recompute(torch.autograd.Function):

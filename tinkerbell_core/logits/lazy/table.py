@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinkerbell_core.logits import arithmetic, losses, makers, picks, softmaxes, sums, views
+from tinkerbell_core.logits.lazy import arithmetic, losses, makers, picks, softmaxes, sums, views
 
 Rule = Callable[..., Any]
 _NAMESPACES = (torch, Tensor, F, torch.special, torch.linalg)

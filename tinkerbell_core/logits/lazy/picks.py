@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.dims import along_vocab, leading
-from tinkerbell_core.logits.form import Form, a_form, broadcast, is_one, is_zero, wide
-from tinkerbell_core.logits.rule import NotLazy, need
+from tinkerbell_core.logits.lazy.dims import along_vocab, leading
+from tinkerbell_core.logits.lazy.form import Form, a_form, broadcast, is_one, is_zero, wide
+from tinkerbell_core.logits.lazy.rule import NotLazy, need
 
 _FEW = 8
 """Up to one in so many columns are picked; for more the logits themselves are smaller than what names the columns."""

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tinkerbell_core.logits.gradients import Gradients
 from tinkerbell_core.logits.head import Head
+from tinkerbell_core.logits.local.gradients import Gradients
 
 # Takes the gradient [c, V] of what makes a chunk of logits, in their dtype, back to the tensors behind it.
 Pull = Callable[[Tensor], None]

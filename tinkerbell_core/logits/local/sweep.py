@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.chunks import blocks, live_rows, outputs, slices, times, upstream
-from tinkerbell_core.logits.linear import LinearProduct
-from tinkerbell_core.logits.moments import Question, answer
+from tinkerbell_core.logits.local.chunks import blocks, live_rows, outputs, slices, times, upstream
+from tinkerbell_core.logits.local.linear import LinearProduct
+from tinkerbell_core.logits.local.moments import Question, answer
 
 
 class Sweep(torch.autograd.Function):

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.dims import along_vocab, leading, positive
-from tinkerbell_core.logits.form import Form, a_form, broadcast
-from tinkerbell_core.logits.picks import columns, select_columns
-from tinkerbell_core.logits.rule import need
-from tinkerbell_core.logits.weighted import Lazy, Weighted, a_lazy
+from tinkerbell_core.logits.lazy.dims import along_vocab, leading, positive
+from tinkerbell_core.logits.lazy.form import Form, a_form, broadcast
+from tinkerbell_core.logits.lazy.picks import columns, select_columns
+from tinkerbell_core.logits.lazy.rule import need
+from tinkerbell_core.logits.lazy.weighted import Lazy, Weighted, a_lazy
 
 
 def reshaped(by: Callable[..., Tensor], input: Any, *shape: Any, **named: Any) -> Form:
