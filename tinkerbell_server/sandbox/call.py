@@ -98,6 +98,10 @@ class Call:
             kind = error.kind if isinstance(error, TinkerbellError) else "BadLoss"
             self.worker.tell(Answer(error=str(error), kind=kind))
             return
+        except (IndexError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+                raise
+            raise BadMessage(f"a question that cannot be answered ({type(error).__name__})") from None
         size = sum(value.nbytes for value in values if value is not None)
         self._held += size if question.keep else 0
         if self._held > 4 * self.budget:
