@@ -58,8 +58,8 @@ def main() -> None:
         for rows in (FEW, MANY):
             run = loss_of(rows, train, args.device, dtype)
             both = [functools.partial(run, KEPT), functools.partial(run, 0)]
-            kept, again = _common.in_turns(both, args.pairs + 1)
-            ratios = [two / one for one, two in zip(kept[1:], again[1:], strict=True)]
+            rounds = _common.in_turns(both, args.pairs + 1)[1:]  # the first warms up
+            ratios = [again / kept for kept, again in rounds]
             what = f"{train} trained, {rows} rows: computed again / kept, time"
             lines.append(_common.row(what, ratios, ">= 1.0" if rows * VOCAB * 8 <= CHUNK_BYTES else "<= 1.4"))
         peak = [_common.peak_memory(__file__, train, str(keep), "--device", args.device) for keep in (0, KEPT)]
