@@ -133,7 +133,8 @@ class RegisterLossRequest(Wire, frozen=True):
     """An uploaded loss.
 
     kind: how it travels. payload: cloudpickle bytes, with magic the `importlib.util.MAGIC_NUMBER` of the Python that
-    made them, in hex; or source and values (`tinkerbell_core.travel`), which any Python reads.
+    made them, in hex; or source and values (`tinkerbell_core.travel`), which any Python reads; or a torch.fx graph as
+    JSON (`tinkerbell_core.travel.graph`), which is "sequence" coupled, whatever is said here.
     """
 
     name: str
@@ -147,7 +148,7 @@ class RegisterLossRequest(Wire, frozen=True):
     coupling: Literal["sequence", "batch"] = "batch"
     group_size: Int64 = 1
     example_inputs: dict[str, TensorData] | None = None
-    kind: Literal["cloudpickle", "source"] = "cloudpickle"
+    kind: Literal["cloudpickle", "source", "graph"] = "cloudpickle"
 
 
 class DeleteLossesRequest(Wire, frozen=True):

@@ -45,12 +45,14 @@ def check_upload(upload: RegisterLossRequest, losses: Sequence[LossDescription])
         )
     if not upload.payload:
         raise BadUpload(
-            f"the upload of {upload.name[:80]!r} has no payload; send the function as cloudpickle or source"
+            f"the upload of {upload.name[:80]!r} has no payload; send the function as cloudpickle, source or a graph"
         )
     if not re.fullmatch(r"[0-9a-f]{64}", upload.digest):
         raise BadUpload(f"digest is {upload.digest[:80]!r}, but must be the 64 hex digits of the loss's sha256")
     if upload.group_size < 1:
         raise BadUpload(f"group_size is {upload.group_size}, but must be at least 1")
+    if upload.kind == "graph" and upload.group_size != 1:
+        raise BadUpload(f"group_size is {upload.group_size}, but a graph sees one sequence at a time: it must be 1")
     check_upload_name(upload.name, [loss.name for loss in losses if loss.provenance.kind == "entry_point"])
 
 

@@ -223,7 +223,7 @@ class _Proxy:
 
 
 def _coupling(upload: RegisterLossRequest) -> Coupling:
-    return upload.coupling
+    return "sequence" if upload.kind == "graph" else upload.coupling
 
 
 @contextlib.contextmanager

@@ -10,9 +10,12 @@ import types
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
+from torch import Tensor
+
 from tinkerbell_core.errors import BadUpload
 from tinkerbell_core.spec import Coupling, LossSpec, Provenance, loss
 from tinkerbell_core.travel import rebuild
+from tinkerbell_core.travel.replay import GraphLoss, rebuild_graph
 
 
 class Envelope(Protocol):
@@ -40,6 +43,8 @@ class Envelope(Protocol):
 
 def opened(envelope: Envelope) -> LossSpec:
     """The loss in an envelope, not tried yet. Raises BadUpload for one that cannot be opened, BadLoss for no loss."""
+    if envelope.kind == "graph":
+        return _of_graph(envelope)
     try:
         fn = rebuild(envelope.payload) if envelope.kind == "source" else pickle.loads(envelope.payload)
     except BadUpload:
@@ -57,6 +62,30 @@ def opened(envelope: Envelope) -> LossSpec:
     coupling = cast(Coupling, envelope.coupling)
     made = loss(name=envelope.name, coupling=coupling, group_size=envelope.group_size)(fn)
     return replace(made, source=envelope.source, digest=envelope.digest, provenance=Provenance("upload"))
+
+
+def made_up(spec: LossSpec, vocab_size: int) -> dict[str, Tensor] | None:
+    """Inputs to try a loss on where its sender gave none; None where a dry run has to guess them."""
+    return spec.fn.examples(vocab_size) if isinstance(spec.fn, GraphLoss) else None
+
+
+def _of_graph(envelope: Envelope) -> LossSpec:
+    """No code of the uploader's: operations of our own list, in the order that they sent."""
+    fn = rebuild_graph(envelope.payload)
+    return LossSpec(
+        name=envelope.name,
+        fn=fn,
+        summary=fn.summary,
+        inputs=fn.inputs,
+        optional_inputs=(),
+        hyperparameters=(),
+        coupling="sequence",
+        group_size=1,
+        finite=(),
+        source=envelope.source,
+        digest=envelope.digest,
+        provenance=Provenance("upload"),
+    )
 
 
 def show_source(envelope: Envelope, code: types.CodeType | None) -> None:

@@ -34,7 +34,7 @@ from tinkerbell_server.sandbox.messages import (
     ToWorker,
     Try,
 )
-from tinkerbell_server.sandbox.opened import opened
+from tinkerbell_server.sandbox.opened import made_up, opened
 from tinkerbell_server.sandbox.remote import Kept, RemoteSource
 from tinkerbell_server.sandbox.wire import Channel
 
@@ -110,6 +110,7 @@ class Worker:
     def _described(self, vocab_size: int, examples: dict[str, Tensor]) -> Described:
         # discover runs it several times: one that works once only would fail in the first training step
         assert self._spec is not None
+        examples = examples or made_up(self._spec, vocab_size) or {}
         spec = self._spec = dry_run(self._spec, vocab_size, "cpu", examples or None)
         return Described(
             summary=spec.summary[:1000],

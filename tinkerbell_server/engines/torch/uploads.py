@@ -20,7 +20,7 @@ from tinkerbell_server.engines.base import EngineConfig, RunLoss
 from tinkerbell_server.engines.torch.batching import tensor_of
 from tinkerbell_server.engines.torch.baton import Baton
 from tinkerbell_server.sandbox.losses import Asker, Patience, SandboxedLosses, asker
-from tinkerbell_server.sandbox.opened import opened
+from tinkerbell_server.sandbox.opened import made_up, opened
 from tinkerbell_server.sandbox.sandbox import NoSandbox, Sandbox
 
 log = logging.getLogger("tinkerbell.engine")
@@ -73,7 +73,8 @@ class Uploads:
             return self._losses.spec(upload, vocab_size, examples)
         if self.mode != "trusted":
             raise UploadsOff(f"this engine takes no uploaded losses{f': {self.problem}' if self.problem else ''}")
-        return dry_run(opened(upload), vocab_size, device, examples or None)
+        spec = opened(upload)
+        return dry_run(spec, vocab_size, device, examples or made_up(spec, vocab_size))
 
     def forget(self, spec: LossSpec) -> None:
         """End what still runs of a loss."""

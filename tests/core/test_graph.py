@@ -1,0 +1,208 @@
+"""A traced loss rebuilt from plain data does what the loss does, and nothing that is not on the list."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.graphs import payload_of
+from tinkerbell_core.errors import BadData, BadLoss, BadUpload
+from tinkerbell_core.travel.graph import MAX_NODES, parse
+from tinkerbell_core.travel.operations import FUNCTIONS, METHODS, function, method
+from tinkerbell_core.travel.replay import rebuild_graph
+
+T, V = 6, 11
+
+
+def likelihood(logprobs: Any, weights: Any) -> Any:
+    loss = -(logprobs * weights).sum()
+    return loss, {"custom/nll:sum": loss.detach(), "custom/mean:mean": logprobs.mean()}
+
+
+def clipped(logprobs: Any, old_logprobs: Any, advantages: Any) -> Any:
+    ratio = torch.exp(logprobs - old_logprobs)
+    bounded = torch.clamp(ratio, 0.8, max=1.2)
+    loss = -torch.minimum(ratio * advantages, bounded * advantages).sum()
+    return loss, {"custom/clipped:mean": (ratio != bounded).float().mean()}
+
+
+def sequence_level(logprobs: Any, old_logprobs: Any, reward: Any) -> Any:
+    ratio = (logprobs - old_logprobs).mean().exp()
+    margin = F.logsigmoid(ratio * reward) + F.softplus(ratio) + F.huber_loss(ratio, reward)
+    return -margin / math.sqrt(2) * logprobs.shape[0], {}
+
+
+def shifting(logprobs: Any, weights: Any) -> Any:
+    late, early = logprobs[1:], logprobs[..., :-1]
+    both = torch.stack([late, early])
+    kept = torch.where(~(weights[1:] > 0) | (late < -2), late, torch.zeros_like(late))
+    best = both.max(dim=0)
+    steps = torch.arange(logprobs.shape[0]).to(logprobs.dtype)
+    spread = torch.logsumexp(both, 0) + best.values + best[1] + both.sum(dim=0, keepdim=True).squeeze(0)
+    return (spread * kept).mean() + (2 - logprobs.softmax(-1) ** 2 * steps).sum() / logprobs.size(0), {}
+
+
+def several(logprobs: Any, scores: Any) -> Any:
+    """Of [T, K]."""
+    return (torch.log_softmax(scores, dim=-1).exp() * -logprobs).sum(-1).mean(), {}
+
+
+RANK = {"reward": 0, "scores": 2}
+
+
+def ranks_of(loss: Callable[..., Any]) -> dict[str, int]:
+    names = loss.__code__.co_varnames[: loss.__code__.co_argcount]
+    return {name: 2 if loss is several else RANK.get(name, 1) for name in names}
+
+
+@pytest.mark.parametrize("loss", [likelihood, clipped, sequence_level, shifting, several])
+def test_a_graph_gives_the_loss_the_metrics_and_the_gradient_of_its_function(loss: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    ranks = ranks_of(loss)
+    inputs = [torch.randn((T, 3)[:rank]) for rank in ranks.values()]
+    results = []
+    for run in (loss, rebuild_graph(payload_of(loss, ranks)).one):
+        logprobs = inputs[0].clone().requires_grad_()
+        value, metrics = run(logprobs, *inputs[1:])
+        results.append((value, torch.autograd.grad(value, logprobs)[0], metrics))
+    (value, gradient, metrics), (again, same_gradient, same_metrics) = results
+    assert torch.equal(value, again)
+    assert torch.equal(gradient, same_gradient)
+    assert metrics.keys() == same_metrics.keys()
+    assert all(torch.equal(metric, same_metrics[key]) for key, metric in metrics.items())
+
+
+def test_each_row_is_seen_without_its_padding_and_losses_add_up() -> None:
+    def mean(logprobs: Any, old: Any, reward: Any) -> Any:
+        return -((logprobs - old) * reward).mean(), {"custom/n:sum": old.sum(), "custom/m:mean": old.sum()}
+
+    torch.manual_seed(0)
+    logits = torch.randn(2, T, V, requires_grad=True)
+    targets, mask = torch.randint(V, (2, T)), (torch.arange(T) < torch.tensor([[T], [2]])).long()
+    old, reward = torch.ones(2, T), torch.tensor([1.0, -2.0])
+    inputs = {"target_tokens": targets, "old": old, "reward": reward}
+    output = rebuild_graph(payload_of(mean, {"logprobs": 1, "old": 1, "reward": 0}))(logits, inputs, mask)
+    logprobs = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    expected = sum(mean(logprobs[i, :n], old[i, :n], reward[i])[0] for i, n in ((0, T), (1, 2)))
+    assert torch.allclose(output.loss, expected)
+    assert torch.allclose(*(torch.autograd.grad(loss, logits)[0] for loss in (output.loss, expected)), atol=1e-7)
+    assert {key: float(value) for key, value in output.diagnostics.items()} == {"custom/n:sum": 8, "custom/m:mean": 4}
+
+
+def test_an_input_of_another_rank_and_a_loss_that_is_no_scalar_are_refused() -> None:
+    inputs = {"target_tokens": torch.zeros(1, T, dtype=torch.long), "weights": torch.ones(1)}
+    with pytest.raises(BadData, match="'weights' is a number a row"):
+        rebuild_graph(payload_of(likelihood, ranks_of(likelihood)))(torch.zeros(1, T, V), inputs, torch.ones(1, T))
+    with pytest.raises(BadLoss, match="not a scalar"):
+        rebuild_graph(payload_of(lambda logprobs: (logprobs * 2, {}), {"logprobs": 1})).one(torch.ones(T))
+
+
+def test_every_operation_of_the_list_is_there() -> None:
+    assert all(callable(function(name)) for name in FUNCTIONS)
+    assert all(callable(method(name)) for name in METHODS)
+    assert not {"item", "numpy", "tolist", "backward", "register_hook", "share_memory_", "data_ptr"} & set(METHODS)
+    assert not [name for name in (*FUNCTIONS, *METHODS) if "__" in name or name.endswith("load")]
+
+
+def graph(*nodes: dict[str, Any], loss: str = "x", **changes: Any) -> bytes:
+    """A payload: logprobs, these nodes, and an output."""
+    first = {"op": "placeholder", "name": "logprobs", "target": "logprobs"}
+    last = {"op": "output", "name": "output", "target": "output", "args": [{"tuple": [{"ref": loss}, {"dict": {}}]}]}
+    whole = {"inputs": [{"name": "logprobs", "rank": 1}], "graph": {"format": 1, "nodes": [first, *nodes, last]}}
+    return json.dumps({**whole, **changes}).encode()
+
+
+def call(target: str, *args: Any, name: str = "x", op: str = "call_function", **kwargs: Any) -> dict[str, Any]:
+    return {"op": op, "name": name, "target": target, "args": list(args), "kwargs": kwargs}
+
+
+LP = {"ref": "logprobs"}
+BIG = [call("torch.neg", {"ref": "logprobs"}, name=f"n{index}") for index in range(MAX_NODES)]
+
+
+@pytest.mark.parametrize(
+    ("payload", "why"),
+    [
+        (graph(call("torch.load", LP)), "'torch.load' is not on the list"),
+        (graph(call("torch.ops.load_library", LP)), "not on the list"),
+        (graph(call("torch.compile", LP)), "not on the list"),
+        (graph(call("builtins.eval", LP)), "not on the list"),
+        (graph(call("builtins.__import__", LP)), "not on the list"),
+        (graph(call("os.system", LP)), "not on the list"),
+        (graph(call("operator.attrgetter", LP)), "not on the list"),
+        (graph(call("torch.exp.__globals__", LP)), "not on the list"),
+        (graph(call("__class__", LP, op="call_method")), "not on the list"),
+        (graph(call("__reduce_ex__", LP, 2, op="call_method")), "not on the list"),
+        (graph(call("item", LP, op="call_method")), "not on the list"),
+        (graph(call("backward", LP, op="call_method")), "not on the list"),
+        (graph(call("exp_", LP, op="call_method")), "not on the list"),
+        (graph(call("builtins.getattr", LP, "__class__")), "'attribute' is not"),
+        (graph(call("getattr", LP, "grad_fn")), "'attribute' is not"),
+        (graph(call("getattr", LP, LP)), "'attribute' is not"),
+        (graph(call("builtins.getattr", LP, "shape", None)), "takes 2 arguments at most"),
+        (graph(call("weight", op="get_attr")), "'get_attr' is not allowed"),
+        (graph(call("layer", LP, op="call_module")), "'call_module' is not allowed"),
+        (graph(call("logprobs", op="placeholder")), "'placeholder' is not allowed"),
+        (graph(call("torch.exp", {"ref": "x"})), "'x', which is no node before it"),
+        (graph(call("torch.exp", {"ref": "y"}), call("torch.exp", {"ref": "x"}, name="y")), "no node before it"),
+        (graph(call("torch.exp", LP), call("torch.exp", LP)), "another node of this name"),
+        (graph(call("torch.exp", LP, name="a b")), "no name of a node"),
+        (graph(call("torch.exp")), "lacks the argument 'input'"),
+        (graph(call("torch.exp", LP, LP)), "takes 1 arguments at most"),
+        (graph(call("torch.exp", LP, input=LP)), "'input' twice"),
+        (graph(call("torch.exp", LP, out=LP)), "no argument 'out'"),
+        (graph(call("torch.sum", LP, dim="x")), "'dim' is not"),
+        (graph(call("torch.nn.functional.relu", LP, inplace=True)), "'inplace' is not"),
+        (graph(call("torch.zeros", 9, 9)), "only constants"),
+        (graph(call("torch.mul", LP, 10**30)), "too large"),
+        (graph(call("torch.mul", LP, "a" * 65)), "too long"),
+        (graph(call("torch.mul", LP, "a")), "'other' is not"),
+        (graph(call("torch.reshape", LP, list(range(100)))), "too many arguments"),
+        (graph(call("torch.mul", LP, [[[[[[[[1]]]]]]]])), "too deeply nested"),
+        (graph(call("torch.mul", LP, {"device": "cuda"})), "'device' that a graph may not have"),
+        (graph(call("torch.mul", LP, {"code": "1"})), "'code' that a graph may not have"),
+        (graph(call("operator.getitem", LP, "shape")), "'item' is not"),
+        (graph(*BIG), "nodes, but may have"),
+        (graph(call("torch.exp", LP), loss="nothing"), "no node before it"),
+        (graph(call("torch.exp", LP), inputs=[{"name": "logprobs", "rank": 3}]), "no loss as a graph"),
+        (graph(call("torch.exp", LP), inputs=[{"name": "weights", "rank": 1}]), "'logprobs', of rank 1 or 2"),
+        (graph(call("torch.exp", LP), inputs=[]), "1 to 16"),
+        (graph(call("torch.exp", LP), more=1), "unknown field"),
+        (graph(call("torch.exp", LP)) + b" " * (1 << 20), "bytes, but may have"),
+        (b"[" * 100_000, "no loss as a graph"),
+        (b"\x80\x04", "no loss as a graph"),
+    ],
+)
+def test_what_is_not_on_the_list_is_refused_by_name(payload: bytes, why: str) -> None:
+    with pytest.raises(BadUpload, match=why):
+        parse(payload)
+
+
+@pytest.mark.parametrize("key", ["loss:sum", "custom/A:sum", "custom/a:max", "custom/a", "custom/" + "a" * 65 + ":sum"])
+def test_a_metric_of_another_name_is_refused(key: str) -> None:
+    message = json.loads(graph(call("torch.sum", LP)))
+    message["graph"]["nodes"][-1]["args"] = [{"tuple": [{"ref": "x"}, {"dict": {key: {"ref": "x"}}}]}]
+    with pytest.raises(BadUpload, match="a metric is named"):
+        parse(json.dumps(message).encode())
+
+
+def test_a_method_takes_nothing_but_a_tensor_and_an_error_names_the_node() -> None:
+    shape = call("builtins.getattr", LP, "shape", name="s")
+    made = rebuild_graph(graph(shape, call("sum", {"ref": "s"}, op="call_method")))
+    with pytest.raises(TypeError) as caught:
+        made.one(torch.ones(T))
+    assert caught.value.__notes__ == ["in the graph's node 'x'"]
+
+
+def test_examples_have_the_declared_ranks() -> None:
+    ranks = {"logprobs": 2, "scores": 2, "reward": 0, "weights": 1}
+    made = rebuild_graph(payload_of(lambda logprobs, scores, reward, weights: (logprobs.sum(), {}), ranks))
+    examples: dict[str, Tensor] = made.examples(V)
+    assert [examples[name].dim() - 1 for name in ("target_tokens", "scores", "reward", "weights")] == [2, 2, 0, 1]

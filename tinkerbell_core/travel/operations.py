@@ -1,0 +1,233 @@
+"""The operations that a graph may use, and what each takes. A list of words: no name outside it is ever looked up."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["operand", "node", "nodes", "dims", "flag", "number", "dtype", "word", "index", "attribute", "unset"]
+
+DTYPES = frozenset({"float16", "bfloat16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64", "bool"})
+WORDS = frozenset({"none", "mean", "sum", "batchmean", "trunc", "floor", "fro"})
+ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "T", "mT", "values", "indices"})
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """many: takes all positional arguments that are left."""
+
+    name: str
+    kind: Kind
+    required: bool
+    many: bool
+
+
+# kind → the names of parameters that are of it; any other name is an operand: a node or a number
+_KINDS: dict[Kind, str] = {
+    "node": "condition target mask index indices src",
+    "nodes": "tensors",
+    "dims": "dim dims size shape sizes start_dim end_dim dim0 dim1 split_size repeats shifts",
+    "flag": "keepdim descending unbiased largest sorted stable log_target",
+    "number": "alpha beta threshold delta eps p k n diagonal correction negative_slope chunks length q _stacklevel",
+    "dtype": "dtype",
+    "word": "reduction rounding_mode",
+    "index": "item",
+    "attribute": "attribute",
+    # what torch.fx writes out though nobody set it; anything but None, False or a tensor's own device is refused
+    "unset": "inplace out size_average reduce device layout requires_grad pin_memory memory_format non_blocking copy",
+}
+_KIND_OF: dict[str, Kind] = {name: kind for kind, names in _KINDS.items() for name in names.split()}
+
+# "names: parameters", where ? may be left out and * takes what is left; for torch.<name> and for the method alike
+_BOTH = """
+abs absolute exp expm1 exp2 log log1p log2 log10 sqrt rsqrt square neg negative positive reciprocal sign: input
+sin cos tan asin acos atan sinh cosh tanh sigmoid relu erf floor ceil trunc frac: input
+isnan isinf isfinite logical_not bitwise_not detach t numel: input
+clone: input memory_format?
+round: input
+add sub subtract: input other alpha?
+mul multiply true_divide floor_divide remainder fmod maximum minimum fmax fmin: input other
+eq ne lt le gt ge not_equal less less_equal greater greater_equal: input other
+logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor: input other
+atan2 logaddexp logaddexp2 xlogy dot matmul mm mv bmm outer: input other
+div divide: input other rounding_mode?
+pow: input exponent
+sum mean nansum nanmean: input dim? keepdim? dtype? out?
+amax amin all any argmax argmin: input dim? keepdim?
+max min median: input dim? keepdim? other?
+count_nonzero: input dim?
+prod: input dim? keepdim? dtype?
+logsumexp: input dim keepdim?
+std var: input dim? unbiased? keepdim? correction?
+norm: input p? dim? keepdim? out? dtype?
+quantile: input q dim? keepdim?
+cumsum cumprod: input dim dtype?
+logcumsumexp: input dim
+softmax log_softmax: input dim dtype?
+reshape: input shape*
+unsqueeze: input dim
+squeeze: input dim?
+flatten: input start_dim? end_dim?
+transpose swapaxes: input dim0 dim1
+permute flip: input dims*
+roll: input shifts dims?
+repeat_interleave: input repeats dim?
+narrow: input dim start length
+select: input dim other
+split: input split_size dim?
+chunk: input chunks dim?
+unbind: input dim?
+diff: input n? dim?
+clamp clip: input min? max?
+clamp_min: input min
+clamp_max: input max
+masked_fill: input mask value
+masked_select: input mask
+gather index_select: input dim index
+take_along_dim: input indices dim?
+sort: input dim? descending? stable?
+argsort: input dim? descending?
+topk: input k dim? largest? sorted?
+tril triu: input diagonal?
+nan_to_num: input nan? posinf? neginf?
+lerp: input end weight
+"""
+_METHODS = """
+where: input condition other
+view expand repeat: input size*
+expand_as view_as reshape_as type_as: input other
+size: input dim?
+dim ndimension contiguous float double half bfloat16 long int bool: input
+to: input dtype non_blocking? copy?
+"""
+_TORCH = """
+where: condition input? other?
+cat concat stack: tensors dim?
+zeros_like ones_like: input dtype? device? layout? requires_grad? memory_format?
+full_like: input fill_value dtype? device? layout? requires_grad? memory_format?
+zeros ones: size* dtype? device? layout? requires_grad? pin_memory? out?
+full: size fill_value dtype? device? layout? requires_grad? pin_memory? out?
+arange: start end? step? dtype? device? layout? requires_grad? pin_memory? out?
+"""
+_FUNCTIONAL = """
+relu: input inplace?
+silu: input inplace?
+logsigmoid sigmoid tanh: input
+softplus: input beta? threshold?
+leaky_relu: input negative_slope? inplace?
+softmax log_softmax: input dim? _stacklevel? dtype?
+huber_loss: input target reduction? delta? weight?
+smooth_l1_loss: input target size_average? reduce? reduction? beta?
+mse_loss l1_loss: input target size_average? reduce? reduction? weight?
+binary_cross_entropy: input target weight? size_average? reduce? reduction?
+binary_cross_entropy_with_logits: input target weight? size_average? reduce? reduction? pos_weight?
+kl_div: input target size_average? reduce? reduction? log_target?
+normalize: input p? dim? eps? out?
+cosine_similarity: x1 x2 dim? eps?
+"""
+_SPECIAL = """
+expit erf entr log1p expm1: input
+xlogy: input other
+logsumexp: input dim keepdim?
+"""
+_OPERATOR = """
+neg pos abs invert inv: input
+add sub mul truediv floordiv mod pow matmul eq ne lt le gt ge and_ or_ xor: input other
+getitem: input item
+"""
+_MATH = """
+sqrt exp expm1 log1p log2 log10 floor ceil fabs tanh erf: input
+log: input other?
+pow: input other
+"""
+
+# other spellings by which torch.fx, by version, tells of the same functions
+_SPELLINGS = {
+    "_operator.": "operator.",
+    "torch.functional.": "torch.",
+    "torch._C._nn.log_sigmoid": "torch.nn.functional.logsigmoid",
+    "torch._C._nn.": "torch.nn.functional.",
+    "torch._C._special.special_": "torch.special.",
+}
+
+
+def _read(table: str, prefix: str) -> dict[str, tuple[Parameter, ...]]:
+    found = {}
+    for line in table.strip().splitlines():
+        names, _, words = line.partition(":")
+        parameters = tuple(
+            Parameter(
+                word.rstrip("?*"),
+                _KIND_OF.get(word.rstrip("?*"), "operand"),
+                not word.endswith("?"),
+                word.endswith("*"),
+            )
+            for word in words.split()
+        )
+        found.update({prefix + name: parameters for name in names.split()})
+    return found
+
+
+FUNCTIONS: dict[str, tuple[Parameter, ...]] = {
+    **_read(_BOTH, "torch."),
+    **_read(_TORCH, "torch."),
+    **_read(_FUNCTIONAL, "torch.nn.functional."),
+    **_read(_SPECIAL, "torch.special."),
+    **_read(_OPERATOR, "operator."),
+    **_read(_MATH, "math."),
+    **_read("getattr: input attribute", "builtins."),
+}
+"""By name, what a call_function may call."""
+
+METHODS: dict[str, tuple[Parameter, ...]] = {**_read(_BOTH, ""), **_read(_METHODS, "")}
+"""By name, what a call_method may call, the tensor itself included."""
+
+
+def spelled(target: str) -> str:
+    """The name in FUNCTIONS of a function that torch.fx calls `target`; `target` itself where there is none."""
+    if target == "getattr":
+        return "builtins.getattr"
+    for theirs, ours in _SPELLINGS.items():
+        if target.startswith(theirs):
+            return ours + target.removeprefix(theirs)
+    return target
+
+
+def function(name: str) -> Callable[..., Any]:  # Any: each operation's own
+    """What a name of FUNCTIONS stands for."""
+    import torch
+
+    assert name in FUNCTIONS
+    home, _, word = name.rpartition(".")
+    if home == "builtins":
+        return _attribute
+    homes = {
+        "torch": torch,
+        "torch.nn.functional": torch.nn.functional,
+        "torch.special": torch.special,
+        "operator": operator,
+        "math": math,
+    }
+    return getattr(homes[home], word)  # type: ignore[no-any-return]
+
+
+def method(name: str) -> Callable[..., Any]:  # Any: as above
+    """What a name of METHODS stands for; it takes nothing but a tensor as its first argument."""
+    import torch
+
+    assert name in METHODS
+    return getattr(torch.Tensor, name)  # type: ignore[no-any-return]
+
+
+def _attribute(value: Any, name: str) -> Any:  # Any: a tensor, or the named tuple of max, sort and topk
+    import torch
+
+    of_tensor = isinstance(value, torch.Tensor)
+    if name not in ATTRIBUTES or of_tensor == (name in ("values", "indices")):
+        raise TypeError(f"a {type(value).__name__} has no {name!r} in a graph")
+    if not of_tensor and not isinstance(value, tuple):
+        raise TypeError(f"a {type(value).__name__} has no {name!r} in a graph")
+    return getattr(value, name)
