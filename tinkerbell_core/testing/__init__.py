@@ -18,6 +18,30 @@ from tinkerbell_core.spec import LossSpec
 _TOLERANCE = 1e-4
 
 
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """One check of a loss. message: what to fix where it failed, a note (why it did not apply, say) where it holds."""
+
+    name: str
+    ok: bool
+    message: str = ""
+
+
+def run_checks(
+    spec: LossSpec,
+    example_inputs: Mapping[str, Tensor] | None = None,
+    *,
+    vocab_size: int = 23,
+    hyperparameters: Mapping[str, Any] | None = None,  # Any: each loss has its own
+) -> list[CheckResult]:
+    """Every check that applies to this loss, in order, with what came of it."""
+    try:
+        check_loss(spec, vocab_size=vocab_size, example_inputs=example_inputs, hyperparameters=hyperparameters)
+    except AssertionError as error:
+        return [CheckResult("contract", False, str(error))]
+    return [CheckResult("contract", True)]
+
+
 def check_loss(
     spec: LossSpec,
     *,
