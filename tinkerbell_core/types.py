@@ -153,6 +153,13 @@ class RegisterLossRequest(Wire, frozen=True):
     kind: Literal["cloudpickle", "source"] = "cloudpickle"
 
 
+class GetLossRequest(Wire, frozen=True):
+    """An upload to read: `name`, its latest version, or `name@digest` or an id. tenant: another's, for an admin."""
+
+    name: str
+    tenant: str | None = None
+
+
 class DeleteLossesRequest(Wire, frozen=True):
     """Uploads to forget: `name` means every version, `name@digest` or an id one. tenant: another's, for an admin."""
 
