@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from tinkerbell_core.errors import Problem
-from tinkerbell_core.spec import Hyperparameter, LossSpec, Provenance
+from tinkerbell_core.spec import Hyperparameter, LossSpec, Part, Provenance
 
 DTYPES = {
     "bool": 1,
@@ -28,6 +28,9 @@ DTYPES = {
 
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """A whole number that every format and every tensor can hold; JSON has larger ones."""
+
+Setting = bool | Int64 | float | str | None
+"""A hyperparameter on the wire; those of a part of a sum are in a dict of its own."""
 
 UPLOAD_LIMIT = 1 << 20
 """The most bytes an uploaded loss may have, decoded."""
@@ -71,7 +74,7 @@ class CreateModelRequest(Wire, frozen=True):
 
 
 class ForwardRequest(Wire, frozen=True):
-    """Data through a model and a loss.
+    """Data through a model and a loss, or several: `{"dpo": 1.0, "cross_entropy": 0.1}` is their weighted sum.
 
     `data` is a list of one kind: chats, strings, token-id lists, Datums or preference records. data and loss_fn_inputs
     are checked and given their types by `tinkerbell_server.data`, which can name the offending row.
@@ -79,9 +82,9 @@ class ForwardRequest(Wire, frozen=True):
 
     model_id: str
     data: list[Any]
-    loss_fn: str = "cross_entropy"
+    loss_fn: str | dict[str, float] = "cross_entropy"
     loss_fn_inputs: dict[str, Any] | None = None
-    loss_fn_config: dict[str, bool | Int64 | float | str | None] | None = None
+    loss_fn_config: dict[str, Setting | dict[str, Setting]] | None = None
 
 
 class OptimStepRequest(Wire, frozen=True):
@@ -148,6 +151,13 @@ class RegisterLossRequest(Wire, frozen=True):
     group_size: Int64 = 1
     example_inputs: dict[str, TensorData] | None = None
     kind: Literal["cloudpickle", "source"] = "cloudpickle"
+
+
+class GetLossRequest(Wire, frozen=True):
+    """An upload to read: `name`, its latest version, or `name@digest` or an id. tenant: another's, for an admin."""
+
+    name: str
+    tenant: str | None = None
 
 
 class DeleteLossesRequest(Wire, frozen=True):
@@ -276,6 +286,7 @@ class LossDescription(Wire, frozen=True):
 
     inputs: keys it needs; optional_inputs: keys it reads if sent.
     plain_logits: why it is given stored logits; empty: lazy ones. materialises: operations of it that store them still.
+    parts: what a weighted sum is made of.
     """
 
     id: str
@@ -292,6 +303,7 @@ class LossDescription(Wire, frozen=True):
     source: str = ""
     plain_logits: str = ""
     materialises: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     @classmethod
     def of(cls, spec: LossSpec) -> LossDescription:
@@ -311,6 +323,7 @@ class LossDescription(Wire, frozen=True):
             source=spec.source,
             plain_logits=spec.plain_logits,
             materialises=spec.materialises,
+            parts=spec.parts,
         )
 
     @property

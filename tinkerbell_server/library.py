@@ -14,6 +14,7 @@ from tinkerbell_core.registry import resolve
 from tinkerbell_core.types import (
     DeleteLossesOutput,
     DeleteLossesRequest,
+    GetLossRequest,
     LossDescription,
     PublishLossRequest,
     RegisterLossRequest,
@@ -60,6 +61,11 @@ class Library:
         name = Version(caller.tenant, upload).id
         with self._audit.watch(caller, "register_custom_loss", name, _sha256(upload)):
             return await self._register(caller.tenant, upload)
+
+    def get(self, caller: Caller, request: GetLossRequest) -> RegisterLossRequest:
+        """An upload as it came, latest version or that of `name@digest`. Raises UnknownLoss."""
+        with self._audit.watch(caller, "get_custom_loss", _told(request)):
+            return resolve(request.name, self._versions(_owner(caller, request.tenant))).upload
 
     async def delete(self, caller: Caller, request: DeleteLossesRequest) -> DeleteLossesOutput:
         """Forget every version of a name, or the one of `name@digest`. Raises UnknownLoss."""
@@ -134,7 +140,7 @@ def _owner(caller: Caller, tenant: str | None) -> str:
     return tenant
 
 
-def _told(request: DeleteLossesRequest | PublishLossRequest) -> str:
+def _told(request: GetLossRequest | DeleteLossesRequest | PublishLossRequest) -> str:
     return request.name if request.tenant is None else f"{request.tenant[:40]}/{request.name}"
 
 

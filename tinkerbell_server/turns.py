@@ -55,7 +55,9 @@ class Job:
         if self.kind not in ("forward", "forward_backward"):
             return False
         command = self.command()
-        return isinstance(command, RunLoss) and command.loss.startswith("upload:")
+        return isinstance(command, RunLoss) and any(
+            loss.startswith("upload:") for loss in (command.loss, *command.weights)
+        )
 
     @property
     def lane(self) -> Lane:

@@ -55,6 +55,7 @@ class CreateModel(Command, frozen=True):
 class RunLoss(Command, frozen=True):
     """forward (backward=False) or forward_backward. loss: an id; hyperparameters: bound.
 
+    weights: ids and weights of a sum made for this call; empty: the loss is the one of its id.
     tenant: who calls, so that no two tenants share a process that runs an uploaded loss.
     """
 
@@ -64,6 +65,7 @@ class RunLoss(Command, frozen=True):
     hyperparameters: dict[str, Any]
     backward: bool
     tenant: str | None = None
+    weights: dict[str, float] = {}
 
 
 class OptimStep(Command, frozen=True):

@@ -36,6 +36,7 @@ from tinkerbell_core.types import (
     SaveOutput,
     TensorData,
 )
+from tinkerbell_server.called import loss_called
 from tinkerbell_server.engines import base
 from tinkerbell_server.engines.fake_losses import built_ins
 
@@ -140,9 +141,10 @@ class FakeEngine:
         if _word(command.model_id).startswith("crash-"):
             os._exit(9)
         lengths = _lengths(command.data)
-        if command.loss not in self._losses:
-            raise UnknownLoss(f"no loss {command.loss!r} (there is: {', '.join(self._losses)})")
-        loss = self._losses[command.loss]
+        for id in command.weights or [command.loss]:
+            if id not in self._losses:
+                raise UnknownLoss(f"no loss {id!r} (there is: {', '.join(self._losses)})")
+        loss = loss_called(command.weights or command.loss, list(self._losses.values()))
         seed = _number(msgspec.msgpack.encode([command.data, command.hyperparameters, loss.digest]))
         value = sum(lengths) * (1 + seed) / (1 + abs(model.value))
         if command.backward:

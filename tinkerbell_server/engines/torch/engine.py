@@ -181,7 +181,7 @@ class TorchEngine:
 
     def _run_loss(self, command: RunLoss) -> ForwardOutput:
         start = time.perf_counter()
-        spec = self._losses.get(command.loss)
+        spec = self._losses.sum(command.weights) if command.weights else self._losses.get(command.loss)
         hyperparameters = spec.bind(command.hyperparameters)
         rows = self._rows(command.data, LossDescription.of(spec))
         model = self._models.get(command.model_id)

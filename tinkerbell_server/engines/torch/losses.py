@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 import torch
 
+from tinkerbell_core.compose import combine
 from tinkerbell_core.dryrun import dry_run
 from tinkerbell_core.errors import BadRequest, TinkerbellError, UploadsOff, did_you_mean
 from tinkerbell_core.registry import build_registry
@@ -56,6 +57,10 @@ class Losses:
     def get(self, name: str) -> LossSpec:
         """Raises UnknownLoss, AmbiguousLoss."""
         return self._registry.get(name)
+
+    def sum(self, weights: Mapping[str, float]) -> LossSpec:
+        """The losses of these ids, added up. Raises UnknownLoss, BadLoss."""
+        return combine([(self.get(id), weight) for id, weight in weights.items()])
 
     def descriptions(self) -> list[LossDescription]:
         return [LossDescription.of(spec) for spec in self._registry]
