@@ -171,7 +171,7 @@ class Scheduler:
                 output = msgspec.msgpack.decode(result, type=OptimStepOutput)
                 self._store.stepped(command.model_id, output.step)
                 self._tell_step(link, output, waited)
-            case Save():
+            case Save(optimizer=True):
                 save = msgspec.msgpack.decode(result, type=SaveOutput)
                 self._store.saved(command.model_id, save.path, save.step)
             case Load():

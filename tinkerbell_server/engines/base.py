@@ -69,7 +69,7 @@ class OptimStep(Command, frozen=True):
 
 
 class Sample(Command, frozen=True):
-    """prompt: token ids, a string or a chat. stop: token ids or strings."""
+    """prompt: token ids, a string or a chat. stop: token ids or strings. path: a saved model, in place of model_id."""
 
     model_id: str | None
     prompt: str | list[Any]  # Any: token ids, or turns {role, content}; msgspec decodes one kind of list in a union
@@ -80,13 +80,18 @@ class Sample(Command, frozen=True):
     stop: list[str | int]
     seed: int | None
     num_samples: int
+    path: str | None = None
 
 
 class Save(Command, frozen=True):
-    """Write the model to `path`, a folder that does not exist yet, in one rename."""
+    """Write the model to `path`, a folder that does not exist yet, in one rename.
+
+    optimizer: with its state, so that the model can come back from it.
+    """
 
     model_id: str
     path: str
+    optimizer: bool = True
 
 
 class Load(Command, frozen=True):
@@ -121,7 +126,10 @@ Result = (
 
 
 class EngineDescription(msgspec.Struct, frozen=True, kw_only=True):
-    """What the API answers and validates from, so that a listing says what the engine really has."""
+    """What the API answers and validates from, so that a listing says what the engine really has.
+
+    layers: modules an adapter can be on, by part: attention, mlp, unembed.
+    """
 
     engine: str
     base_model: str
@@ -133,6 +141,7 @@ class EngineDescription(msgspec.Struct, frozen=True, kw_only=True):
     plugins: list[PluginDescription]
     has_chat_template: bool
     memory_bytes: int = 0
+    layers: dict[str, list[str]] = {}
 
 
 class Engine(Protocol):

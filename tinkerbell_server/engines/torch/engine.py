@@ -103,6 +103,7 @@ class TorchEngine:
             plugins=self._losses.plugins,
             has_chat_template=bool(self._tokenizer.chat_template),
             memory_bytes=memory.peak_bytes(self._base.device),
+            layers=self._models.adapters.parts,
         )
 
     def execute(self, command: Command) -> Result:
@@ -128,7 +129,8 @@ class TorchEngine:
                 return self._sample(command)
             case Save():
                 model = self._models.get(command.model_id)
-                checkpoints.save(model, self._models.adapters, self._tokenizer, Path(command.path))
+                path = Path(command.path)
+                checkpoints.save(model, self._models.adapters, self._tokenizer, path, optimizer=command.optimizer)
                 return SaveOutput(model_id=model.id, path=command.path, step=model.steps)
             case Load():
                 return self._load(command)
@@ -213,7 +215,7 @@ class TorchEngine:
                 ids = chat_ids("the prompt", chat, self._tokenizer, add_generation_prompt=True)
             case _:
                 ids = [token for token in command.prompt if isinstance(token, int)]
-        network = self._models.activate(model)
+        network = self._models.activate(model) if command.path is None else self._models.reference(command.path)
         network.mode(train=False)
         sequences = sampling.sample(network, self._tokenizer, ids, command)
         return SampleOutput(model_id=command.model_id, prompt_tokens=len(ids), sequences=sequences)
