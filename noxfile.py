@@ -59,14 +59,14 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy, strict."""
-    install_working_tree(session, "mypy", *TEST_TOOLS)
+    install_working_tree(session, "mypy", "types-protobuf", *TEST_TOOLS)
     session.run("mypy")
 
 
 @nox.session(tags=["ci"])
 def tests(session: nox.Session) -> None:
     """Lint, types, and every test but the slow ones: in one environment, since torch is large."""
-    install_working_tree(session, "mypy", *LINT_TOOLS, *TEST_TOOLS)
+    install_working_tree(session, "mypy", "types-protobuf", *LINT_TOOLS, *TEST_TOOLS)
     check_style(session)
     session.run("mypy")
     session.run("pytest", "-m", "not slow", "-n", "2", *session.posargs, env=OFFLINE)
@@ -75,7 +75,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(tags=["ci"])
 def slow(session: nox.Session) -> None:
     """The tests that train, and the demo."""
-    install_working_tree(session, "mypy", *TEST_TOOLS)
+    install_working_tree(session, "mypy", "types-protobuf", *TEST_TOOLS)
     # 5: no test is marked slow, which is no failure
     session.run("pytest", "-m", "slow", *session.posargs, env=OFFLINE, success_codes=[0, 5])
 
