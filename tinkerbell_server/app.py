@@ -11,13 +11,15 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from tinkerbell_server.config import Settings
 from tinkerbell_server.problems import HANDLERS
-from tinkerbell_server.routes import native
+from tinkerbell_server.routes import native, tinker
 from tinkerbell_server.service import Service
+from tinkerbell_server.tinker.front import Front
 
 
 def create_app(settings: Settings) -> Starlette:
     """The application of one server. Raises TinkerbellError where another server has the data dir."""
     service = Service(settings)
+    front = Front(service)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -25,15 +27,17 @@ def create_app(settings: Settings) -> Starlette:
         try:
             yield
         finally:
+            front.close()
             await service.stop()
 
     # a web page that resolves its own name to 127.0.0.1 must not reach a server that trusts its machine
     local = [Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", settings.host])]
     app = Starlette(
-        routes=native.routes(),
+        routes=[*native.routes(), *tinker.routes()],
         lifespan=lifespan,
         exception_handlers=HANDLERS,
         middleware=local if settings.on_loopback else [],
     )
     app.state.service = service
+    app.state.tinker = front
     return app
