@@ -15,8 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.live import live_server
 from tinkerbell_server.engines.torch.embedded import write_tokenizer
 
-HERE = Path(__file__).parent
-
 collect_ignore_glob = [] if find_spec("tinker") else ["test_*.py"]
 
 os.environ["TINKER_API_KEY"] = "tml-test"
@@ -31,13 +29,14 @@ def pytest_report_header() -> str:
     return f"tinker SDK {version('tinker')}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """The SDK leaves sockets to the garbage collector, and deprecates what its earlier versions need."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))
-            item.add_marker(pytest.mark.filterwarnings("ignore::ResourceWarning"))
-            item.add_marker(pytest.mark.filterwarnings("ignore:DEPRECATED:FutureWarning"))
+    for line in (
+        "ignore::pytest.PytestUnraisableExceptionWarning",
+        "ignore::ResourceWarning",
+        "ignore:DEPRECATED:FutureWarning",
+    ):
+        config.addinivalue_line("filterwarnings", line)
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,8 @@ class Checkpoints:
         else:
             sent, request_kind = bodies.parse(body, bodies.SaveWeights), "save_weights"
         run = self._desk.run(tenant, sent.model_id)
-        path = TinkerPath(run.id, kind, sent.path or f"{kind}-{sent.seq_id or time.time_ns()}")
+        name = f"{kind}-{sent.seq_id or time.time_ns()}" if sent.path is None else sent.path
+        path = TinkerPath(run.id, kind, name)
         start = partial(self._save_named, run, sent, path)
         return self._training.take_command(run, sent.seq_id, request_kind, body, start, path=str(path)), run.id
 

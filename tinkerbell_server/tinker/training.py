@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from tinkerbell_core.errors import BadHyperparameter, BadRequest, TinkerbellError
+from tinkerbell_core.errors import BadHyperparameter, BadRequest, TinkerbellError, UnknownLoss
 from tinkerbell_core.registry import resolve
 from tinkerbell_core.types import CreateModelRequest, ForwardOutput, ForwardRequest, LossDescription, OptimStepRequest
 from tinkerbell_server.admission import Request
@@ -109,6 +109,7 @@ class Training:
         widths = datums.same_widths(call.data)
 
         def make() -> ForwardRequest:
+            check_served(call.loss_fn)
             loss = resolve(call.loss_fn, engine.losses)
             datums.check_known_inputs(loss, call.data)
             return _forward_request([call], loss)
@@ -265,7 +266,7 @@ class Training:
             loss = resolve(call.loss_fn, engine.losses)
         except BadRequest:
             return None  # said when its turn comes
-        coupled = loss.coupling == "batch" or call.config.get("aggregation", "sum") != "sum"
+        coupled = loss.coupling == "batch" or loss.group_size > 1 or call.config.get("aggregation", "sum") != "sum"
         return Joinable(call, loss, engine) if coupled else None
 
 
@@ -285,6 +286,15 @@ def target_modules(lora: bodies.LoraConfig, engine: EngineDescription) -> list[s
             "lora_config trains nothing: of train_attn, train_mlp and train_unembed at least one must be true"
         )
     return modules
+
+
+def check_served(loss_fn: str) -> None:
+    """Raise UnknownLoss for losses of the hosted service that nobody else can have, saying what to use instead."""
+    if loss_fn == "stable_reinforce":
+        raise UnknownLoss(
+            "stable_reinforce is not on this server (its formula is not public): pass loss_fn='importance_sampling', or "
+            "'ppo' or 'cispo' for a clipped ratio; they take the same target_tokens, logprobs and advantages"
+        )
 
 
 def check_optimizer(sent: dict[str, bodies.Any_] | None) -> None:
