@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
-from tinkerbell_core.errors import Conflict, EngineLost, TinkerbellError, UnknownModel
+from tinkerbell_core.errors import Conflict, EngineLost, Problem, TinkerbellError, UnknownModel
 from tinkerbell_core.types import (
     CreateModelRequest,
     DeleteModelOutput,
@@ -25,6 +27,8 @@ from tinkerbell_server.engines.base import (
     OptimStep,
     RegisterLoss,
     RunLoss,
+    Sample,
+    Samples,
     Save,
 )
 from tinkerbell_server.engines.link import Link
@@ -35,6 +39,21 @@ from tinkerbell_server.supervisor import Supervisor
 from tinkerbell_server.turns import Job, Turns
 
 log = logging.getLogger("tinkerbell.server")
+
+
+SAMPLES = 128
+"""The most requests for samples that run as one."""
+
+
+class _DrawnOne(msgspec.Struct, frozen=True):
+    output: msgspec.Raw = msgspec.Raw()
+    problem: Problem | None = None
+
+
+class _Drawn(msgspec.Struct, frozen=True):
+    """A SamplesOutput whose outputs are passed on as they are."""
+
+    drawn: list[_DrawnOne]
 
 
 class _Ran(msgspec.Struct, frozen=True):
@@ -93,6 +112,10 @@ class Scheduler:
                 return
             if self._turns.running is not job:
                 continue
+            beside = self._turns.beside(job, SAMPLES - 1)
+            if beside:
+                await self._sample_together(link, [job, *beside])
+                continue
             waited = time.monotonic() - job.accepted
             job.started()
             try:
@@ -111,6 +134,32 @@ class Scheduler:
                 supervisor.refresh(link)
                 self._turns.over(job)
                 job.done(result)
+
+    async def _sample_together(self, link: Link, jobs: list[Job]) -> None:
+        """Samples of one model in one command; each has an end of its own."""
+        samples = []
+        for job in jobs:
+            job.started()
+            command = job.command()
+            assert isinstance(command, Sample)
+            samples.append(command)
+        ends: list[Callable[[], None]] = []
+        try:
+            result = await link.execute(Samples(samples=samples))
+            for job, drawn in zip(jobs, msgspec.msgpack.decode(result, type=_Drawn).drawn, strict=True):
+                done = partial(job.done, bytes(drawn.output))
+                ends.append(done if drawn.problem is None else partial(job.failed, drawn.problem.error()))
+        except EngineLost:
+            self.died(link)
+            return
+        except TinkerbellError as error:
+            ends = [partial(job.failed, error) for job in jobs]
+        except Exception:  # a bug of ours in one job must not end the queue of all
+            log.exception("%d samples could not be drawn", len(jobs))
+            ends = [partial(job.failed, TinkerbellError("internal error, see the server's log")) for job in jobs]
+        self._turns.over(jobs[0])
+        for end in ends:
+            end()
 
     async def _do(self, link: Link, job: Job, waited: float) -> bytes:
         command = job.command()

@@ -35,13 +35,14 @@ class Job:
 
 
 class Turns:
-    """The queue. At most one job runs; it is counted until `over`."""
+    """The queue. At most one job runs, or several samples as one; it is counted until `over`."""
 
     def __init__(self) -> None:
         self._queues: dict[str | None, deque[Job]] = {}
         self._ring: deque[str | None] = deque()
         self._filled = asyncio.Event()
         self.running: Job | None = None
+        self._beside: list[Job] = []
 
     def put(self, job: Job) -> None:
         if job.model_id not in self._queues:
@@ -64,14 +65,26 @@ class Turns:
             del self._queues[model_id]
         return self.running
 
+    def beside(self, job: Job, most: int) -> list[Job]:
+        """The samples right behind a running sample, of the same model: they run with it from here on."""
+        queue = self._queues.get(job.model_id)
+        while job.kind == "sample" and queue and queue[0].kind == "sample" and len(self._beside) < most:
+            self._beside.append(queue.popleft())
+        if queue is not None and not queue:
+            del self._queues[job.model_id]
+            self._ring.remove(job.model_id)
+        return list(self._beside)
+
     def over(self, job: Job) -> None:
-        """The running job has ended."""
+        """The running job has ended, and what runs with it."""
         if self.running is job:
             self.running = None
+            self._beside = []
 
     def drain(self) -> list[Job]:
         """Take every job out, the running one first."""
-        jobs = [] if self.running is None else [self.running]
+        jobs = [] if self.running is None else [self.running, *self._beside]
+        self._beside = []
         jobs += [job for queue in self._queues.values() for job in queue]
         self._queues.clear()
         self._ring.clear()
@@ -80,7 +93,7 @@ class Turns:
 
     def of_model(self, model_id: str) -> list[Job]:
         """The jobs of one model that have not ended."""
-        running = [self.running] if self.running is not None and self.running.model_id == model_id else []
+        running = [self.running, *self._beside] if self.running and self.running.model_id == model_id else []
         return [*running, *self._queues.get(model_id, ())]
 
     def creating(self) -> set[str]:
@@ -103,4 +116,4 @@ class Turns:
         return None
 
     def __len__(self) -> int:
-        return sum(map(len, self._queues.values())) + (self.running is not None)
+        return sum(map(len, self._queues.values())) + (self.running is not None) + len(self._beside)

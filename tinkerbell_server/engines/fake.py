@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from tinkerbell_core.errors import BadCheckpoint, BadLoss, NothingAccumulated, UnknownModel
+from tinkerbell_core.errors import BadCheckpoint, BadLoss, NothingAccumulated, Problem, TinkerbellError, UnknownModel
 from tinkerbell_core.spec import Provenance
 from tinkerbell_core.types import (
     CreateModelRequest,
@@ -97,6 +97,8 @@ class FakeEngine:
                 return self._optim_step(command)
             case base.Sample():
                 return self._sample(command)
+            case base.Samples():
+                return base.SamplesOutput(drawn=[self._draw(sample) for sample in command.samples])
             case base.Save():
                 return self._save(command)
             case base.Load():
@@ -109,6 +111,12 @@ class FakeEngine:
                 return self._register(command.upload)
             case _:
                 raise AssertionError(type(command).__name__)
+
+    def _draw(self, command: base.Sample) -> base.Drawn:
+        try:
+            return base.Drawn(output=self._sample(command))
+        except TinkerbellError as error:
+            return base.Drawn(problem=Problem.of(error))
 
     def _model(self, model_id: str) -> _Model:
         if model_id not in self._models:

@@ -18,10 +18,11 @@ from tinkerbell_server.engines.base import (
     RegisterLoss,
     RunLoss,
     Sample,
+    Samples,
     Save,
 )
 
-AnyCommand = CreateModel | RunLoss | OptimStep | Sample | Save | Load | DeleteModel | RegisterLoss
+AnyCommand = CreateModel | RunLoss | OptimStep | Sample | Samples | Save | Load | DeleteModel | RegisterLoss
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):

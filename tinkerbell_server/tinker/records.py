@@ -75,10 +75,18 @@ class Checkpoint(Record, frozen=True):
     user_metadata: Metadata = None
 
 
+class Layout(msgspec.Struct, frozen=True):
+    """Where the entries of a sparse CSR tensor are."""
+
+    crow: list[int]
+    col: list[int]
+
+
 class Asked(Record, frozen=True):
     """An accepted request: what kind of answer it wants, and what its result alone does not say.
 
     rows: how many datums it has; widths: K of each, where rows of several widths were padded to one.
+    layout: of the tensor of targets that a sample was asked about, where it was sparse.
     """
 
     kind: str
@@ -88,6 +96,7 @@ class Asked(Record, frozen=True):
     sampling_session_id: str | None = None
     rows: int = 0
     widths: list[int] | None = None
+    layout: Layout | None = None
 
 
 R = TypeVar("R", bound=Record)

@@ -9,10 +9,10 @@ import msgspec
 import numpy as np
 
 from tinkerbell_core.errors import Problem
-from tinkerbell_core.types import ForwardOutput, OptimStepOutput, SampleOutput, TensorData
+from tinkerbell_core.types import ForwardOutput, OptimStepOutput, PromptScores, SampleOutput, TensorData, TopLogprobs
 from tinkerbell_server.tensors import Array, as_array
 from tinkerbell_server.tinker import wire_pb2 as wire
-from tinkerbell_server.tinker.records import Asked
+from tinkerbell_server.tinker.records import Asked, Layout
 
 _REDUCTIONS = ("sum", "mean", "min", "max")
 
@@ -39,9 +39,6 @@ _USERS = frozenset(
 )
 """Kinds of problem that the same request would meet again."""
 
-NO_LOGPROB = -99999.0
-"""What an empty cell of top-k log-probabilities holds."""
-
 
 def failed(problem: Problem) -> dict[str, str]:
     """A failed future; `category` says whether to send it again would help."""
@@ -55,7 +52,7 @@ def done(asked: Asked, result: bytes) -> bytes | dict[str, Any]:  # Any: JSON va
         case "forward" | "forward_backward":
             return forward_output(msgspec.msgpack.decode(result, type=ForwardOutput), asked)
         case "sample":
-            return sample_response(msgspec.msgpack.decode(result, type=SampleOutput))
+            return sample_response(msgspec.msgpack.decode(result, type=SampleOutput), asked)
         case "optim_step":
             return {"metrics": optim_metrics(msgspec.msgpack.decode(result, type=OptimStepOutput))}
         case "create_model":
@@ -133,16 +130,51 @@ def optim_metrics(output: OptimStepOutput) -> dict[str, float]:
     }
 
 
-def sample_response(output: SampleOutput) -> bytes:
+def sample_response(output: SampleOutput, asked: Asked) -> bytes:
     """The samples, and what was asked of the prompt."""
     message = wire.SampleResponse()
     for sequence in output.sequences:
-        message.sequences.add(
+        sent = message.sequences.add(
             stop_reason=wire.STOP_REASON_STOP if sequence.stop_reason == "stop" else wire.STOP_REASON_LENGTH,
             tokens=np.asarray(sequence.tokens, dtype="<i4").tobytes(),
             logprobs=np.asarray(sequence.logprobs, dtype="<f4").tobytes(),
         )
+        if sequence.top is not None:
+            sent.topk_sampled_logprobs.CopyFrom(_top(sequence.top))
+    prompt = output.prompt or PromptScores()
+    if prompt.logprobs is not None:
+        message.prompt_logprobs = as_array(prompt.logprobs).astype("<f4").tobytes()
+    if prompt.top is not None:
+        message.topk_prompt_logprobs.CopyFrom(_top(prompt.top))
+    if prompt.targets is not None:
+        message.target_prompt_logprobs.CopyFrom(_targets(as_array(prompt.targets), asked.layout))
+    if prompt.drawn is not None:
+        message.prompt_alt_tokens.tokens.CopyFrom(tensor(as_array(prompt.drawn.ids)))
+        message.prompt_alt_tokens.logprobs.CopyFrom(tensor(as_array(prompt.drawn.logprobs)))
     return message.SerializeToString()
+
+
+def _top(top: TopLogprobs) -> wire.TopkLogprobs:
+    length, k = top.ids.shape
+    return wire.TopkLogprobs(
+        token_ids=as_array(top.ids).astype("<i4").tobytes(),
+        logprobs=as_array(top.logprobs).astype("<f4").tobytes(),
+        k=k,
+        length=length,
+    )
+
+
+def _targets(found: Array, layout: Layout | None) -> wire.Tensor:
+    """In the layout of what was asked."""
+    if layout is None:
+        return tensor(found)
+    rows = np.repeat(np.arange(found.shape[0]), np.diff(layout.crow))
+    sparse = wire.SparseCsr(
+        values=found[rows, layout.col].astype("<f4").tobytes(),
+        crow_indices=np.asarray(layout.crow, dtype="<i8").tobytes(),
+        col_indices=np.asarray(layout.col, dtype="<i8").tobytes(),
+    )
+    return wire.Tensor(sparse_csr=sparse, dtype=wire.DTYPE_FLOAT32, shape=found.shape)
 
 
 def tensor(array: Array) -> wire.Tensor:

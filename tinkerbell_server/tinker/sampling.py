@@ -6,12 +6,9 @@ import time
 
 import msgspec
 
-from tinkerbell_core.errors import BadData, BadRequest
-from tinkerbell_core.types import SampleRequest
-from tinkerbell_server.engines.base import EngineDescription, Sample
-from tinkerbell_server.prompts import sample_command
-from tinkerbell_server.tensors import as_array
-from tinkerbell_server.tinker import bodies, datums
+from tinkerbell_core.errors import BadRequest
+from tinkerbell_server.engines.base import Sample
+from tinkerbell_server.tinker import bodies, questions
 from tinkerbell_server.tinker.checkpoints import Checkpoints, sampler_id_of
 from tinkerbell_server.tinker.desk import Desk
 from tinkerbell_server.tinker.names import TinkerPath
@@ -62,9 +59,12 @@ class Sampling:
         key = f"tinker/{sampler.id}/{sent.seq_id if sent.seq_id is not None else f'at/{time.time_ns()}'}"
         request_id = self._desk.repeated(key, "sample", body)
         if request_id is None:
-            command = _command(sent, engine)
-            request_id = self._desk.accept(tenant, "sample", key, body, parent=sampler.id)
-            self._desk.queue(request_id, "sample", sampler.id, lambda: self._now(command, sampler))
+            command = questions.sample_of(sent, engine)
+            layout = questions.layout_of(sent)
+            request_id = self._desk.accept(tenant, "sample", key, body, parent=sampler.id, layout=layout)
+            # samples of one network stand in one queue, so that they are drawn together
+            queue = sampler.id if sampler.follows is not None else f"sampler:{sampler.folder or ''}"
+            self._desk.queue(request_id, "sample", queue, lambda: self._now(command, sampler))
         return request_id, [f"{request_id}-{index}" for index in range(sent.num_samples)]
 
     def _sampler(self, tenant: str, sent: bodies.Sample) -> Sampler:
@@ -85,25 +85,3 @@ class Sampling:
             run = self._desk.records.get(Run, sampler.follows)
             folder = folder if run is None else run.follower
         return msgspec.structs.replace(command, path=folder)
-
-
-def _command(sent: bodies.Sample, engine: EngineDescription) -> Sample:
-    """Raises BadData for the prompt, BadHyperparameter for a setting."""
-    params = sent.sampling_params
-    ids = as_array(datums.json_tokens("prompt", sent.prompt)).tolist()
-    if not ids:
-        raise BadData("prompt is empty: give at least one token to continue from")
-    room = engine.max_length - len(ids)
-    if room < 1:
-        raise BadData(f"the prompt has {len(ids)} tokens, but the model takes {engine.max_length} with the answer")
-    request = SampleRequest(
-        prompt=ids,
-        max_tokens=room if params.max_tokens is None else params.max_tokens,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=-1 if params.top_k <= 0 else params.top_k,
-        stop=params.stop,
-        seed=params.seed,
-        num_samples=sent.num_samples,
-    )
-    return sample_command(request, engine)

@@ -292,8 +292,8 @@ def check_served(loss_fn: str) -> None:
     """Raise UnknownLoss for losses of the hosted service that nobody else can have, saying what to use instead."""
     if loss_fn == "stable_reinforce":
         raise UnknownLoss(
-            "stable_reinforce is not on this server (its formula is not public): pass loss_fn='importance_sampling', or "
-            "'ppo' or 'cispo' for a clipped ratio; they take the same target_tokens, logprobs and advantages"
+            "stable_reinforce is not on this server (its formula is not public): pass loss_fn='importance_sampling', "
+            "or 'ppo' or 'cispo' for a clipped ratio; they take the same target_tokens, logprobs and advantages"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 import torch._dynamo  # the first AdamW step imports it, which takes seconds: here, not there
 from transformers.utils.logging import disable_progress_bar
 
-from tinkerbell_core.errors import BadData, BadLoss, BadRequest, OutOfMemory
+from tinkerbell_core.errors import BadData, BadLoss, BadRequest, OutOfMemory, Problem, TinkerbellError
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.types import (
     DeleteModelOutput,
@@ -27,6 +27,7 @@ from tinkerbell_server.engines.base import (
     Command,
     CreateModel,
     DeleteModel,
+    Drawn,
     EngineConfig,
     EngineDescription,
     Load,
@@ -36,6 +37,8 @@ from tinkerbell_server.engines.base import (
     Row,
     RunLoss,
     Sample,
+    Samples,
+    SamplesOutput,
     Save,
     TextData,
 )
@@ -127,6 +130,8 @@ class TorchEngine:
                 return self._optim_step(command)
             case Sample():
                 return self._sample(command)
+            case Samples():
+                return SamplesOutput(drawn=self._sample_many(command.samples))
             case Save():
                 model = self._models.get(command.model_id)
                 path = Path(command.path)
@@ -206,19 +211,52 @@ class TorchEngine:
         )
 
     def _sample(self, command: Sample) -> SampleOutput:
-        model = None if command.model_id is None else self._models.get(command.model_id)
+        (drawn,) = self._sample_many([command])
+        if drawn.problem is not None:
+            raise drawn.problem.error()
+        assert drawn.output is not None
+        return drawn.output
+
+    def _sample_many(self, commands: Sequence[Sample]) -> list[Drawn]:
+        """Each by itself where one cannot be had; those of one network in batches."""
+        drawn: dict[int, Drawn] = {}
+        prompts: dict[tuple[str | None, str | None], dict[int, sampling.Prompt]] = {}
+        for index, command in enumerate(commands):
+            try:
+                prompt = sampling.Prompt(self._prompt_ids(command), command)
+                sampling.check(prompt, self._network_of(command))
+                prompts.setdefault((command.path, command.model_id), {})[index] = prompt
+            except TinkerbellError as error:
+                drawn[index] = Drawn(problem=Problem.of(error))
+        for same in prompts.values():
+            network = self._network_of(commands[next(iter(same))])
+            network.mode(train=False)
+            for index, continued in zip(
+                same, sampling.sample_many(network, self._tokenizer, list(same.values())), strict=True
+            ):
+                output = SampleOutput(
+                    model_id=commands[index].model_id,
+                    prompt_tokens=len(same[index].ids),
+                    sequences=continued.sequences,
+                    prompt=continued.prompt,
+                )
+                drawn[index] = Drawn(output=output)
+        return [drawn[index] for index in range(len(commands))]
+
+    def _network_of(self, command: Sample) -> Network:
+        if command.path is not None:
+            return self._models.snapshot(Path(command.path))
+        return self._models.activate(None if command.model_id is None else self._models.get(command.model_id))
+
+    def _prompt_ids(self, command: Sample) -> list[int]:
         match command.prompt:
             case str(text):
-                ids = list(self._tokenizer(text)["input_ids"])
+                return list(self._tokenizer(text)["input_ids"])
             case [dict(), *_]:
                 chat = [message for message in command.prompt if isinstance(message, dict)]
-                ids = chat_ids("the prompt", chat, self._tokenizer, add_generation_prompt=True)
+                return chat_ids("the prompt", chat, self._tokenizer, add_generation_prompt=True)
             case _:
-                ids = [token for token in command.prompt if isinstance(token, int)]
-        network = self._models.activate(model) if command.path is None else self._models.reference(command.path)
-        network.mode(train=False)
-        sequences = sampling.sample(network, self._tokenizer, ids, command)
-        return SampleOutput(model_id=command.model_id, prompt_tokens=len(ids), sequences=sequences)
+                return [token for token in command.prompt if isinstance(token, int)]
 
     def _load(self, command: Load) -> LoadOutput:
         model, created = self._models.get_or_create(command.model_id, command.create)
