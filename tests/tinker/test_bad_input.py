@@ -53,6 +53,7 @@ FORWARD: dict[str, tuple[types.Datum, str, dict[str, Any] | None, str]] = {
     "a loss without its setting": (datum(ROW, **RL), "dro", None, "beta"),
     "text for a number": (datum(ROW, **RL), "ppo", {"clip_low_threshold": "low"}, "clip_low_threshold"),
     "a row too long": (raw([1] * 129, target_tokens=[1] * 129), "cross_entropy", None, "128"),
+    "a custom loss of nobody": (GOOD, "custom", {"loss_id": "none"}, "no custom loss 'none'"),
     "stable_reinforce": (datum(ROW, **RL), "stable_reinforce", None, "loss_fn='importance_sampling'"),
 }
 

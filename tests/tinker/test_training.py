@@ -12,7 +12,7 @@ import torch
 from tinker import types
 from torch import Tensor
 
-from tests.tinker.sdk import LINEAR, close, datum, inputs_of, logprobs_of, new_model, rl_datums, tensor, text
+from tests.tinker.sdk import LINEAR, close, datum, inputs_of, logprobs_of, new_model, now, rl_datums, tensor, text
 
 
 def ratio(lp: Tensor, x: dict[str, Tensor]) -> Tensor:
@@ -36,11 +36,19 @@ def dro(lp: Tensor, x: dict[str, Tensor]) -> Tensor:
     return -(lp * x["advantages"] - 0.5 * 0.05 * (lp - x["logprobs"]) ** 2).sum()
 
 
+def gspo(lp: Tensor, x: dict[str, Tensor]) -> Tensor:
+    s = (lp - x["logprobs"]).mean().exp()
+    tokens = s.detach() * (lp - lp.detach()).exp()
+    low, high = 0.9, 1.1
+    return -torch.minimum(tokens * x["advantages"], tokens.clamp(low, high) * x["advantages"]).sum()
+
+
 RL: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
     "importance_sampling": (importance_sampling, {}),
     "ppo": (ppo, {}),
     "cispo": (cispo, {}),
     "dro": (dro, {"beta": 0.05}),
+    "gspo": (gspo, {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}),
 }
 
 
@@ -226,3 +234,34 @@ def test_a_loss_of_a_plugin_has_its_name_on_the_wire(service: tinker.ServiceClie
     output = model.forward_backward(pairs, "dpo", {"beta": 0.2}).result()
     assert output.metrics["loss:sum"] > 0
     assert all(name.count(":") == 1 for name in output.metrics)
+
+
+def test_gspo_takes_the_ratio_over_the_masked_tokens(service: tinker.ServiceClient, model_folder: Path) -> None:
+    model = new_model(service, model_folder)
+    (one,) = rl_datums(model, 1)
+    mask = torch.tensor([0.0] * 3 + [1.0] * 4)
+    given = datum(
+        [*one.model_input.to_ints(), 0],
+        **dict(one.loss_fn_inputs),
+        sequence_ratio_mask=mask.numpy(),
+    )
+    config = {"clip_low_threshold": 0.5, "clip_high_threshold": 1.5}
+    output = model.forward([given], "gspo", config).result()
+    lp, x = logprobs_of(output)[0], inputs_of(one)
+    s = ((lp - x["logprobs"]) * mask).sum().div(4).exp()
+    surrogate = torch.minimum(s * x["advantages"], s.clamp(0.5, 1.5) * x["advantages"])
+    assert close(output.metrics["loss:sum"], float(-(surrogate * mask).sum()))
+
+
+@pytest.mark.parametrize("parts", [{"train_mlp": False}, {"train_attn": False}, {"train_unembed": False}])
+def test_parts_of_a_model_may_be_left_alone(
+    service: tinker.ServiceClient, model_folder: Path, parts: dict[str, bool]
+) -> None:
+    model = new_model(service, model_folder, **parts)
+    data = [datum(text(12), weights=[1.0] * 11)]
+    before = model.forward_backward(data, "cross_entropy").result().metrics["loss:sum"]
+    model.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+    assert model.forward(data, "cross_entropy").result().metrics["loss:sum"] < before
+    path = model.save_state("part").result().path
+    again = now(service.create_training_client_from_state(path))
+    assert again.forward(data, "cross_entropy").result().metrics["loss:sum"] < before

@@ -141,6 +141,18 @@ class JoinSamplingSession(Body, frozen=True):
     sampling_session_id: str
 
 
+class Ttl(Body, frozen=True):
+    ttl_seconds: int | None
+
+
+class WeightsInfo(Body, frozen=True):
+    tinker_path: str
+
+
+class Move(Body, frozen=True):
+    project_id: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True):
     max_tokens: int | None = None
     seed: int | None = None

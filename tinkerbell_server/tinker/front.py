@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from tinkerbell_server.service import Service
 from tinkerbell_server.tinker.checkpoints import Checkpoints
 from tinkerbell_server.tinker.desk import Desk
+from tinkerbell_server.tinker.downloads import Downloads
+from tinkerbell_server.tinker.listing import Listing
 from tinkerbell_server.tinker.sampling import Sampling
 from tinkerbell_server.tinker.sessions import Sessions
 from tinkerbell_server.tinker.training import Training
+from tinkerbell_server.tinker.upkeep import Upkeep
 
 
 class Front:
@@ -17,7 +22,16 @@ class Front:
         self.training = Training(self.desk)
         self.checkpoints = Checkpoints(self.desk, self.training)
         self.sampling = Sampling(self.desk, self.checkpoints)
+        self.listing = Listing(self.desk, self.checkpoints)
+        self.downloads = Downloads()
+        self.upkeep = Upkeep(self.desk, self.listing)
+        self._upkeep: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._upkeep = asyncio.create_task(self.upkeep.run())
 
     def close(self) -> None:
+        if self._upkeep is not None:
+            self._upkeep.cancel()
         self.training.close()
         self.desk.records.close()

@@ -61,5 +61,6 @@ class Sessions:
         self._desk.records.put(msgspec.structs.replace(session, last_seen=time.time()))
 
     def finish(self, tenant: str, session_id: str) -> None:
-        """The client says good-bye. What it made stays until nobody has been heard for a while."""
-        self._desk.session(tenant, session_id)
+        """The client says good-bye: what it made and did not save by name is given back soon."""
+        session = self._desk.session(tenant, session_id)
+        self._desk.records.put(msgspec.structs.replace(session, ended=True))

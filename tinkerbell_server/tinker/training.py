@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -109,8 +109,7 @@ class Training:
         widths = datums.same_widths(call.data)
 
         def make() -> ForwardRequest:
-            check_served(call.loss_fn)
-            loss = resolve(call.loss_fn, engine.losses)
+            loss = resolve(served_name(call.loss_fn, call.config), engine.losses)
             datums.check_known_inputs(loss, call.data)
             return _forward_request([call], loss)
 
@@ -263,7 +262,7 @@ class Training:
 
     def _joinable(self, call: datums.ForwardCall, engine: EngineDescription) -> Joinable | None:
         try:
-            loss = resolve(call.loss_fn, engine.losses)
+            loss = resolve(served_name(call.loss_fn, call.config), engine.losses)
         except BadRequest:
             return None  # said when its turn comes
         coupled = loss.coupling == "batch" or loss.group_size > 1 or call.config.get("aggregation", "sum") != "sum"
@@ -288,13 +287,24 @@ def target_modules(lora: bodies.LoraConfig, engine: EngineDescription) -> list[s
     return modules
 
 
-def check_served(loss_fn: str) -> None:
-    """Raise UnknownLoss for losses of the hosted service that nobody else can have, saying what to use instead."""
+def served_name(loss_fn: str, config: Mapping[str, float | str]) -> str:
+    """The name here of a loss on the wire. Raises UnknownLoss for one of the hosted service that nobody else can have.
+
+    What the wire calls gspo is the paper's token form, summed; a plugin may have a gspo of its own beside it.
+    """
+    if loss_fn == "gspo":
+        return "tinkerbell-core:gspo_token"
+    if loss_fn == "custom":
+        raise UnknownLoss(
+            f"no custom loss {str(config.get('loss_id'))[:80]!r} on this server: it runs where the client is, by "
+            "forward_backward_custom, or is uploaded with tinker_client's custom_loss and called by its name"
+        )
     if loss_fn == "stable_reinforce":
         raise UnknownLoss(
             "stable_reinforce is not on this server (its formula is not public): pass loss_fn='importance_sampling', "
             "or 'ppo' or 'cispo' for a clipped ratio; they take the same target_tokens, logprobs and advantages"
         )
+    return loss_fn
 
 
 def check_optimizer(sent: dict[str, bodies.Any_] | None) -> None:
