@@ -67,7 +67,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server of that model; uploads are on, so that a loss of one's own has a name."""
     options = ("--device", "cpu", "--dtype", "float32", "--uploads", "trusted")
-    with live_server(tmp_path_factory.mktemp("tinker-server"), str(model_folder), *options) as url:
+    with live_server(tmp_path_factory.mktemp("tinker-server"), str(model_folder), *options, seconds=280) as url:
         yield url
 
 
