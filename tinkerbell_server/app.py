@@ -11,7 +11,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from tinkerbell_server.config import Settings
 from tinkerbell_server.problems import HANDLERS
-from tinkerbell_server.routes import native, tinker
+from tinkerbell_server.routes import native, openai, tinker
 from tinkerbell_server.service import Service
 from tinkerbell_server.tinker.front import Front
 
@@ -34,7 +34,7 @@ def create_app(settings: Settings) -> Starlette:
     # a web page that resolves its own name to 127.0.0.1 must not reach a server that trusts its machine
     local = [Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", settings.host])]
     app = Starlette(
-        routes=[*native.routes(), *tinker.routes()],
+        routes=[*native.routes(), *tinker.routes(), *openai.routes()],
         lifespan=lifespan,
         exception_handlers=HANDLERS,
         middleware=local if settings.on_loopback else [],

@@ -1,9 +1,10 @@
-"""Everything a server has for Tinker clients, made once and closed once."""
+"""Everything a server has for clients of the Tinker and OpenAI wires, made once and closed once."""
 
 from __future__ import annotations
 
 import asyncio
 
+from tinkerbell_server.completions import Completions
 from tinkerbell_server.service import Service
 from tinkerbell_server.tinker.checkpoints import Checkpoints
 from tinkerbell_server.tinker.desk import Desk
@@ -22,6 +23,7 @@ class Front:
         self.training = Training(self.desk)
         self.checkpoints = Checkpoints(self.desk, self.training)
         self.sampling = Sampling(self.desk, self.checkpoints)
+        self.completions = Completions(self.desk, self.checkpoints)
         self.listing = Listing(self.desk, self.checkpoints)
         self.downloads = Downloads()
         self.upkeep = Upkeep(self.desk, self.listing)

@@ -20,7 +20,7 @@ log = logging.getLogger("tinkerbell.server")
 
 PROTOBUF = "application/x-protobuf"
 
-_SAID = (400, 401, 403, 404, 410, 413, 422)
+_SAID = (400, 401, 403, 404, 410, 413)
 """Statuses that a client raises at once. 409, 429 and 5xx it sends again for minutes, 402 for an hour."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -50,12 +50,15 @@ def answering(endpoint: Endpoint) -> Endpoint:
 
 def refused(error: TinkerbellError) -> Response:
     """The error's sentence as `detail`, where the SDK and people look for it."""
-    status = error.http_status if isinstance(error, HttpProblem) else error.status
+    return said({"detail": error.message, "error": error.message, "kind": error.kind}, status_of(error))
+
+
+def status_of(error: TinkerbellError) -> int:
+    """Its status, where that is one a client raises at once, else 400."""
     if isinstance(error, EngineLost):
-        status = 503  # a restart is under way: to send it again is right
-    elif status not in _SAID:
-        status = 400
-    return said({"detail": error.message, "error": error.message, "kind": error.kind}, status)
+        return 503  # a restart is under way: to send it again is right
+    status = error.http_status if isinstance(error, HttpProblem) else error.status
+    return status if status in _SAID else 400
 
 
 # Any: JSON values of several types
