@@ -18,6 +18,8 @@ CONSTRAINTS = str(ROOT / ".ci" / "constraints.txt")
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 LINT_TOOLS = ["import-linter", "ruff"]
 TEST_TOOLS = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist"]
+SDKS = ["0.25.0", "0.30.4", "0.36.0", "0.38.0"]
+"""Versions of the Tinker SDK that are clients of this server; those before speak JSON, of which a test sends some."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -73,9 +75,26 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(tags=["ci"])
+def sdk(session: nox.Session) -> None:
+    """The stock Tinker SDK, each version this server promises in turn, and the openai client, against a real server."""
+    install_working_tree(session, *TEST_TOOLS, "openai")
+    for version in SDKS:
+        session.install("-c", CONSTRAINTS, f"tinker=={version}")
+        session.run("pytest", "tests/tinker", *session.posargs, env=OFFLINE)
+
+
+@nox.session(name="sdk-latest")
+def sdk_latest(session: nox.Session) -> None:
+    """The newest Tinker SDK there is, for a weekly look."""
+    install_working_tree(session, *TEST_TOOLS)
+    session.install("--upgrade", "openai", "tinker")
+    session.run("pytest", "tests/tinker", *session.posargs, env=OFFLINE)
+
+
+@nox.session(tags=["ci"])
 def slow(session: nox.Session) -> None:
     """The tests that train, and the demo."""
-    install_working_tree(session, "mypy", "types-protobuf", *TEST_TOOLS)
+    install_working_tree(session, "mypy", *TEST_TOOLS)
     # 5: no test is marked slow, which is no failure
     session.run("pytest", "-m", "slow", *session.posargs, env=OFFLINE, success_codes=[0, 5])
 
@@ -109,7 +128,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Every benchmark, one after the other; `nox -s bench -- --json` for programs."""
-    install_working_tree(session)
+    install_working_tree(session, f"tinker=={SDKS[-1]}")
     for path in sorted((ROOT / "benchmarks").glob("[a-z]*.py")):
         session.run("python", str(path), *session.posargs, env=OFFLINE)
 
