@@ -28,9 +28,9 @@ def trained(service: tinker.ServiceClient, model_folder: Path) -> Any:
     """A model that has learned TEXT."""
     model = new_model(service, model_folder, rank=8)
     row = datum(list(TEXT.encode()), weights=[1.0] * (len(TEXT) - 1))
-    for _ in range(25):
+    for _ in range(60):
         model.forward_backward([row], "cross_entropy")
-        model.optim_step(types.AdamParams(learning_rate=3e-2)).result()
+        model.optim_step(types.AdamParams(learning_rate=5e-3)).result()
     return model
 
 
