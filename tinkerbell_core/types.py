@@ -241,6 +241,13 @@ class OptimStepOutput(Wire, frozen=True):
     seconds: float
 
 
+class TopLogprobs(Wire, frozen=True):
+    """The k likeliest tokens at each position, likeliest first: ids int32 and logprobs float32, both `[n, k]`."""
+
+    ids: TensorData
+    logprobs: TensorData
+
+
 class SampledSequence(Wire, frozen=True):
     """tokens include the stop token where one ended the sample; logprobs are of the untempered model, one a token."""
 
@@ -248,12 +255,28 @@ class SampledSequence(Wire, frozen=True):
     logprobs: list[float]
     text: str
     stop_reason: Literal["stop", "length"]
+    top: TopLogprobs | None = None
+
+
+class PromptScores(Wire, frozen=True):
+    """What the untempered model says of a prompt of P tokens; each part only where it was asked for.
+
+    logprobs: float32 `[P]`, NaN where there is none, as at the first. top: of the same positions, id 0 and logprob
+    -99999 where there is none. targets: float32 `[P - 1, K]` of the ids that were given, 0 where that was -1. drawn:
+    ids and logprobs `[P - 1, k]` of tokens drawn at the sample's temperature in place of each but the first.
+    """
+
+    logprobs: TensorData | None = None
+    top: TopLogprobs | None = None
+    targets: TensorData | None = None
+    drawn: TopLogprobs | None = None
 
 
 class SampleOutput(Wire, frozen=True):
     model_id: str | None
     prompt_tokens: int
     sequences: list[SampledSequence]
+    prompt: PromptScores | None = None
 
 
 class SaveOutput(Wire, frozen=True):

@@ -18,7 +18,15 @@ from typing import Literal
 
 import msgspec
 
-from tinkerbell_core.errors import BadCheckpoint, BadLoss, NothingAccumulated, UnknownLoss, UnknownModel
+from tinkerbell_core.errors import (
+    BadCheckpoint,
+    BadLoss,
+    NothingAccumulated,
+    Problem,
+    TinkerbellError,
+    UnknownLoss,
+    UnknownModel,
+)
 from tinkerbell_core.spec import Provenance
 from tinkerbell_core.types import (
     CreateModelRequest,
@@ -83,6 +91,7 @@ class FakeEngine:
             ],
             has_chat_template=False,
             uploads=self._uploads,
+            layers={"attention": ["q_proj"], "mlp": ["up_proj"], "unembed": ["lm_head"]},
         )
 
     def close(self) -> None:
@@ -104,6 +113,8 @@ class FakeEngine:
                 return self._optim_step(command)
             case base.Sample():
                 return self._sample(command)
+            case base.Samples():
+                return base.SamplesOutput(drawn=[self._draw(sample) for sample in command.samples])
             case base.Save():
                 return self._save(command)
             case base.Load():
@@ -118,6 +129,12 @@ class FakeEngine:
                 return DeleteLossesOutput(deleted=[id for id in command.ids if self._losses.pop(id, None)])
             case _:
                 raise AssertionError(type(command).__name__)
+
+    def _draw(self, command: base.Sample) -> base.Drawn:
+        try:
+            return base.Drawn(output=self._sample(command))
+        except TinkerbellError as error:
+            return base.Drawn(problem=Problem.of(error))
 
     def _model(self, model_id: str) -> _Model:
         if model_id not in self._models:

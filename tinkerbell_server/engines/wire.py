@@ -19,10 +19,13 @@ from tinkerbell_server.engines.base import (
     RegisterLoss,
     RunLoss,
     Sample,
+    Samples,
     Save,
 )
 
-AnyCommand = CreateModel | RunLoss | OptimStep | Sample | Save | Load | DeleteModel | RegisterLoss | DeleteLosses
+AnyCommand = (
+    CreateModel | RunLoss | OptimStep | Sample | Samples | Save | Load | DeleteModel | RegisterLoss | DeleteLosses
+)
 
 
 class Ask(msgspec.Struct, frozen=True):
