@@ -324,7 +324,7 @@ def _forward_request(run: Run, calls: list[datums.ForwardCall], loss: LossDescri
         model_id=run.model_id,
         data=[datum for call in calls for datum in call.data],
         loss_fn=loss.id,
-        loss_fn_config=datums.config_of(loss, calls[0].config),
+        loss_fn_config={**datums.config_of(loss, calls[0].config)},
     )
 
 
