@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,8 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["tests"]
 nox.needs_version = ">=2025.5"
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.resolve()
+DIST = ROOT / "dist"
 CONSTRAINTS = str(ROOT / ".ci" / "constraints.txt")
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 LINT_TOOLS = ["import-linter", "ruff"]
@@ -35,13 +37,10 @@ def install_working_tree(session: nox.Session, *tools: str) -> None:
 
 
 def install_wheels(session: nox.Session, *tools: str) -> None:
-    """Build core and every plugin here and install the files themselves, so that none comes from an index."""
-    wheels = Path(session.create_tmp()) / "wheels"
-    session.run("python", "-c", f"import shutil; shutil.rmtree({str(wheels)!r}, ignore_errors=True)", silent=True)
-    session.run("pip", "wheel", "-q", "--no-deps", "-w", str(wheels), ".", *map(str, PLUGINS))
-    core = next(wheels.glob("tinkerbell_core-*.whl"))
-    plugins = [str(wheel) for wheel in sorted(wheels.glob("tinkerbell_loss_*.whl"))]
-    install(session, f"tinkerbell-core[demo] @ {core.resolve().as_uri()}", *tools)
+    """Install the files that `build` made, so that no distribution of ours comes from an index."""
+    core = next(DIST.glob("tinkerbell_core-*.whl"))
+    plugins = [str(wheel) for wheel in sorted(DIST.glob("tinkerbell_loss_*.whl"))]
+    install(session, f"tinkerbell-core[demo] @ {core.as_uri()}", *tools)
     session.install("--no-deps", "--force-reinstall", str(core), *plugins)
 
 
@@ -99,7 +98,15 @@ def slow(session: nox.Session) -> None:
     session.run("pytest", "-m", "slow", *session.posargs, env=OFFLINE, success_codes=[0, 5])
 
 
-@nox.session(tags=["ci"])
+@nox.session
+def build(session: nox.Session) -> None:
+    """Every distribution, by hatch, into dist/."""
+    session.install("-c", CONSTRAINTS, "hatch")
+    shutil.rmtree(DIST, ignore_errors=True)  # hatch's own --clean removes what it built before the last
+    session.run("hatch", "build", "--all")
+
+
+@nox.session(tags=["ci"], requires=["build"])
 def wheel(session: nox.Session) -> None:
     """The built wheels, from outside the working tree: the command, and every example."""
     install_wheels(session, *TEST_TOOLS)
@@ -109,7 +116,7 @@ def wheel(session: nox.Session) -> None:
     session.run("python", str(ROOT / ".ci" / "examples.py"), env=OFFLINE)
 
 
-@nox.session(tags=["ci"])
+@nox.session(tags=["ci"], requires=["build"])
 def plugins(session: nox.Session) -> None:
     """Each plugin's own tests, on its built wheel and the built core."""
     install_wheels(session, *TEST_TOOLS)
@@ -127,10 +134,9 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Every benchmark, one after the other; `nox -s bench -- --json` for programs."""
+    """Every benchmark, in one table; `nox -s bench -- --json` for programs."""
     install_working_tree(session, f"tinker=={SDKS[-1]}")
-    for path in sorted((ROOT / "benchmarks").glob("[a-z]*.py")):
-        session.run("python", str(path), *session.posargs, env=OFFLINE)
+    session.run("python", "benchmarks/_all.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session(venv_backend="none")
@@ -138,5 +144,4 @@ def gpu(session: nox.Session) -> None:
     """The engine's tests and the benchmarks on cuda, in the environment that runs nox (its torch knows the driver)."""
     env = {**OFFLINE, "TINKERBELL_TEST_DEVICE": "cuda"}
     session.run(sys.executable, "-m", "pytest", "tests/engine", *session.posargs, env=env)
-    for path in sorted((ROOT / "benchmarks").glob("[a-z]*.py")):
-        session.run(sys.executable, str(path), "--device", "cuda", env=env)
+    session.run(sys.executable, "benchmarks/_all.py", "--device", "cuda", env=env)

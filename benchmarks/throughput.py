@@ -1,134 +1,104 @@
-"""A training step through the HTTP client against a bare PyTorch + PEFT loop, pair by pair in one run."""
+"""A training step through the HTTP client against a bare PyTorch + PEFT loop that stores its logits."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import _common
 import peft
 import torch
+import torch.nn.functional as F
 import transformers
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 
 from tinker_client.backend import HFBackend
 from tinker_client.demo.server import running_server
 
-ROWS, LENGTH, VOCAB = 8, 256, 32_000
+ROWS, LENGTH, VOCAB, LAYERS = 8, 256, 32_000, 8
 RANK = ALPHA = 16
 LEARNING_RATE = 1e-4
+CASES = {"all positions count": (1.0, ">= 1.1"), "25% of positions count": (0.25, ">= 1.4")}
+"""The last part of each row that counts, the rest being its prompt; and the least the ratio should be."""
 
 
-def write_model(folder: Path) -> None:
-    """An eight-layer Llama of random weights, with a tokenizer that nothing here uses and a server asks for."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    words = WordLevel({str(id): id for id in range(VOCAB)}, unk_token="0")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(folder)
+def weights_of(share: float) -> list[float]:
+    """Of one row."""
+    prompt = round(LENGTH * (1 - share))
+    return [0.0] * prompt + [1.0] * (LENGTH - prompt)
 
 
-def bare_loop(folder: Path, data: list[list[int]], device: str, dtype: torch.dtype) -> Callable[[int], float]:
-    """Seconds for so many steps, each forward, backward and AdamW, with nothing else in the way."""
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+def bare_loop(folder: Path, ids: list[list[int]], share: float, device: str, steps: int) -> _common.Run:
+    """So many steps, each forward, backward and AdamW, with nothing else in the way."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=_common.dtype_of(device)).to(device)
     lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, lora)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0)
-    ids = torch.tensor(data)
+    tokens, weights = torch.tensor(ids), torch.tensor(weights_of(share) * ROWS)
 
-    def run(steps: int) -> float:
-        started = time.perf_counter()
+    def run() -> None:
         for _ in range(steps):
-            batch = ids.to(device)
+            batch, weight = tokens.to(device), weights.to(device)
             logits = model(input_ids=batch[:, :-1], use_cache=False).logits.float()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+            losses = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+            loss = (losses * weight).sum()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             loss.item()
-        return time.perf_counter() - started
 
     return run
 
 
-def served_loop(backend: HFBackend, data: list[list[int]]) -> Callable[[int], float]:
-    """Seconds for so many steps of forward_backward and optim_step, submitted ahead, every result fetched."""
-    backend.create_model("bench", rank=RANK, alpha=ALPHA)
+def served_loop(backend: HFBackend, ids: list[list[int]], share: float, steps: int) -> _common.Run:
+    """So many steps of forward_backward and optim_step, submitted ahead, every result fetched."""
+    name = f"bench-{share}"
+    backend.create_model(name, rank=RANK, alpha=ALPHA)
+    weights = weights_of(share)
+    data: list[Any] = [
+        {"model_input": row[:-1], "loss_fn_inputs": {"target_tokens": row[1:], "weights": weights}} for row in ids
+    ]
 
-    def run(steps: int) -> float:
-        started = time.perf_counter()
+    def run() -> None:
         futures = []
         for _ in range(steps):
-            futures.append(backend.submit("forward_backward", model_id="bench", data=data))
-            futures.append(backend.submit("optim_step", model_id="bench", learning_rate=LEARNING_RATE))
+            futures.append(backend.submit("forward_backward", model_id=name, data=data))
+            futures.append(backend.submit("optim_step", model_id=name, learning_rate=LEARNING_RATE))
         for future in futures:
             future.result()
-        return time.perf_counter() - started
 
     return run
 
 
-def measure(device: str, pairs: int, steps: int) -> dict[str, object]:
-    """Interleaved pairs, so that a machine that slows down slows both."""
-    threads = len(os.sched_getaffinity(0))
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the server; this process has read it already
-    torch.set_num_threads(threads)
+def measure(device: str, pairs: int, steps: int) -> tuple[list[dict[str, object]], dict[str, object]]:
+    """The lines of the table, and tokens a second behind them."""
+    threads = _common.all_threads()
     torch.manual_seed(1)
-    data = torch.randint(VOCAB, (ROWS, LENGTH + 1)).tolist()
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    ids = torch.randint(VOCAB, (ROWS, LENGTH + 1)).tolist()
+    rows, details = [], {"device": device, "pairs": pairs, "steps_a_pair": steps, "threads": threads}
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder))
+        _common.write_model(Path(folder), vocab=VOCAB, layers=LAYERS)
         with running_server(folder, "--device", device) as client:
-            bare, served = bare_loop(Path(folder), data, device, dtype), served_loop(client.hf_backend, data)
-            bare(2)
-            served(2)
-            times = [(bare(steps) / steps, served(steps) / steps) for _ in range(pairs)]
-    tokens = ROWS * LENGTH
-    ratios = [theirs / ours for theirs, ours in times]
-    return {
-        "bare_tokens_per_second": round(tokens / statistics.median(theirs for theirs, _ in times)),
-        "served_tokens_per_second": round(tokens / statistics.median(ours for _, ours in times)),
-        "ratio_median": round(statistics.median(ratios), 3),
-        "ratio_min": round(min(ratios), 3),
-        "ratio_max": round(max(ratios), 3),
-        "pairs": pairs,
-        "steps_a_pair": steps,
-        "threads": threads,
-        "device": device,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+            for what, (share, target) in CASES.items():
+                bare = bare_loop(Path(folder), ids, share, device, steps)
+                served = served_loop(client.hf_backend, ids, share, steps)
+                bare()
+                served()
+                times = _common.in_turns([bare, served], pairs)
+                rows.append(_common.row(f"bare / served, {what}", [bare / served for bare, served in times], target))
+                for side, seconds in zip(("bare", "served"), zip(*times, strict=True), strict=True):
+                    tokens = ROWS * LENGTH * steps / statistics.median(seconds)
+                    details[f"{side} tokens/s, {what}"] = round(tokens)
+    return rows, details | {"dtype": str(_common.dtype_of(device)).removeprefix("torch.")}
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--device", default="cpu")
-    options.add_argument("--pairs", type=int, default=9)
+    options = _common.options(__doc__, pairs=9)
     options.add_argument("--steps", type=int, default=3, help="steps of each side in one pair")
-    options.add_argument("--json", action="store_true")
     args = options.parse_args()
-    result = measure(args.device, args.pairs, args.steps)
-    if args.json:
-        print(json.dumps(result))
-        return
-    print("throughput: 8 layers, hidden 256, vocab 32000, LoRA rank 16, 8x256 tokens a step")
-    for name, value in result.items():
-        print(f"  {name:<26} {value}")
+    rows, details = measure(args.device, args.pairs, args.steps)
+    _common.show("throughput", rows, details, as_json=args.json)
 
 
 if __name__ == "__main__":

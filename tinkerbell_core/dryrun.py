@@ -5,21 +5,24 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinkerbell_core.contract import check_output
-from tinkerbell_core.errors import BadLoss, TinkerbellError
+from tinkerbell_core.errors import BadLoss, PlainLogitsNeeded, TinkerbellError
 from tinkerbell_core.guesses import MadeUpInputs, ragged_mask
-from tinkerbell_core.logits import plain_logits
+from tinkerbell_core.logits import Head, LocalSource, Logits, plain_logits
+from tinkerbell_core.logits.recorded import RecordedSource
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.spec import LossSpec
 
 _SEED = 20
 _HIDDEN = 16
+_CHUNK_ROWS = 5  # of lazy logits, so that a trial meets several chunks
+_TOLERANCE = 1e-4  # of the largest number, between lazy and plain logits in float32
 _ATTEMPTS = 32  # the most combinations of [B, T] and [B] that are tried
 
 _STAND_INS: dict[str, bool | int | float | str] = {"int": 1, "bool": False, "str": ""}
@@ -35,19 +38,24 @@ def run_loss(
     """Run a loss and check what it returns; logprobs and diagnostics come back detached.
 
     Raises BadLoss for whatever the loss raises, with the author's traceback, and for a result outside the contract.
-    A TinkerbellError of the loss's own (BadHyperparameter, say) and running out of memory pass unchanged.
+    A TinkerbellError of the loss's own (BadHyperparameter, say) and running out of memory pass unchanged. On lazy
+    logits raises PlainLogitsNeeded for what they cannot honour, LogitsTooLarge where it needs too many of them stored.
     """
+    lazy = model_outputs if isinstance(model_outputs, Logits) else None
     try:
-        output = spec.fn(model_outputs, inputs, attention_mask, **hyperparameters)
-    except (TinkerbellError, torch.OutOfMemoryError, MemoryError):
-        raise
-    # Broad: a loss is somebody else's code and may fail in any way, sys.exit() among them; the engine must not.
-    except (Exception, SystemExit) as error:
-        raise BadLoss(f"loss {spec.name!r} raised {_brief(error)}", _authors_traceback(error)) from error
-    output = check_output(spec.name, output, model_outputs)
+        with _authors_errors(spec):
+            output = spec.fn(model_outputs, inputs, attention_mask, **hyperparameters)
+        output = check_output(spec.name, output, model_outputs)
+    finally:
+        # also where the loss has caught it, or failed because of it
+        if lazy is not None:
+            lazy.check()
+    logprobs = output.logprobs
+    if isinstance(logprobs, Logits):
+        logprobs = logprobs.stored("logprobs")
     return LossFnOutput(
         output.loss,
-        output.logprobs.detach() if output.logprobs is not None else None,
+        logprobs.detach() if logprobs is not None else None,
         {k: v.detach() if isinstance(v, Tensor) else float(v) for k, v in output.diagnostics.items()},
     )
 
@@ -61,6 +69,7 @@ def dry_run(
 ) -> LossSpec:
     """The spec with what it reads filled in, found by running it on 4 ragged sequences of at most 8 positions.
 
+    It is run on plain and on lazy logits; where loss, logprobs or gradient differ, the spec says to use plain ones.
     Inputs are made up as they are asked for, `[B, T]` and then `[B]`, but for those in example_inputs.
     Raises BadLoss where the loss fails with all guesses, or its gradient does not reach the logits or is not finite;
     BadData where example_inputs do not fit each other.
@@ -91,6 +100,7 @@ def discover(
             todo += [keys for keys in wider if keys not in failed and keys not in todo]
         else:
             required, optional = _reads(spec, inputs, mask, vocab_size, hidden_size)
+            spec = _on_lazy_logits(spec, inputs, mask, vocab_size, hidden_size)
             return replace(spec, inputs=required, optional_inputs=optional), dict(inputs.items())
     error, inputs = failed[frozenset()]
     raise _with_guesses(error, inputs) from error
@@ -101,12 +111,29 @@ def plausible_settings(spec: LossSpec) -> dict[str, Any]:  # Any: each loss has 
     return {h.name: _STAND_INS.get(h.type, 0.1) if h.required else h.default for h in spec.hyperparameters}
 
 
-def _try(spec: LossSpec, inputs: MadeUpInputs, mask: Tensor, vocab_size: int, hidden_size: int) -> None:
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """What a loss gave on a made-up batch, and the gradient of the hidden states."""
+
+    logits: Tensor
+    output: LossFnOutput
+    gradient: Tensor
+
+
+def _try(
+    spec: LossSpec, inputs: MadeUpInputs, mask: Tensor, vocab_size: int, hidden_size: int, *, lazy: bool = False
+) -> _Trial:
     with _seeded(mask.device), torch.enable_grad():
         hidden = torch.randn(*mask.shape, hidden_size, device=mask.device).requires_grad_()
         head = torch.nn.Linear(hidden_size, vocab_size, bias=False, device=mask.device).requires_grad_(False)
-        output = run_loss(spec, plain_logits(hidden, head), inputs, mask, plausible_settings(spec))
-        (gradient,) = torch.autograd.grad(output.loss, hidden, allow_unused=True)
+        logits: Tensor = plain_logits(hidden, head)
+        if lazy:
+            chunk_bytes = _CHUNK_ROWS * vocab_size * logits.itemsize
+            source = RecordedSource(LocalSource(hidden.flatten(0, 1), Head(head.weight), chunk_bytes=chunk_bytes))
+            logits = Logits.over(source, mask.shape)
+        output = run_loss(spec, logits, inputs, mask, plausible_settings(spec))
+        with _authors_errors(spec):
+            (gradient,) = torch.autograd.grad(output.loss, hidden, allow_unused=True)
     if gradient is None:
         raise BadLoss(f"loss {spec.name!r}: loss does not depend on model_outputs, so there is nothing to train")
     if not gradient.isfinite().all():
@@ -114,6 +141,43 @@ def _try(spec: LossSpec, inputs: MadeUpInputs, mask: Tensor, vocab_size: int, hi
             f"loss {spec.name!r}: the gradient is not finite though the loss is: "
             "mask with torch.where(mask, x, 0) before an exp, a log or a square root"
         )
+    return _Trial(logits, output, gradient)
+
+
+def _on_lazy_logits(spec: LossSpec, inputs: MadeUpInputs, mask: Tensor, vocab_size: int, hidden_size: int) -> LossSpec:
+    """The spec with what is to be known of it on lazy logits: pinned to plain ones where the two disagree."""
+    # once more on plain logits: the inputs are made up now, so both runs meet the same random numbers
+    plain = _try(spec, inputs, mask, vocab_size, hidden_size)
+    try:
+        trial = _try(spec, inputs, mask, vocab_size, hidden_size, lazy=True)
+    except PlainLogitsNeeded as refusal:
+        return replace(spec, plain_logits=refusal.message)
+    except BadLoss as error:
+        return replace(spec, plain_logits=f"fails on lazy logits alone: {error.message}")
+    for what, expected, found in (
+        ("loss", plain.output.loss, trial.output.loss),
+        ("logprobs", plain.output.logprobs, trial.output.logprobs),
+        ("gradient", plain.gradient, trial.gradient),
+    ):
+        if not _agree(expected, found):
+            return replace(spec, plain_logits=f"its {what} on lazy logits differs from that on plain ones")
+    assert isinstance(trial.logits, Logits)
+    source = trial.logits.family.source
+    assert isinstance(source, RecordedSource)
+    return replace(
+        spec,
+        materialises=tuple(dict.fromkeys(operation for operation, _ in trial.logits.materialised)),
+        reads=tuple(sorted(source.together(gradient=True))),
+        reads_beside=tuple(sorted(source.together(gradient=False))),
+    )
+
+
+def _agree(expected: Tensor | None, found: Tensor | None) -> bool:
+    """Whether both are there and differ by no more than rounding, measured by the largest number."""
+    if expected is None or found is None or expected.shape != found.shape:
+        return expected is found
+    largest = max(1e-6, float(expected.detach().nan_to_num(0, 0, 0).abs().max()))
+    return torch.allclose(expected.detach(), found.detach(), rtol=0, atol=_TOLERANCE * largest, equal_nan=True)
 
 
 def _reads(
@@ -146,13 +210,27 @@ def _with_guesses(error: BadLoss, inputs: MadeUpInputs) -> BadLoss:
     )
 
 
+@contextmanager
+def _authors_errors(spec: LossSpec) -> Iterator[None]:
+    """What the author's code raises becomes a BadLoss with their traceback."""
+    try:
+        yield
+    except (TinkerbellError, torch.OutOfMemoryError, MemoryError):
+        raise
+    # Broad: a loss is somebody else's code and may fail in any way, sys.exit() among them; the engine must not.
+    except (Exception, SystemExit) as error:
+        raise BadLoss(f"loss {spec.name!r} raised {_brief(error)}", _authors_traceback(error)) from error
+
+
 def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _authors_traceback(error: BaseException) -> str:
-    """The traceback without the frame of run_loss, which tells the author nothing."""
-    below = error.__traceback__.tb_next if error.__traceback__ is not None else None
+    """The traceback without the two frames of this file, which tell the author nothing."""
+    below = error.__traceback__
+    for _ in range(2):
+        below = below.tb_next if below is not None else None
     return "".join(traceback.TracebackException(type(error), error, below).format())
 
 

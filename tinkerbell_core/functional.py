@@ -33,28 +33,32 @@ _IGNORED = -100
 def target_logprobs(model_outputs: Tensor, target_tokens: Tensor, where: Tensor | None = None) -> Tensor:
     """Log-probabilities of the targets under the logits: `[B, T]`, or `[B, T, K]` where there are K targets a position.
 
-    where: `[B, T]`; a position where it is 0 gives 0, no gradient, and its target may be anything.
+    where: `[B, T]`, or `[B, T, K]` as the targets are; a position where it is 0 gives 0 and no gradient, costs nothing
+    on lazy logits, and its target may be anything.
     """
-    logits = _float32(model_outputs)
     targets = target_tokens.long()
     if targets.dim() == model_outputs.dim():
-        keep = where[..., None] != 0 if where is not None else torch.ones_like(targets, dtype=torch.bool)
-        found = logits.gather(-1, torch.where(keep, targets, 0)) - logits.logsumexp(-1, keepdim=True)  # [B, T, K]
-        return torch.where(keep, found, 0.0)
+        return _several_logprobs(model_outputs, targets, where)
     if where is not None:
         targets = targets.masked_fill(where == 0, _IGNORED)
-    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=_IGNORED)
+    losses = F.cross_entropy(
+        _float32(model_outputs).flatten(0, -2), targets.flatten(), reduction="none", ignore_index=_IGNORED
+    )
     return -losses.view(targets.shape)
 
 
-def entropy(model_outputs: Tensor) -> Tensor:
-    """Entropy of the next-token distribution at each position, `[B, T]`."""
+def entropy(model_outputs: Tensor, where: Tensor | None = None) -> Tensor:
+    """Entropy of the next-token distribution at each position, `[B, T]`; 0 where `where` is, as above."""
+    if where is not None:
+        return _scattered(entropy(model_outputs[where != 0]), where != 0)
     logprobs = _float32(model_outputs).log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def logsumexp(model_outputs: Tensor) -> Tensor:
-    """Log of the sum of the exponentials of the logits at each position, `[B, T]`."""
+def logsumexp(model_outputs: Tensor, where: Tensor | None = None) -> Tensor:
+    """Log of the sum of the exponentials of the logits at each position, `[B, T]`; 0 where `where` is, as above."""
+    if where is not None:
+        return _scattered(logsumexp(model_outputs[where != 0]), where != 0)
     return _float32(model_outputs).logsumexp(-1)
 
 
@@ -132,6 +136,22 @@ def aggregate(per_token: Tensor, mask: Tensor, aggregation: str = "sum") -> Tens
     if aggregation == "seq-mean-token-mean":
         sums = sums / keep.sum(-1).clamp(min=1)
     return sums.mean()
+
+
+def _several_logprobs(model_outputs: Tensor, targets: Tensor, where: Tensor | None) -> Tensor:
+    """`[B, T, K]` of targets `[B, T, K]`."""
+    if where is None:
+        return _float32(model_outputs).log_softmax(-1).gather(-1, targets)
+    keep = (where if where.dim() == targets.dim() else where[..., None]).expand(targets.shape) != 0
+    rows = keep.any(-1)  # [B, T]
+    wanted = keep[rows]  # [n, K]
+    found = _several_logprobs(model_outputs[rows], torch.where(wanted, targets[rows], 0), None)
+    return _scattered(torch.where(wanted, found, 0.0), rows[..., None].expand(targets.shape))
+
+
+def _scattered(found: Tensor, keep: Tensor) -> Tensor:
+    """What was found, in order, where keep is true, and 0 elsewhere."""
+    return found.new_zeros(keep.shape).masked_scatter(keep, found)
 
 
 def _float32(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from tinkerbell_core.source import digest_of, source_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tinkerbell_core.logits.source import Statistic
     from tinkerbell_core.output import LossFnOutput
 
 Coupling = Literal["sequence", "batch"]
@@ -61,6 +62,9 @@ class LossSpec:
     finite: inputs whose numbers must be finite where the position counts.
     coupling: "sequence" when sequences (or groups) do not see each other; "batch" is the default for anything unknown.
     group_size: rows that belong together (2 for preference pairs, rows 2i and 2i+1).
+    plain_logits: why it must be given stored logits, found by a dry run; empty where lazy ones do.
+    materialises: operations of it that build the logits all the same.
+    reads, reads_beside: statistics it asks for of the same rows, with a gradient and without.
     """
 
     name: str
@@ -75,6 +79,10 @@ class LossSpec:
     source: str
     digest: str
     provenance: Provenance = field(default_factory=Provenance)
+    plain_logits: str = ""
+    materialises: tuple[str, ...] = ()
+    reads: tuple[Statistic, ...] = ()
+    reads_beside: tuple[Statistic, ...] = ()
 
     # Any: passes on whatever the loss takes
     def __call__(self, *args: Any, **kwargs: Any) -> LossFnOutput:

@@ -273,6 +273,7 @@ class LossDescription(Wire, frozen=True):
     """Everything that can be said of a loss without running it.
 
     inputs: keys it needs; optional_inputs: keys it reads if sent.
+    plain_logits: why it is given stored logits; empty: lazy ones. materialises: operations of it that store them still.
     """
 
     id: str
@@ -287,6 +288,8 @@ class LossDescription(Wire, frozen=True):
     provenance: Provenance
     digest: str
     source: str = ""
+    plain_logits: str = ""
+    materialises: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, spec: LossSpec) -> LossDescription:
@@ -304,7 +307,16 @@ class LossDescription(Wire, frozen=True):
             provenance=spec.provenance,
             digest=spec.digest,
             source=spec.source,
+            plain_logits=spec.plain_logits,
+            materialises=spec.materialises,
         )
+
+    @property
+    def logits(self) -> str:
+        """How it gets its logits, in words."""
+        if self.plain_logits:
+            return f"stored: {self.plain_logits}"
+        return f"stored by {', '.join(self.materialises)}" if self.materialises else "lazy"
 
     def reads(self, key: str) -> bool:
         return key in self.inputs or key in self.optional_inputs

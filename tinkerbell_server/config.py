@@ -32,6 +32,8 @@ class Settings:
     revision: str | None = None
     trust_remote_code: bool = False
     micro_batch_tokens: int | None = None
+    logits_budget: int | None = None
+    gradient_checkpointing: bool = False
     plugins: bool = True
     disabled_plugins: tuple[str, ...] = ()
     required_plugins: tuple[str, ...] = ()
@@ -52,6 +54,8 @@ class Settings:
             raise BadRequest(f"chat_tokens is {self.chat_tokens!r}, but must be 'assistant' or 'all'")
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
             raise BadRequest(f"micro_batch_tokens is {self.micro_batch_tokens}, but must be at least 1")
+        if self.logits_budget is not None and self.logits_budget < 0:
+            raise BadRequest(f"logits_budget is {self.logits_budget}, but must be a number of bytes, at least 0")
 
     @property
     def on_loopback(self) -> bool:
@@ -79,6 +83,8 @@ class Settings:
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             micro_batch_tokens=self.micro_batch_tokens,
+            logits_budget=self.logits_budget,
+            gradient_checkpointing=self.gradient_checkpointing,
             plugins=self.plugins,
             disabled_plugins=self.disabled_plugins,
             required_plugins=self.required_plugins,

@@ -21,6 +21,7 @@ from tinkerbell_core.types import (
     SaveOutput,
 )
 from tinkerbell_server.engines.base import (
+    MATERIALISED,
     CreateModel,
     DeleteModel,
     Load,
@@ -63,13 +64,18 @@ class _Ran(msgspec.Struct, frozen=True):
     loss: float
     tokens: int
     seconds: float
+    diagnostics: dict[str, float]
 
 
 @dataclass(slots=True)
 class _Step:
-    """What one model's step has been so far: its losses, tokens, seconds on the engine and seconds waited."""
+    """What one model's step has been so far: its losses, tokens, seconds on the engine and seconds waited.
+
+    stored: bytes of logits that were stored, by what stored them.
+    """
 
     losses: dict[str, float] = field(default_factory=dict)
+    stored: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
     waited: float = 0.0
@@ -236,6 +242,10 @@ class Scheduler:
             return
         step = self._steps.setdefault(command.model_id, _Step())
         step.losses[ran.loss_fn] = step.losses.get(ran.loss_fn, 0.0) + ran.loss
+        for name, value in ran.diagnostics.items():
+            if name.startswith(MATERIALISED):
+                operation = name.removeprefix(MATERIALISED).partition(":")[0]
+                step.stored[operation] = step.stored.get(operation, 0.0) + value
         step.tokens += ran.tokens
         step.seconds += ran.seconds
         step.waited += waited
@@ -245,7 +255,7 @@ class Scheduler:
         losses = " ".join(f"{name}={value:.4g}" for name, value in step.losses.items()) or "-"
         seconds = step.seconds + output.seconds
         log.info(
-            "%s step %d  %s  %d tokens  %.0f tokens/s  grad norm %.4g  wait %.2f s  memory %.2f GiB",
+            "%s step %d  %s  %d tokens  %.0f tokens/s  grad norm %.4g  wait %.2f s  memory %.2f GiB%s",
             output.model_id,
             output.step,
             losses,
@@ -254,6 +264,7 @@ class Scheduler:
             output.grad_norm,
             step.waited + waited,
             link.memory_bytes / 2**30,
+            "".join(f"  logits stored by {name}: {size / 2**20:.0f} MiB" for name, size in step.stored.items()),
         )
 
 

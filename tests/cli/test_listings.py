@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
+import tinkerbell_server.cli.loss
 from tinkerbell_core import __version__
+from tinkerbell_core.registry import build_registry
+from tinkerbell_core.types import LossDescription
 from tinkerbell_server.cli import tinkerbell
 
 BUILT_IN = {"cross_entropy", "importance_sampling", "ppo", "cispo", "dro"}
@@ -83,3 +87,17 @@ def test_the_doctor_names_a_broken_plugin_and_fails() -> None:
 
 def test_the_version_is_the_one_of_the_package() -> None:
     assert run("version").output.strip() == __version__
+
+
+def test_a_server_says_how_each_loss_gets_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, _ = build_registry(enabled=False)
+    lazy, sorts, pinned = (LossDescription.of(spec) for spec in list(registry)[:3])
+    sorts = msgspec.structs.replace(sorts, materialises=("sort",))
+    pinned = msgspec.structs.replace(pinned, plain_logits="the loss puts a hook on its logits")
+    answer = {"losses": msgspec.to_builtins([lazy, sorts, pinned])}
+    monkeypatch.setattr(tinkerbell_server.cli.loss, "ask", lambda url, path: answer)
+    lines = {line.split()[0]: line for line in run("loss", "list").output.splitlines()}
+    assert "  lazy  " in lines[lazy.name]
+    assert "  stored by sort  " in lines[sorts.name]
+    assert "  stored  " in lines[pinned.name]
+    assert "stored: the loss puts a hook on its logits" in run("loss", "show", pinned.name).output

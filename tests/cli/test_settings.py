@@ -57,6 +57,7 @@ def test_every_setting_of_the_file_is_read(served: list[Settings]) -> None:
     Path("tinkerbell.toml").write_text(
         'model = "here"\nplugins = false\ndisabled_plugins = ["a:b", "c"]\nmicro_batch_tokens = 512\n'
         'data_dir = "runs"\nuploads = "trusted"\ntrust_remote_code = true\n'
+        "logits_budget = 1000000\ngradient_checkpointing = true\n"
     )
     answer = serve()
     assert answer.exit_code == 0, answer.output
@@ -66,6 +67,8 @@ def test_every_setting_of_the_file_is_read(served: list[Settings]) -> None:
     assert settings.disabled_plugins == ("a:b", "c")
     assert settings.micro_batch_tokens == 512
     assert settings.trust_remote_code
+    assert settings.logits_budget == 1_000_000
+    assert settings.gradient_checkpointing
 
 
 def test_an_unknown_key_in_the_file_is_an_error_that_names_the_nearest(served: list[Settings]) -> None:

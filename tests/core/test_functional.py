@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.core.naive import StoredSource
 from tinkerbell_core.errors import BadHyperparameter
 from tinkerbell_core.functional import (
     aggregate,
@@ -21,7 +24,7 @@ from tinkerbell_core.functional import (
     sequence_sum,
     target_logprobs,
 )
-from tinkerbell_core.logits import plain_logits
+from tinkerbell_core.logits import Logits, Reading, plain_logits
 
 B, T, K, V = 2, 3, 4, 7
 MASK = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
@@ -162,3 +165,43 @@ def test_an_unknown_aggregation_is_told_which_there_are() -> None:
 def test_cross_entropy_is_torchs() -> None:
     logits, targets = torch.randn(B, T, V), torch.randint(V, (B, T))
     assert torch.allclose(-target_logprobs(logits, targets).sum(), F.cross_entropy(logits.mT, targets, reduction="sum"))
+
+
+class CountingSource(StoredSource):
+    """Remembers which rows were read."""
+
+    rows_read: set[int]
+
+    def read(self, rows: torch.Tensor, *args: Any, **kwargs: Any) -> Reading:
+        self.rows_read = getattr(self, "rows_read", set()) | set(rows.tolist())
+        return super().read(rows, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda x: target_logprobs(x, torch.where(MASK != 0, 1, -7), where=MASK),
+        lambda x: target_logprobs(x, torch.where(MASK[..., None] != 0, 1, -7).expand(B, T, K), where=MASK),
+        lambda x: target_logprobs(x, torch.ones(B, T, K), where=MASK[..., None] * torch.tensor([0.0, 1.0, 0.0, 1.0])),
+        lambda x: entropy(x, where=MASK),
+        lambda x: logsumexp(x, where=MASK),
+    ],
+)
+def test_positions_that_do_not_count_never_reach_the_head(ask: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    hidden = torch.randn(B * T, 5).requires_grad_()
+    source = CountingSource(hidden, torch.randn(V, 5))
+    lazy = Logits.over(source, (B, T))
+    plain = plain_logits(hidden.view(B, T, 5), lambda states: states @ source.weight.t())
+    assert torch.allclose(ask(lazy), ask(plain), atol=1e-5)
+    assert source.rows_read == set(MASK.flatten().nonzero()[:, 0].tolist())
+    assert lazy.materialised == []
+    ask(lazy).square().sum().backward()
+    assert hidden.grad is not None
+    assert (hidden.grad[MASK.flatten() == 0] == 0).all()
+
+
+def test_statistics_are_0_and_attached_where_nothing_counts(logits: torch.Tensor) -> None:
+    nothing = torch.zeros(B, T)
+    found = entropy(logits, where=nothing) + logsumexp(logits, where=nothing)
+    assert torch.equal(found, torch.zeros(B, T))
+    assert found.requires_grad

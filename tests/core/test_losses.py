@@ -73,15 +73,18 @@ def test_losses_are_sums_over_tokens_of_their_formula(
 
 
 @pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
-def test_logprobs_are_real_where_the_weight_is_zero(
+def test_logprobs_are_zero_where_a_token_does_not_count(
     spec: LossSpec, batch: tuple[Tensor, dict[str, Tensor], Tensor]
 ) -> None:
     logits, inputs, mask = batch
-    output = run_loss(spec, logits, {**inputs, "weights": torch.zeros(B, T)}, mask, config(spec))
-    assert output.loss.item() == 0
+    weights = torch.ones(B, T)
+    weights[:, :2] = 0
+    output = run_loss(spec, logits, {**inputs, "weights": weights}, mask, config(spec))
     assert output.logprobs is not None
-    assert (output.logprobs[mask != 0] < 0).all()
-    assert (output.logprobs[mask == 0] == 0).all()
+    assert torch.equal(output.logprobs < 0, mask * weights != 0)
+    nothing = run_loss(spec, logits, {**inputs, "weights": torch.zeros(B, T)}, mask, config(spec))
+    assert nothing.loss.item() == 0
+    assert nothing.loss.requires_grad
 
 
 @pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)

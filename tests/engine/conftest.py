@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,16 +67,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def make_engine(bases: dict[str, Path], device: str, tmp_path: Path) -> MakeEngine:
     """An engine on one of the bases, float64 unless told."""
 
-    def make(base: str = "llama", dtype: str = "float64", micro_batch_tokens: int | None = None) -> TorchEngine:
+    def make(base: str = "llama", dtype: str = "float64", **settings: Any) -> TorchEngine:
         model = str(bases[base]) if base in bases else None
-        return create(
-            EngineConfig(
-                model=model,
-                data_dir=str(tmp_path),
-                device=device,
-                dtype=dtype,
-                micro_batch_tokens=micro_batch_tokens,
-            )
-        )
+        return create(EngineConfig(model=model, data_dir=str(tmp_path), device=device, dtype=dtype, **settings))
 
     return make

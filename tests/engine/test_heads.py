@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.engine.conftest import SMALL
 from tinkerbell_core.functional import target_logprobs
-from tinkerbell_core.logits.head import Head
+from tinkerbell_core.logits import Head, LocalSource, Logits
 from tinkerbell_server.engines.torch.heads import Tail
 from tinkerbell_server.engines.torch.model import Network, find_tail, load_network
 
@@ -71,9 +71,8 @@ def network_of(model: Model, device: str, dtype: torch.dtype) -> Network:
 
 def with_adapter(network: Network, *targets: str, **settings: Any) -> Model:
     """A LoRA that is off zero, on modules of the network."""
-    config = LoraConfig(
-        **{"r": 3, "lora_alpha": 5, "target_modules": list(targets), "task_type": "CAUSAL_LM"} | settings
-    )
+    settings = {"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM"} | settings
+    config = LoraConfig(target_modules=list(targets), **settings)
     with warnings.catch_warnings():  # of a tied head, and of a layer that stores its weight transposed
         warnings.simplefilter("ignore")
         model = PeftModel(network.model, config, adapter_name="m0")
@@ -97,9 +96,15 @@ def compare(network: Network, dtype: str) -> dict[str, Tensor]:
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         return loss.detach(), {n: g for n, g in zip(trained, gradients, strict=True) if g is not None}
 
+    def lazy(chunk_bytes: int) -> Tensor:
+        states = network.states(tokens, None)
+        found = network.head()
+        assert found is not None
+        return Logits.over(LocalSource(states.flatten(0, 1), found, chunk_bytes=chunk_bytes), tokens.shape)
+
     loss, gradients = grown(network.model(input_ids=tokens, use_cache=False).logits)
     assert gradients
-    for logits in (network.logits(network.states(tokens, None)), head(network.states(tokens, None))):
+    for logits in (network.logits(network.states(tokens, None)), lazy(1 << 20), lazy(1 << 12)):
         ours, own = grown(logits)
         torch.testing.assert_close(ours, loss, rtol=tolerance, atol=tolerance)
         assert own.keys() == gradients.keys()
@@ -194,9 +199,8 @@ def test_checkpointing_keeps_the_gradient(bases: dict[str, Path], device: str) -
     tokens = torch.randint(256, (2, 9), device=device)
     found = []
     for checkpointing in (False, True):
-        network = load_network(
-            bases["llama"], torch.device(device), torch.float64, gradient_checkpointing=checkpointing
-        )
+        where = bases["llama"], torch.device(device), torch.float64
+        network = load_network(*where, gradient_checkpointing=checkpointing)
         torch.manual_seed(3)
         model = with_adapter(network, "q_proj", "lm_head")
         network.mode(train=True)

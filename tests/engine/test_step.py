@@ -12,6 +12,7 @@ from tinkerbell_core.errors import BadData, BadHyperparameter, BadLoss, NothingA
 from tinkerbell_core.functional import hidden_states
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_server.engines.torch import heads
+from tinkerbell_server.engines.torch.memory import Budgets
 
 LENGTHS = [5, 12, 3, 9, 7, 12, 1, 4]
 
@@ -23,7 +24,7 @@ def test_the_gradient_is_the_same_at_every_micro_batch_size(make_engine: MakeEng
     engine = make_engine(base)
     name = upload(engine, fn, "mine", **settings)
     for budget in (1, 13, 24, 40, 1000):
-        engine._budget = budget
+        engine._budgets = Budgets(budget, budget, 1 << 30)
         create(engine, str(budget))
         _off_zero(engine, str(budget))
         result = run(engine, rows(LENGTHS), name, str(budget))

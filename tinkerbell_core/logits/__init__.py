@@ -4,5 +4,6 @@ from tinkerbell_core.logits.head import Head, Lora
 from tinkerbell_core.logits.local import LocalSource
 from tinkerbell_core.logits.plain import plain_logits
 from tinkerbell_core.logits.source import LogitsSource, Reading
+from tinkerbell_core.logits.tensor import Logits
 
-__all__ = ["Head", "LocalSource", "LogitsSource", "Lora", "Reading", "plain_logits"]
+__all__ = ["Head", "LocalSource", "Logits", "LogitsSource", "Lora", "Reading", "plain_logits"]

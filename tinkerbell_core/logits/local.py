@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tinkerbell_core.logits.moments import Question
-from tinkerbell_core.logits.products import AnyProduct, Product
-from tinkerbell_core.logits.recompute import ANSWERS, Recompute
+from tinkerbell_core.errors import PlainLogitsNeeded
+from tinkerbell_core.logits.chunks import block_bytes
+from tinkerbell_core.logits.head import Head
+from tinkerbell_core.logits.known import REMEMBERED, Known, Memory
+from tinkerbell_core.logits.linear import LinearProduct
+from tinkerbell_core.logits.moments import ANSWERS, Question
+from tinkerbell_core.logits.picked import Picked
+from tinkerbell_core.logits.products import AnyProduct
+from tinkerbell_core.logits.recompute import Recompute
 from tinkerbell_core.logits.source import Reading, Statistic
+from tinkerbell_core.logits.sweep import Sweep
 
 CHUNK_BYTES = 256 << 20
 
+# Chunks that are kept. Backward under a trained head, and that of two statistics, needs logits again: a product more.
+KEEP = 3
+
+# Columns of a row read one by one, as a share of the vocabulary: more of them cost more than a whole matrix product.
+_FEW = 1 / 64
+
 
 class LocalSource:
-    """head(hidden) of hidden `[N, H]`, never more than about chunk_bytes of logits at once.
+    """head(hidden) of hidden `[N, H]`, never much more than chunk_bytes of logits at once.
 
-    together: statistics the loss is known to ask of the rows it reads; one sweep then answers them all.
+    head: a `Head`, an nn.Linear, or anything callable; a module's parameters take gradients. together: statistics the
+    loss is known to ask of the rows it reads, so that one sweep answers them all; beside: those it asks under no_grad.
+    keep_bytes: of logits that backward needs again, so much is kept (default: KEEP chunks); the rest is computed again.
     """
 
     def __init__(
@@ -28,14 +42,21 @@ class LocalSource:
         head: Callable[[Tensor], Tensor],
         *,
         chunk_bytes: int = CHUNK_BYTES,
+        keep_bytes: int | None = None,
         together: frozenset[Statistic] = frozenset(),
+        beside: frozenset[Statistic] = frozenset(),
     ) -> None:
-        self._product: Product = AnyProduct(hidden, head)
-        self._head, self._together = head, together & _KEPT
+        if type(head) is nn.Linear:
+            head = Head(head.weight, head.bias)
+        self._head = head
+        self._product = LinearProduct(hidden, head) if isinstance(head, Head) else AnyProduct(hidden, head)
+        self._together = (together & REMEMBERED) - self._sums_of(None)
+        self._beside = (beside & REMEMBERED) - self._sums_of(None)
+        self._chunk_bytes = chunk_bytes
+        self._keep_bytes = KEEP * chunk_bytes if keep_bytes is None else keep_bytes
+        self._memory = Memory()
         self.count, self.vocab, self.device = hidden.shape[0], self._product.vocab, hidden.device
         self.dtype = torch.promote_types(self._product.dtype, torch.float32)
-        self._width = max(1, chunk_bytes // (self.vocab * self.dtype.itemsize * self._product.copies))
-        self._known: list[_Known] = []
 
     def read(
         self,
@@ -45,26 +66,21 @@ class LocalSource:
         want: frozenset[Statistic] = frozenset(),
         weights: Tensor | None = None,
     ) -> Reading:
-        """As `LogitsSource.read` says. Raises ValueError for a scale or weights that want a gradient of their own."""
-        for name, given in {"scale": scale, "weights": weights}.items():
-            if isinstance(given, Tensor) and given.requires_grad and torch.is_grad_enabled():
-                raise ValueError(f"{name} takes a gradient of its own, which chunks of logits do not give")
-        if weights is not None:
-            weights = weights.detach()
-        if want & {"dot", "expectation"} and weights is None:
-            raise ValueError("dot and expectation are of weights: none were given")
-        known = self._known_of(rows, scale)
-        missing = want - known.answers.keys()
-        if missing & _KEPT:
-            missing |= self._together - known.answers.keys()
+        """As `LogitsSource.read` says. Raises PlainLogitsNeeded for a scale or weights that take a gradient."""
+        scale = _constant(scale, "scales logits by") if isinstance(scale, Tensor) else float(scale)
+        weights = None if weights is None else _constant(weights, "weighs logits with")
+        differentiable = torch.is_grad_enabled() and bool(self.anchors())
+        known = self._memory.of(rows, scale)
         found: dict[str, Tensor] = {}
+        for name in want & self._sums_of(weights):
+            found[name] = self._sum(known, weights if name == "dot" else None)
+        missing = frozenset(name for name in want - found.keys() if not known.has(name, differentiable))
         if missing or pick is not None:
-            scale = scale.detach() if isinstance(scale, Tensor) else float(scale)
-            found = self._ask(Question(rows, scale, pick, missing, weights))
-            known.answers.update({name: found[name] for name in missing & _KEPT})
-        # what is kept is copied: a loss may change in place what it was given
-        found |= {name: known.answers[name].clone() for name in want & _KEPT}
-        return Reading(**{name: found[name] for name in ANSWERS if name in found and (name in want or name in _PICKED)})
+            asked = self._question(known, pick, missing, weights, differentiable)
+            found |= known.add(self._ask(asked, differentiable), asked.sloped)
+        for name in want & REMEMBERED - self._sums_of(None):
+            found[name] = known.get(name, differentiable)
+        return Reading(**{name: found[name] for name in found.keys() & want | found.keys() & {"columns", "values"}})
 
     def full(self, rows: Tensor) -> Tensor:
         """The rows themselves, unscaled: `[n]` -> `[n, V]`."""
@@ -78,40 +94,67 @@ class LocalSource:
         """The tensors a gradient may flow to; empty under a frozen model without a leaf."""
         return list(self._product.gradients.tensors)
 
-    def _ask(self, asked: Question) -> dict[str, Tensor]:
-        product = self._product
-        differentiable = torch.is_grad_enabled() and bool(product.gradients.tensors)
+    def _sums_of(self, weights: Tensor | None) -> frozenset[Statistic]:
+        """The statistics that are one vector times the states, if these are the weights: no logits are needed."""
+        if not isinstance(self._product, LinearProduct) or not self._product.plain:
+            return frozenset()
+        return frozenset({"total", "dot"}) if weights is not None and weights.dim() == 1 else frozenset({"total"})
+
+    def _sum(self, known: Known, weights: Tensor | None) -> Tensor:
+        assert isinstance(self._product, LinearProduct)
+        vector, constant = self._product.sums(weights)  # [H]
+        return (self.hidden(known.rows).to(self.dtype) @ vector + constant) * known.scale
+
+    def _question(
+        self,
+        known: Known,
+        pick: Tensor | int | None,
+        missing: frozenset[Statistic],
+        weights: Tensor | None,
+        differentiable: bool,
+    ) -> Question:
+        """What to ask: what is missing, and with it what the loss will ask later."""
+        if not missing:
+            return Question(known.rows, known.scale, pick)
+        later = frozenset(name for name in self._together if not known.has(name, differentiable))
+        aside = frozenset(name for name in self._beside if not known.has(name, sloped=False))
+        sloped = missing | later if differentiable else frozenset()
+        return Question(known.rows, known.scale, pick, missing | later | aside, weights, sloped)
+
+    def _ask(self, asked: Question, differentiable: bool) -> dict[str, Tensor]:
+        """Answers by name, by the cheapest way there is to them."""
+        product, pick, products = self._product, asked.pick, 1 + len(asked.sloped)
+        few = _count(pick) <= max(1, self.vocab * _FEW)
         token = product.gradients.token() if differentiable else product.hidden.new_zeros(())
-        answers = Recompute.apply(token, product, asked, self._width)  # type: ignore[no-untyped-call]
+        if isinstance(product, LinearProduct) and few and not asked.want and isinstance(pick, Tensor):
+            row_bytes = _count(pick) * product.hidden.shape[1] * product.dtype.itemsize
+            width = max(1, block_bytes(self.device) // max(1, row_bytes))
+            answers = Picked.apply(token, product, asked, width)  # type: ignore[no-untyped-call]
+        elif isinstance(product, LinearProduct) and few and product.frozen and products <= 2 + (self._keep_bytes <= 0):
+            answers = Sweep.apply(token, product, asked, self._width(products - 1))  # type: ignore[no-untyped-call]
+        else:
+            keep = self._keep(len(asked.rows)) if differentiable else 0
+            width = self._width(product.copies)
+            answers = Recompute.apply(token, product, asked, width, keep)  # type: ignore[no-untyped-call]
         return {name: tensor for name, tensor in zip(ANSWERS, answers, strict=True) if tensor is not None}
 
-    def _known_of(self, rows: Tensor, scale: float | Tensor) -> _Known:
-        """What was found of these rows at this scale before, to be added to."""
-        differentiable = torch.is_grad_enabled() and bool(self._product.gradients.tensors)
-        for known in self._known:
-            if known.differentiable == differentiable and _same(known.rows, rows) and _same(known.scale, scale):
-                return known
-        known = _Known(rows.clone(), scale.clone() if isinstance(scale, Tensor) else scale, differentiable)
-        self._known = [known, *self._known[: _REMEMBERED - 1]]
-        return known
+    def _keep(self, count: int) -> int:
+        """How many of so many rows keep their logits for backward; what they take is no longer there for others."""
+        row_bytes = self.vocab * self._product.dtype.itemsize * self._product.copies
+        keep = min(count, self._keep_bytes // row_bytes)
+        self._keep_bytes -= keep * row_bytes
+        return keep
+
+    def _width(self, copies: int) -> int:
+        """Rows of a chunk that holds so many tensors."""
+        return max(1, self._chunk_bytes // (self.vocab * self._product.dtype.itemsize * max(1, copies)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    rows: Tensor
-    scale: float | Tensor
-    differentiable: bool
-    answers: dict[str, Tensor] = field(default_factory=dict)
+def _count(pick: Tensor | int | None) -> int:
+    return pick.shape[1] if isinstance(pick, Tensor) else pick or 0
 
 
-_KEPT: frozenset[Statistic] = frozenset({"logsumexp", "entropy", "total"})
-_PICKED = frozenset({"columns", "values"})
-_REMEMBERED = (
-    4  # row sets: a loss that loops over sequences asks each set once, and comparing costs a look at the device
-)
-
-
-def _same(one: float | Tensor, other: float | Tensor) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and bool(torch.equal(one, other))
-    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
+def _constant(x: Tensor, use: str) -> Tensor:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise PlainLogitsNeeded(f"the loss {use} a tensor that takes a gradient itself")
+    return x.detach()

@@ -14,14 +14,22 @@ from tinkerbell_core.spec import LossSpec, loss
 
 @loss(coupling="sequence", inputs=("target_tokens",), optional_inputs=("weights",), finite=("weights",))
 def cross_entropy(
-    model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, *, aggregation: str = "sum"
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    all_logprobs: bool = False,
+    aggregation: str = "sum",
 ) -> LossFnOutput:
     """-log p(target) times the weights (any sign, default 1), summed.
 
-    target_tokens and weights are `[B, T]`, or `[B, T, K]` for K targets a position.
+    target_tokens and weights are `[B, T]`, or `[B, T, K]` for K targets a position. all_logprobs: give back those of
+    targets of weight 0 too, which cost as much as the others; else they are 0.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T] or [B, T, K]
-    logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=attention_mask)
+    logprobs = target_logprobs(
+        model_outputs, loss_fn_inputs["target_tokens"], where=attention_mask if all_logprobs else mask
+    )
     return LossFnOutput(aggregate(-logprobs, mask, aggregation), logprobs)
 
 

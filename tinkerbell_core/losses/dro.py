@@ -31,7 +31,7 @@ def dro(
     logprobs are those of the sampler; advantages `[B, T]`, or `[B]` for one a sequence.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
-    logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=attention_mask)  # [B, T]
+    logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)  # [B, T]
     log_ratio = counted(logprobs - loss_fn_inputs["logprobs"], mask)  # [B, T]
     advantages = counted(loss_fn_inputs["advantages"], mask)  # [B, T]
     per_token = -(counted(logprobs, mask) * advantages - 0.5 * beta * log_ratio.square())

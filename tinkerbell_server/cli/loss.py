@@ -35,12 +35,13 @@ def loss() -> None:
 @loss.command("list")
 @where
 def list_(url: str, local: bool, as_json: bool) -> None:
-    """List losses: name, id and what each is for."""
+    """List losses: name, id, whether its logits are lazy or stored (a server has tried it), and what it is for."""
     losses = find_losses(url, local)
     if as_json:
         print_json(losses)
     else:
-        print_table(["NAME", "ID", "SUMMARY"], [(each.name, each.id, each.summary) for each in losses])
+        known = [(each.name, each.id, "-" if local else each.logits.partition(":")[0], each.summary) for each in losses]
+        print_table(["NAME", "ID", "LOGITS", "SUMMARY"], known)
 
 
 @loss.command()
@@ -63,6 +64,7 @@ def show(name: str, url: str, local: bool, as_json: bool) -> None:
         *(("hyperparameter", signature(hyper)) for hyper in found.hyperparameters),
         ("coupling", found.coupling),
         ("group size", str(found.group_size)),
+        ("logits", "" if local else found.logits),
         ("from", origin),
         ("digest", found.digest),
     ]

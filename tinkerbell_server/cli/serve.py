@@ -28,6 +28,12 @@ NEEDED = ("starlette", "uvicorn", "torch", "transformers", "peft", "safetensors"
 @setting("--revision", help="Revision of a hub model.")
 @setting("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @setting("--micro-batch-tokens", type=click.IntRange(min=1), help="Most tokens in one forward pass; default by device.")
+@setting(
+    "--logits-budget",
+    type=click.IntRange(min=0),
+    help="Most bytes of logits that a loss may have stored; default: an eighth of what is free at the start.",
+)
+@setting("--gradient-checkpointing", is_flag=True, help="Store less of each layer, and compute it again in backward.")
 @setting("--plugins/--no-plugins", "plugins", default=True, help="Load installed plugins besides the built-in losses.")
 @setting(
     "--disable-plugin", "disabled_plugins", multiple=True, help="A plugin or distribution to leave out; repeatable."

@@ -22,6 +22,9 @@ from tinkerbell_core.types import (
     TensorData,
 )
 
+MATERIALISED = "logits_materialised/"
+"""What diagnostics of stored logits begin with: `logits_materialised/<what stored them>:sum`, in bytes."""
+
 
 class Command(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One thing an engine is asked to do. A command that raises has changed nothing."""
@@ -195,7 +198,7 @@ class Engine(Protocol):
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine needs to start. micro_batch_tokens None: chosen for the device."""
+    """What an engine needs to start. micro_batch_tokens, logits_budget (bytes) None: chosen for the device."""
 
     engine: str = "torch"
     model: str | None = None
@@ -206,6 +209,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None = None
     trust_remote_code: bool = False
     micro_batch_tokens: int | None = None
+    logits_budget: int | None = None
+    gradient_checkpointing: bool = False
     plugins: bool = True
     disabled_plugins: tuple[str, ...] = ()
     required_plugins: tuple[str, ...] = ()

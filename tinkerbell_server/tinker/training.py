@@ -318,11 +318,15 @@ def check_optimizer(sent: dict[str, bodies.Any_] | None) -> None:
 
 
 def _forward_request(calls: list[datums.ForwardCall], loss: LossDescription) -> ForwardRequest:
+    config = datums.config_of(loss, calls[0].config)
+    if loss.id == "tinkerbell-core:cross_entropy":
+        # a loss that the client computes begins with a pass of weights 0, and reads what it gives back
+        config = {"all_logprobs": True, **config}
     return ForwardRequest(
         model_id=calls[0].model_id,
         data=[datum for call in calls for datum in call.data],
         loss_fn=loss.id,
-        loss_fn_config=datums.config_of(loss, calls[0].config),
+        loss_fn_config=config,
     )
 
 

@@ -85,16 +85,12 @@ def micro_batches(lengths: Sequence[int], group_size: int, budget: int) -> list[
     return [sorted(rows) for rows in packed]
 
 
-def token_budget(vocab_size: int, device: torch.device) -> int:
-    """Padded tokens a micro-batch may have, so that its logits, their log-softmax and gradients stay within bounds.
-
-    About 1 GiB on a CPU, a quarter of what is free on a GPU.
-    """
-    per_token = 16 * vocab_size  # bytes: four float32 of every logit
+def token_budget(bytes_a_token: int, device: torch.device) -> int:
+    """Padded tokens of a micro-batch that takes about 1 GiB on a CPU, a quarter of what is free on a GPU."""
     if device.type == "cuda":
         free, _total = torch.cuda.mem_get_info(device)
-        return max(256, min(65536, free // 4 // per_token))
-    return max(256, min(16384, (1 << 30) // per_token))
+        return max(256, min(65536, free // 4 // bytes_a_token))
+    return max(256, min(16384, (1 << 30) // bytes_a_token))
 
 
 def batch_bytes(tokens: int, vocab_size: int) -> int:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch._dynamo  # the first AdamW step imports it, which takes seconds: here, not there
 from transformers.utils.logging import disable_progress_bar
 
-from tinkerbell_core.errors import BadData, BadLoss, BadRequest, OutOfMemory, Problem, TinkerbellError
+from tinkerbell_core.errors import (
+    BadData,
+    BadLoss,
+    BadRequest,
+    OutOfMemory,
+    PlainLogitsNeeded,
+    Problem,
+    TinkerbellError,
+)
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.types import (
     DeleteModelOutput,
@@ -43,7 +53,7 @@ from tinkerbell_server.engines.base import (
     TextData,
 )
 from tinkerbell_server.engines.torch import checkpoints, memory, sampling
-from tinkerbell_server.engines.torch.batching import data_of, token_budget
+from tinkerbell_server.engines.torch.batching import data_of
 from tinkerbell_server.engines.torch.embedded import embedded_model
 from tinkerbell_server.engines.torch.losses import Losses
 from tinkerbell_server.engines.torch.model import (
@@ -56,9 +66,12 @@ from tinkerbell_server.engines.torch.model import (
 )
 from tinkerbell_server.engines.torch.models import Models
 from tinkerbell_server.engines.torch.optimizer import optim_step
+from tinkerbell_server.engines.torch.outputs import AGAIN, stored_because
 from tinkerbell_server.engines.torch.references import KEY, ReferenceCache, with_references
-from tinkerbell_server.engines.torch.step import Step, run_step
+from tinkerbell_server.engines.torch.step import Step, StepResult, run_step
 from tinkerbell_server.engines.torch.trained import TrainedModel
+
+log = logging.getLogger("tinkerbell.engine")
 
 
 def create(config: EngineConfig) -> TorchEngine:
@@ -83,12 +96,19 @@ class TorchEngine:
         def load(path: str | Path, wanted: torch.dtype) -> Network:
             # a revision is of the hub's model, not of a folder that was saved here
             revision = config.revision if str(path) == source else None
-            trust = config.trust_remote_code
-            return load_network(path, device, wanted, attn=config.attn, revision=revision, trust_remote_code=trust)
+            return load_network(
+                path,
+                device,
+                wanted,
+                attn=config.attn,
+                revision=revision,
+                trust_remote_code=config.trust_remote_code,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
 
         self._base = load(source, dtype)
         self._models = Models(self._base, load)
-        self._budget = config.micro_batch_tokens or token_budget(self._base.vocab_size, device)
+        self._budgets = memory.budgets(self._base, config)
         self._losses = Losses(self._base.vocab_size, device, enabled=config.plugins, disabled=config.disabled_plugins)
         self._losses.check_required(config.required_plugins)
         self._chat_tokens = config.chat_tokens
@@ -116,7 +136,7 @@ class TorchEngine:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError, BadLoss) as error:
             if not memory.ran_out(error):
                 raise
-            message = memory.what_did_not_fit(command, error, self._base, self._budget)
+            message = memory.what_did_not_fit(command, error, self._base, self._budgets.lazy)
         memory.free(self._base.device)  # the frames that held the tensors are gone with the except block
         raise OutOfMemory(message)
 
@@ -154,8 +174,8 @@ class TorchEngine:
         rows = self._with_references(rows, spec, model)
         network = self._models.activate(model)
         network.mode(train=command.backward)
-        step = Step(spec, hyperparameters, rows, self._budget, model.call_seed)
-        result = run_step(network, list(model.parameters.values()), step, backward=command.backward)
+        step = Step(spec, hyperparameters, rows, model.call_seed)
+        result = self._run_step(network, model, step, stored_because(network, spec), backward=command.backward)
         sequences = len(rows) // spec.group_size
         if command.backward:
             model.accumulate(result.counted_tokens, sequences)
@@ -171,6 +191,18 @@ class TorchEngine:
             micro_batches=result.micro_batches,
             seconds=time.perf_counter() - start,
         )
+
+    def _run_step(
+        self, network: Network, model: TrainedModel, step: Step, because: str, *, backward: bool
+    ) -> StepResult:
+        """Run the step, once more with stored logits where the loss asks lazy ones for what they do not give."""
+        tokens = self._budgets.stored if because or step.spec.materialises else self._budgets.lazy
+        step = replace(step, budget=tokens, stored_because=because, logits_budget=self._budgets.logits)
+        try:
+            return run_step(network, list(model.parameters.values()), step, backward=backward)
+        except PlainLogitsNeeded as need:
+            log.info("%s: loss %s is run again with stored logits: %s", model.id, step.spec.id, need.message)
+        return self._run_step(network, model, step, AGAIN, backward=backward)
 
     def _rows(self, data: list[Row] | TextData, loss: LossDescription) -> Sequence[Row]:
         vocab_size, max_length = self._base.vocab_size, self._base.max_length
@@ -193,7 +225,7 @@ class TorchEngine:
         if KEY in rows[0].inputs or not LossDescription.of(spec).reads(KEY):
             return rows
         name = model.initial if model.spec.reference == "initial" else model.spec.reference
-        return with_references(rows, name, self._references, lambda: self._models.reference(name), self._budget)
+        return with_references(rows, name, self._references, lambda: self._models.reference(name), self._budgets)
 
     def _optim_step(self, command: OptimStep) -> OptimStepOutput:
         start = time.perf_counter()

@@ -15,7 +15,9 @@ from tinkerbell_core.functional import target_logprobs
 from tinkerbell_core.types import TensorData
 from tinkerbell_server.engines.base import Row
 from tinkerbell_server.engines.torch.batching import collate, data_of, micro_batches
+from tinkerbell_server.engines.torch.memory import Budgets
 from tinkerbell_server.engines.torch.model import Network
+from tinkerbell_server.engines.torch.outputs import model_outputs, stored_because
 
 KEY = "ref_logprobs"
 
@@ -42,7 +44,7 @@ class ReferenceCache:
 
 
 def with_references(
-    rows: Sequence[Row], name: str, cache: ReferenceCache, network: Callable[[], Network], budget: int
+    rows: Sequence[Row], name: str, cache: ReferenceCache, network: Callable[[], Network], budgets: Budgets
 ) -> list[Row]:
     """The rows, each with its `ref_logprobs` under the reference `name`; `network` is asked for only on a miss.
 
@@ -52,20 +54,22 @@ def with_references(
     found = {key: kept for key in keys if (kept := cache.get(key)) is not None}
     missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in found}
     if missing:
-        computed = _score(list(missing.values()), network(), budget)
+        computed = _score(list(missing.values()), network(), budgets)
         for key, logprobs in zip(missing, computed, strict=True):
             found[key] = logprobs
             cache.put(key, logprobs)
     return [Row(row.tokens, {**row.inputs, KEY: found[key]}) for key, row in zip(keys, rows, strict=True)]
 
 
-def _score(rows: list[Row], network: Network, budget: int) -> list[TensorData]:
+def _score(rows: list[Row], network: Network, budgets: Budgets) -> list[TensorData]:
     scored: list[TensorData | None] = [None] * len(rows)
+    because = stored_because(network)
+    budget = budgets.stored if because else budgets.lazy
     with torch.no_grad(), _without_dropout(network):
         for part in micro_batches([row.tokens.shape[0] for row in rows], 1, budget):
             bare = [Row(rows[i].tokens, {"target_tokens": rows[i].inputs["target_tokens"]}) for i in part]
             batch = collate(bare, network.device)
-            logits = network.logits(network.states(batch.tokens, batch.padding))  # [B, T, V]
+            logits = model_outputs(network, network.states(batch.tokens, batch.padding), because)  # [B, T, V]
             logprobs: Tensor = target_logprobs(logits, batch.inputs["target_tokens"], where=batch.attention_mask)
             fetched = logprobs.float().cpu()
             for position, row in enumerate(part):

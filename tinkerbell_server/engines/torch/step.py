@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tinkerbell_server.engines.base import Row
 from tinkerbell_server.engines.torch.batching import Batch, collate, micro_batches
 from tinkerbell_server.engines.torch.diagnostics import Diagnostics
 from tinkerbell_server.engines.torch.model import Network
+from tinkerbell_server.engines.torch.outputs import materialised, model_outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +27,16 @@ class Step:
     """What one call does: a loss with its hyperparameters, over rows that are checked.
 
     budget: padded tokens of a micro-batch. seed: of this call; micro-batches derive their own, so dropout is replayed.
+    stored_because: why the loss is given stored logits; empty: it gets lazy ones. logits_budget: the most bytes stored.
     """
 
     spec: LossSpec
     hyperparameters: Mapping[str, Any]  # Any: what each loss takes
     rows: Sequence[Row]
-    budget: int
     seed: int
+    budget: int = 1
+    stored_because: str = ""
+    logits_budget: int | None = None
 
     @property
     def coupled(self) -> bool:
@@ -62,7 +66,8 @@ class StepResult:
 def run_step(network: Network, parameters: Sequence[Parameter], step: Step, *, backward: bool) -> StepResult:
     """Run the loss; with `backward`, leave the gradient of this call in the parameters' `.grad`, which were None.
 
-    Raises BadLoss for a loss that breaks its contract or a gradient that is not finite; `.grad` is None again then.
+    Raises BadLoss for a loss that breaks its contract or a gradient that is not finite, LogitsTooLarge for logits over
+    their budget, PlainLogitsNeeded for a loss that asks lazy logits for what they do not give; `.grad` is None then.
     """
     parts = step.micro_batches()
     collected = _Collected(step)
@@ -89,34 +94,39 @@ def _one_pass(
     step.seed_of(index)
     with torch.set_grad_enabled(backward):
         states = network.states(batch.tokens, batch.padding)  # [B, T, H]
-    leaf = states.detach().requires_grad_()
+    leaf = states.detach().requires_grad_(backward or step.stored_because != "")
     collected.add(batch, part, _loss_on(network, step, leaf, batch), leaf, backward)
     if backward and leaf.grad is not None:
         torch.autograd.backward(states, leaf.grad)
 
 
 def _two_passes(network: Network, step: Step, parts: list[list[int]], collected: _Collected, backward: bool) -> None:
-    """States of all micro-batches without a graph, the loss once on the whole, each micro-batch again with one."""
+    """States of all micro-batches, the loss once on the whole, each micro-batch again with its part of the gradient.
+
+    Only the last one keeps its graph meanwhile, so that it need not be run again.
+    """
     whole = collate(step.rows, network.device)
     pieces = list(_batches(network, step, parts))
+    last = len(parts) - 1
     states: Tensor | None = None
     for index, (part, batch) in enumerate(zip(parts, pieces, strict=True)):
         step.seed_of(index)
-        with torch.no_grad():
+        with torch.set_grad_enabled(backward and index == last):
             piece = network.states(batch.tokens, batch.padding)  # [b, t, H]
         if states is None:
             states = piece.new_zeros(*whole.tokens.shape, piece.shape[-1])  # [B, T, H]
-        states[part, : piece.shape[1]] = piece
+        states[part, : piece.shape[1]] = piece.detach()
     assert states is not None
-    leaf = states.requires_grad_()
+    leaf = states.requires_grad_(backward or step.stored_because != "")
     step.seed_of(-1)
     collected.add(whole, list(range(len(step.rows))), _loss_on(network, step, leaf, whole), leaf, backward)
     if not backward or leaf.grad is None:
         return
-    for index, (part, batch) in enumerate(zip(parts, pieces, strict=True)):
+    torch.autograd.backward(piece, leaf.grad[parts[last], : piece.shape[1]])
+    for index, (part, batch) in enumerate(zip(parts[:last], pieces, strict=False)):
         step.seed_of(index)
-        states = network.states(batch.tokens, batch.padding)  # [b, t, H]
-        torch.autograd.backward(states, leaf.grad[part, : batch.tokens.shape[1]])
+        piece = network.states(batch.tokens, batch.padding)
+        torch.autograd.backward(piece, leaf.grad[part, : batch.tokens.shape[1]])
 
 
 def _batches(network: Network, step: Step, parts: list[list[int]]) -> Iterator[Batch]:
@@ -125,18 +135,28 @@ def _batches(network: Network, step: Step, parts: list[list[int]]) -> Iterator[B
 
 
 def _loss_on(network: Network, step: Step, leaf: Tensor, batch: Batch) -> LossFnOutput:
-    with torch.enable_grad():
-        logits = network.logits(leaf)  # [B, T, V]
+    # a forward call does without half of the work on lazy logits; a loss that needs stored ones may need a graph too
+    with torch.set_grad_enabled(leaf.requires_grad):
+        logits = model_outputs(
+            network,
+            leaf,
+            step.stored_because,
+            step.logits_budget,
+            reads=step.spec.reads,
+            beside=step.spec.reads_beside,
+        )  # [B, T, V]
         try:
-            return run_loss(step.spec, logits, batch.inputs, batch.attention_mask, step.hyperparameters)
+            output = run_loss(step.spec, logits, batch.inputs, batch.attention_mask, step.hyperparameters)
         except BadLoss as error:
             if not network.splits and "carries no hidden states" in str(error):
                 raise BadLoss(
                     f"loss {step.spec.name!r} asks for hidden states, but {network.source!r} changes its logits after "
-                    "its head (soft-capping or scaling), so this server gives its logits only: use another model",
+                    "its head in a way not known here, so this server gives its logits only: use another model",
                     error.traceback,
                 ) from None
             raise
+        stored = materialised(logits, step.stored_because, network, leaf)
+        return replace(output, diagnostics={**output.diagnostics, **stored})
 
 
 class _Collected:

@@ -1,0 +1,142 @@
+"""What the benchmarks share: models of random weights, pairs that are timed in turn, memory, and how results look."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+Run = Callable[[], object]
+
+
+def write_model(folder: Path, *, vocab: int, layers: int) -> None:
+    """A Llama of random weights, hidden size 256, with a tokenizer that nothing here uses and a server asks for."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    words = WordLevel({str(id): id for id in range(vocab)}, unk_token="0")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(folder)
+
+
+def all_threads() -> int:
+    """Make this process, and those it starts, use every core it may; how many."""
+    threads = len(os.sched_getaffinity(0))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def dtype_of(device: str) -> torch.dtype:
+    """What a server computes in on this device."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def in_turns(runs: Sequence[Run], rounds: int) -> list[list[float]]:
+    """Seconds of each of the runs in each round, one after the other: a machine that slows down slows all."""
+    return [[_seconds(run) for run in runs] for _ in range(rounds)]
+
+
+def _seconds(run: Run) -> float:
+    started = time.perf_counter()
+    run()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def row(what: str, values: Sequence[float], target: str) -> dict[str, object]:
+    """One line of the table: the median of what was measured, its spread, and what it should be, as `>= 1.1`."""
+    median = statistics.median(values)
+    sign, number = target.split()
+    met = median >= float(number) if sign == ">=" else median <= float(number)
+    return {
+        "what": what,
+        "median": round(median, 3),
+        "min": round(min(values), 3),
+        "max": round(max(values), 3),
+        "target": target,
+        "met": met,
+    }
+
+
+def peak_memory(script: str, *arguments: str) -> int:
+    """Bytes that `script --memory ...`, a process of its own, says it took above what it began with."""
+    command = [sys.executable, script, "--memory", *arguments]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def peak_of(run: Run, device: str) -> int:
+    """The most bytes that `run` takes above what the process holds before it; Linux, or a GPU."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def options(description: str | None, *, pairs: int) -> argparse.ArgumentParser:
+    """Those that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pairs", type=int, default=pairs, help="how often each side is timed, in turn")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def show(title: str, rows: Sequence[dict[str, object]], details: dict[str, Any], *, as_json: bool) -> None:
+    """Print the lines of the table, and what else was measured."""
+    where = {"torch": torch.__version__, "machine": machine(str(details["device"]))}
+    if as_json:
+        print(json.dumps({"benchmark": title, "rows": list(rows), "details": details | where}))
+        return
+    print_table([{"benchmark": title} | line for line in rows])
+    for name, value in (details | where).items():
+        print(f"  {name:<28} {value}")
+
+
+def print_table(lines: Sequence[dict[str, object]]) -> None:
+    """Lines of one or of several benchmarks, with a column each for what `row` gives."""
+    names = ["benchmark", "what", "median", "min", "max", "target", "met"]
+    cells = [names, *([str(line.get(name, "")) for name in names] for line in lines)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def machine(device: str) -> str:
+    """What was measured on."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"

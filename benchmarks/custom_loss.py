@@ -1,0 +1,121 @@
+"""A pairwise loss of one's own in one pass on the server, against computing its gradient on the client in two.
+
+Two passes: forward for log-probabilities, their gradient on the client, and a second forward_backward that carries it
+as the weights of a cross-entropy. Both ways wait for each answer, so the ratio is not one of pipelining.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import _common
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tinker_client import custom_loss
+from tinker_client.backend import HFBackend
+from tinker_client.demo.server import running_server
+from tinkerbell_core import LossFnOutput
+from tinkerbell_core.functional import sequence_sum, target_logprobs
+
+ROWS, LENGTH, VOCAB, LAYERS = 8, 256, 32_000, 8
+BETA = 0.1
+TARGET = ">= 1.35"
+
+
+def prefer(model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor) -> LossFnOutput:
+    """-log sigmoid(BETA * margin), summed over pairs: rows 2i should be likelier than rows 2i+1."""
+    logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=attention_mask)  # [B, T]
+    scores = BETA * sequence_sum(logprobs, attention_mask)  # [B]
+    return LossFnOutput(-F.logsigmoid(scores[0::2] - scores[1::2]).sum(), logprobs)
+
+
+class Sides:
+    """The same step in one pass and in two, each on a model of its own."""
+
+    def __init__(self, backend: HFBackend, ids: list[list[int]]) -> None:
+        self.backend = backend
+        self.data = [{"model_input": row[:-1], "loss_fn_inputs": {"target_tokens": row[1:]}} for row in ids]
+        for name in ("one", "two"):
+            backend.create_model(name, rank=16, alpha=16)
+
+    def one_pass(self) -> None:
+        self.backend.forward_backward("one", self.data, "prefer")
+
+    def two_passes(self) -> None:
+        logprobs = self.backend.forward("two", self.data).logprobs
+        assert logprobs is not None
+        rows = [torch.from_numpy(row).requires_grad_() for row in logprobs]
+        scores = BETA * torch.stack([row.sum() for row in rows])  # [B]
+        gradients = torch.autograd.grad(-F.logsigmoid(scores[0::2] - scores[1::2]).sum(), rows)
+        carried = [
+            {**row, "loss_fn_inputs": {**row["loss_fn_inputs"], "weights": (-gradient).numpy()}}
+            for row, gradient in zip(self.data, gradients, strict=True)
+        ]
+        self.backend.forward_backward("two", carried, "cross_entropy")
+
+    def step(self, name: str) -> None:
+        """Take the gradient away, and leave the model where it is."""
+        self.backend.optim_step(name, learning_rate=0.0, betas=(0.0, 0.95))
+
+    def forward(self) -> None:
+        self.backend.forward("one", self.data, "prefer")
+
+    def gradient(self, name: str) -> dict[str, Tensor]:
+        """What was accumulated: with betas[0] = 0, AdamW's first moment is the gradient."""
+        self.step(name)
+        saved = load_file(Path(self.backend.save(name).path, "optimizer.safetensors"))
+        return {key: moment for key, moment in saved.items() if "exp_avg_sq" not in key and "exp_avg" in key}
+
+
+def difference(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> float:
+    """The largest difference of two gradients, by their largest number."""
+    assert one
+    assert one.keys() == two.keys()
+    largest = max(float(tensor.abs().max()) for tensor in one.values())
+    return max(float((one[name] - two[name]).abs().max()) for name in one) / largest
+
+
+def measure(device: str, pairs: int) -> tuple[list[dict[str, object]], dict[str, Any]]:
+    """The line of the table, with the bound that arithmetic sets and how far the gradients are from each other."""
+    threads = _common.all_threads()
+    torch.manual_seed(1)
+    ids = torch.randint(VOCAB, (ROWS, LENGTH + 1)).tolist()
+    with tempfile.TemporaryDirectory() as folder:
+        _common.write_model(Path(folder), vocab=VOCAB, layers=LAYERS)
+        with running_server(folder, "--device", device, "--uploads", "trusted") as client:
+            custom_loss(client, coupling="sequence", group_size=2)(prefer)
+            sides = Sides(client.hf_backend, ids)
+            sides.one_pass()
+            sides.two_passes()
+            apart = difference(sides.gradient("one"), sides.gradient("two"))
+            allowed = 1e-4 if device == "cpu" else 5e-2
+            if apart > allowed:
+                raise SystemExit(f"the gradients differ by {apart:.2g} of their largest number")
+            times = _common.in_turns([sides.one_pass, sides.two_passes, sides.forward], pairs)
+    bounds = [1 + forward / one for one, _, forward in times]
+    rows = [_common.row("two passes / one pass, a pairwise loss", [two / one for one, two, _ in times], TARGET)]
+    return rows, {
+        "device": device,
+        "pairs": pairs,
+        "threads": threads,
+        "bound 1 + F/(F+B)": round(statistics.median(bounds), 3),
+        "seconds in one pass": round(statistics.median(one for one, _, _ in times), 3),
+        "gradients differ by": f"{apart:.1e}",
+    }
+
+
+def main() -> None:
+    args = _common.options(__doc__, pairs=9).parse_args()
+    rows, details = measure(args.device, args.pairs)
+    _common.show("custom loss", rows, details, as_json=args.json)
+
+
+if __name__ == "__main__":
+    main()

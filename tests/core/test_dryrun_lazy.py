@@ -1,0 +1,165 @@
+"""A loss is tried on plain and on lazy logits; where they disagree it is pinned to plain ones, and stays registered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.core.naive import StoredSource
+from tinkerbell_core import LossFnOutput, LossSpec, loss
+from tinkerbell_core.dryrun import dry_run, run_loss
+from tinkerbell_core.errors import BadLoss, LogitsTooLarge, PlainLogitsNeeded
+from tinkerbell_core.functional import entropy, hidden_states, target_logprobs
+from tinkerbell_core.logits import Logits
+from tinkerbell_core.losses import cross_entropy, ppo
+
+
+def losing(result: Callable[[Tensor, Any], Tensor]) -> LossSpec:
+    def mine(model_outputs: Tensor, loss_fn_inputs: Any, attention_mask: Tensor) -> LossFnOutput:
+        return LossFnOutput(result(model_outputs, loss_fn_inputs))
+
+    return loss(mine)
+
+
+def lazy(budget: int | None = None) -> Logits:
+    return Logits.over(StoredSource(torch.randn(6, 4).requires_grad_(), torch.randn(50, 4)), (2, 3), budget)
+
+
+@pytest.mark.parametrize("module", [cross_entropy, ppo])
+def test_the_built_in_losses_store_no_logits(module: Any) -> None:
+    (spec,) = module.register_losses()
+    found = dry_run(spec, 50)
+    assert (found.plain_logits, found.materialises, found.reads) == ("", (), ())
+    assert (found.id, found.digest) == (spec.id, spec.digest)
+
+
+def test_what_a_loss_reads_together_and_what_it_materialises_is_found() -> None:
+    def result(x: Tensor, inputs: Any) -> Tensor:
+        return (target_logprobs(x, inputs["target_tokens"]) * entropy(x)).sum() + x.std(-1).sum() + x.erf().sum()
+
+    found = dry_run(losing(result), 50)
+    assert (found.reads, found.reads_beside) == (("entropy", "logsumexp"), ())
+    assert found.materialises == ("std",)
+    assert found.plain_logits == ""
+
+
+def test_a_statistic_without_gradient_is_read_beside_others_of_the_same_rows() -> None:
+    def result(x: Tensor, inputs: Any) -> Tensor:
+        with torch.no_grad():
+            shown = entropy(x)
+        return (target_logprobs(x, inputs["target_tokens"]) * shown).sum() + (x[1:] / 2).log_softmax(-1).sum()
+
+    found = dry_run(losing(result), 50)
+    assert (found.reads, found.reads_beside) == (("logsumexp", "total"), ("entropy",))
+
+
+class FlipsSign(torch.autograd.Function):
+    """Passes logits on and turns their gradient round, as a loss may."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -gradient
+
+
+def hooked(x: Tensor, inputs: Any) -> Tensor:
+    x.register_hook(lambda gradient: gradient * 2)
+    return x.logsumexp(-1).sum()
+
+
+def caught(x: Tensor, inputs: Any) -> Tensor:
+    try:
+        x.retain_grad()
+    except Exception:
+        return x.mean()
+    return x.logsumexp(-1).sum()
+
+
+def curved(x: Tensor, inputs: Any) -> Tensor:
+    hidden = hidden_states(x)
+    (slope,) = torch.autograd.grad(x.logsumexp(-1).sum(), hidden, create_graph=True)
+    return slope.square().sum()
+
+
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        (hooked, "calls register_hook on the logits"),
+        (caught, "calls retain_grad on the logits"),
+        (curved, "fails on lazy logits alone"),
+        (lambda x, inputs: FlipsSign.apply(x).logsumexp(-1).sum(), "autograd Function"),
+        (lambda x, inputs: x.clamp_(min=-1).logsumexp(-1).sum(), "changed in place by clamp_"),
+        (lambda x, inputs: x.logsumexp(-1).sum() * (3 if type(x) is Tensor else 1), "its loss on lazy logits differs"),
+        (
+            lambda x, inputs: x.exp().sum() if type(x) is Tensor else x.nonsense,
+            "fails on lazy logits alone: .*nonsense",
+        ),
+    ],
+)
+def test_a_loss_that_lazy_logits_cannot_honour_is_pinned_with_the_reason(result: Any, reason: str) -> None:
+    found = dry_run(losing(result), 50)
+    assert re.search(reason, found.plain_logits), found.plain_logits
+
+
+def test_a_gradient_that_differs_alone_pins_too() -> None:
+    def result(x: Tensor, inputs: Any) -> Tensor:
+        whole = x.logsumexp(-1)
+        return whole.sum() if type(x) is Tensor else (2 * whole - whole.detach()).sum()
+
+    assert dry_run(losing(result), 50).plain_logits == "its gradient on lazy logits differs from that on plain ones"
+
+
+def test_random_numbers_in_a_loss_do_not_pin_it() -> None:
+    def result(x: Tensor, inputs: Any) -> Tensor:
+        return (target_logprobs(x, inputs["target_tokens"]) * torch.rand(x.shape[:2])).sum()
+
+    assert dry_run(losing(result), 50).plain_logits == ""
+
+
+def test_a_loss_that_fails_backwards_is_a_bad_loss() -> None:
+    class Breaks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            raise ValueError("what the author said")
+
+    with pytest.raises(BadLoss, match="what the author said"):
+        dry_run(losing(lambda x, inputs: Breaks.apply(x.logsumexp(-1)).sum()), 50)
+
+
+def test_what_lazy_logits_refuse_reaches_who_runs_the_loss() -> None:
+    with pytest.raises(PlainLogitsNeeded, match="register_hook"):
+        run_loss(losing(hooked), lazy(), {}, torch.ones(2, 3), {})
+    with pytest.raises(PlainLogitsNeeded, match="retain_grad"):
+        run_loss(losing(caught), lazy(), {}, torch.ones(2, 3), {})
+
+
+def test_logits_over_the_budget_are_refused_with_the_operation_and_what_to_do() -> None:
+    spec = losing(lambda x, inputs: x.std())
+    run_loss(spec, lazy(budget=6 * 50 * 4), {}, torch.ones(2, 3), {})
+    says = r"std needs the logits themselves, 1,200 bytes, over .* budget of 1,199: .*target_logprobs.*logits_budget"
+    with pytest.raises(LogitsTooLarge, match=says):
+        run_loss(spec, lazy(budget=6 * 50 * 4 - 1), {}, torch.ones(2, 3), {})
+
+
+def test_log_probabilities_returned_whole_come_back_as_an_ordinary_tensor() -> None:
+    def mine(model_outputs: Tensor, loss_fn_inputs: Any, attention_mask: Tensor) -> LossFnOutput:
+        logprobs = model_outputs.log_softmax(-1)
+        return LossFnOutput(logprobs[..., 3].sum(), logprobs)
+
+    logits = lazy()
+    output = run_loss(loss(mine), logits, {}, torch.ones(2, 3), {})
+    assert type(output.logprobs) is Tensor
+    assert torch.allclose(output.logprobs.exp().sum(-1), torch.ones(2, 3))
+    assert logits.materialised[0] == ("logprobs", 6 * 50 * 4)

@@ -1,0 +1,230 @@
+"""Shapes: views and copies of leading dimensions act on row numbers, so torch itself says what they do."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinkerbell_core.logits.dims import along_vocab, leading, positive
+from tinkerbell_core.logits.form import Form, a_form, broadcast
+from tinkerbell_core.logits.picks import columns, select_columns
+from tinkerbell_core.logits.rule import need
+from tinkerbell_core.logits.weighted import Lazy, Weighted, a_lazy
+
+
+def reshaped(by: Callable[..., Tensor], input: Any, *shape: Any, **named: Any) -> Form:
+    """Any change of shape that keeps the order of the elements and leaves the vocabulary last."""
+    form = a_form(input)
+    need(form.last, not any(isinstance(one, torch.dtype) for one in (*shape, *named.values())))
+    target = by(torch.empty(form.shape, device="meta"), *shape, **named).shape
+    need(len(target) > 0 and target[-1] == form.vocab)
+    reshape = Tensor.view if by is Tensor.view else Tensor.reshape
+    return form.moved(lambda part: reshape(part, target[:-1]))
+
+
+def as_shaped(by: Callable[..., Tensor], input: Any, other: Any) -> Form:
+    """view_as and reshape_as, like another tensor or form."""
+    return reshaped(by, input, other.shape)
+
+
+def permuted(by: Callable[..., Tensor], input: Any, *dims: Any, **named: Any) -> Form:
+    """Any change of the order of dimensions, found by doing it to sizes that tell them apart."""
+    form = a_form(input)
+    sizes = range(2, 2 + len(form.shape))
+    order = [size - 2 for size in by(torch.empty(*sizes, device="meta"), *dims, **named).shape]
+    axis = order.index(form.axis)
+    rows = [one - (one > form.axis) for one in order if one != form.axis]
+    return form.moved(lambda part: part.permute(rows), axis)
+
+
+def expand(input: Any, *shape: Any, **named: Any) -> Form | Tensor:
+    """Also of an ordinary tensor to the shape of a form."""
+    sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+    if isinstance(sizes, Form | Weighted | Tensor):
+        sizes = sizes.shape
+    if isinstance(input, Tensor):
+        return input.expand(*sizes)
+    form = a_form(input)
+    need(form.last)
+    target = torch.empty(form.shape, device="meta").expand(*sizes).shape
+    return form.moved(lambda part: part.expand(target[:-1]))
+
+
+def broadcast_tensors(*tensors: Any) -> tuple[Form | Tensor, ...]:
+    together = broadcast(*(one.shape for one in tensors))
+    return tuple(expand(one, together) for one in tensors)
+
+
+def unsqueeze(input: Any, dim: int) -> Form:
+    form = a_form(input)
+    count = len(form.shape) + 1
+    need(-count <= dim < count)
+    at, before = dim % count, dim % count <= form.axis
+    return form.moved(lambda part: part.unsqueeze(at - (not before)), form.axis + before)
+
+
+def squeeze(input: Any, dim: Any = None) -> Form:
+    form = a_form(input)
+    named = range(len(form.shape)) if dim is None else dim if isinstance(dim, tuple | list) else [dim]
+    gone = [one for one in {positive(form, one) for one in named} if form.shape[one] == 1]
+    rows = tuple(leading(form, one) for one in gone)
+    return form.moved(lambda part: part.squeeze(rows), form.axis - sum(one < form.axis for one in gone))
+
+
+def parts(by: Callable[..., Any], input: Any, sections: Any, dim: int = 0) -> tuple[Form, ...]:
+    """The pieces of one leading dimension."""
+    form = a_form(input)
+    rows_dim = leading(form, dim)
+
+    def piece(part: Tensor, at: int) -> Tensor:
+        return by(part, sections, rows_dim)[at]  # type: ignore[no-any-return]
+
+    count = len(by(form.rows, sections, rows_dim))
+    return tuple(form.moved(functools.partial(piece, at=at), form.axis) for at in range(count))
+
+
+def unbind(input: Any, dim: int = 0) -> tuple[Form | Tensor, ...]:
+    form = a_form(input)
+    need(not along_vocab(form, dim))
+    return tuple(select(form, dim, at) for at in range(form.shape[dim]))
+
+
+def select(input: Any, dim: int, index: int) -> Form | Tensor:
+    form = a_form(input)
+    if along_vocab(form, dim):
+        return select_columns(form, index)
+    rows_dim = leading(form, dim)
+    return form.moved(lambda part: part.select(rows_dim, index), form.axis - (rows_dim < form.axis))
+
+
+def narrow(input: Any, dim: int, start: Any, length: int) -> Form | Tensor:
+    form = a_form(input)
+    need(isinstance(start, int))
+    if along_vocab(form, dim):
+        need(start >= 0, start + length <= form.vocab)
+        return select_columns(form, slice(start, start + length))
+    rows_dim = leading(form, dim)
+    return form.moved(lambda part: part.narrow(rows_dim, start, length), form.axis)
+
+
+def cat(tensors: Any, dim: int = 0) -> Form:
+    """Of parts of one family, done the same to."""
+    forms = [a_form(one) for one in tensors]
+    need(len(forms) > 0)
+    first = forms[0]
+    need(first.last, not along_vocab(first, dim), all(_alike(first, one) for one in forms))
+    at = positive(first, dim)
+    joined = {name: _joined([getattr(one, name) for one in forms], forms, at) for name in _PER_ROW}
+    return replace(first, **joined)
+
+
+def stack(tensors: Any, dim: int = 0) -> Form:
+    return cat([unsqueeze(one, dim) for one in tensors], dim)
+
+
+def getitem(input: Any, key: Any) -> Lazy | Tensor:
+    """`x[key]`. A key that leaves the vocabulary alone acts on the rows; one that ends in columns reads those."""
+    lazy = a_lazy(input)
+    need(lazy.axis == len(lazy.shape) - 1)
+    keys = _spelled_out(key, len(lazy.shape))
+    taken = 0
+    for at, one in enumerate(keys):
+        if taken == lazy.axis and one is not None:
+            need(at == len(keys) - 1)
+            if isinstance(one, slice) and one == slice(None):
+                return _indexed(lazy, tuple(keys[:at]))
+            return _with_columns(a_form(lazy), tuple(keys[:at]), one)
+        taken += _width(one)
+    need(taken <= lazy.axis)
+    return _indexed(lazy, tuple(keys))
+
+
+def _indexed(lazy: Lazy, key: tuple[Any, ...]) -> Lazy:
+    """A key that leaves the vocabulary alone means the same with and without it."""
+    return (
+        lazy.moved(lambda part: part[key], wide=True) if isinstance(lazy, Form) else lazy.moved(lambda part: part[key])
+    )
+
+
+def _with_columns(form: Form, lead: tuple[Any, ...], last: Any) -> Form | Tensor:
+    if not any(isinstance(one, Tensor) for one in lead) or not isinstance(last, Tensor):
+        return select_columns(form.moved(lambda part: part[lead]), last)
+    # rows and columns are indexed together: do so to the numbers of both
+    need(last.dtype in (torch.int64, torch.int32))
+    column = torch.arange(form.vocab, device=form.device).expand(*form.rows.shape, -1)
+    seen = form.moved(lambda part: part[..., None].expand(column.shape)[(*lead, last)])
+    return columns(seen, column[(*lead, last)][..., None])[0][..., 0]
+
+
+def _spelled_out(key: Any, count: int) -> list[Any]:
+    """The key as a list without Ellipsis, its lists and arrays as tensors."""
+    keys = list(key) if isinstance(key, tuple) else [key]
+    keys = [torch.as_tensor(one) if _is_array(one) else one for one in keys]
+    need(all(one is None or one is Ellipsis or isinstance(one, int | slice | Tensor) for one in keys))
+    need(not any(isinstance(one, bool) or (isinstance(one, Tensor) and one.dim() == 0) for one in keys))
+    if any(one is Ellipsis for one in keys):
+        at = next(index for index, one in enumerate(keys) if one is Ellipsis)
+        need(sum(one is Ellipsis for one in keys) == 1)
+        keys[at : at + 1] = [slice(None)] * (count - sum(_width(one) for one in keys if one is not Ellipsis))
+    return keys
+
+
+def _is_array(key: Any) -> bool:
+    return isinstance(key, list | range) or type(key).__module__ == "numpy"
+
+
+def _width(key: Any) -> int:
+    """How many dimensions this part of a key takes."""
+    if isinstance(key, Tensor) and key.dtype in (torch.bool, torch.uint8):
+        return key.dim()
+    return 0 if key is None else 1
+
+
+_PER_ROW = ("rows", "scale", "coefficient", "offset")
+
+
+def _alike(one: Form, other: Form) -> bool:
+    return (
+        one.family is other.family
+        and (one.kind, one.attached, one.axis) == (other.kind, other.attached, other.axis)
+        and one.given is None
+        and other.given is None
+    )
+
+
+def _joined(parts: list[Any], forms: Sequence[Form], dim: int) -> Any:
+    if all(not isinstance(part, Tensor) and part == parts[0] for part in parts):
+        return parts[0]
+    whole = [torch.as_tensor(p, device=f.device).expand(f.rows.shape) for p, f in zip(parts, forms, strict=True)]
+    return torch.cat([part.to(forms[0].dtype) if part.is_floating_point() else part for part in whole], dim)
+
+
+RULES = {
+    "view": functools.partial(reshaped, Tensor.view),
+    "reshape": functools.partial(reshaped, Tensor.reshape),
+    "flatten": functools.partial(reshaped, Tensor.flatten),
+    "unflatten": functools.partial(reshaped, Tensor.unflatten),
+    "view_as": functools.partial(as_shaped, Tensor.view),
+    "reshape_as": functools.partial(as_shaped, Tensor.reshape),
+    **{
+        name: functools.partial(permuted, getattr(Tensor, name))
+        for name in ("transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t")
+    },
+    "mT": functools.partial(permuted, lambda tensor: tensor.mT),
+    "expand expand_as broadcast_to": expand,
+    "broadcast_tensors": broadcast_tensors,
+    "unsqueeze": unsqueeze,
+    "squeeze": squeeze,
+    **{name: functools.partial(parts, getattr(Tensor, name)) for name in ("split", "chunk", "tensor_split")},
+    "unbind": unbind,
+    "select": select,
+    "narrow": narrow,
+    "cat concat concatenate": cat,
+    "stack": stack,
+    "__getitem__": getitem,
+}
