@@ -1,114 +1,68 @@
-"""Samples asked for at once against samples asked for one after another, in one run."""
+"""Samples asked for at once against samples asked for one after another."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+import _common
 import torch
-import transformers
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 
 from tinker_client.backend import HFBackend
 from tinker_client.demo.server import running_server
 
-VOCAB, PROMPT = 4096, 16
+VOCAB, PROMPT, SAMPLES = 4096, 16, 32
+TARGETS = {2: ">= 6", 8: ">= 4"}
+"""Layers of the model, and the least the ratio should be."""
 
 
-def write_model(folder: Path, layers: int) -> None:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    words = WordLevel({str(id): id for id in range(VOCAB)}, unk_token="0")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(folder)
-
-
-def seconds_for(backend: HFBackend, prompts: list[list[int]], tokens: int, *, at_once: bool) -> float:
-    """Until every prompt is continued by so many tokens."""
+def loop(backend: HFBackend, prompts: list[list[int]], tokens: int, *, at_once: bool) -> _common.Run:
+    """Every prompt continued by so many tokens."""
 
     def submit(seed: int, prompt: list[int]) -> Any:  # Any: a future of a sample
         return backend.submit("sample", model_id="bench", prompt=prompt, max_tokens=tokens, seed=seed)
 
-    started = time.perf_counter()
-    if at_once:
-        for future in [submit(seed, prompt) for seed, prompt in enumerate(prompts)]:
-            future.result()
-    else:
-        for seed, prompt in enumerate(prompts):
-            submit(seed, prompt).result()
-    return time.perf_counter() - started
+    def run() -> None:
+        if at_once:
+            for future in [submit(seed, prompt) for seed, prompt in enumerate(prompts)]:
+                future.result()
+        else:
+            for seed, prompt in enumerate(prompts):
+                submit(seed, prompt).result()
+
+    return run
 
 
-def measure(layers: int, device: str, samples: int, tokens: int, pairs: int) -> dict[str, object]:
-    threads = len(os.sched_getaffinity(0))
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the server
+def measure(device: str, pairs: int, tokens: int) -> tuple[list[dict[str, object]], dict[str, object]]:
+    """The lines of the table, and tokens a second behind them."""
+    threads = _common.all_threads()
     torch.manual_seed(1)
     # of several lengths, as prompts are
-    prompts = [torch.randint(VOCAB, (PROMPT + index % 8,)).tolist() for index in range(samples)]
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), layers)
-        with running_server(folder, "--device", device) as client:
-            backend = client.hf_backend
-            backend.create_model("bench", rank=16)
-            for at_once in (False, True):
-                seconds_for(backend, prompts[:4], tokens, at_once=at_once)
-            times = [
-                (
-                    seconds_for(backend, prompts, tokens, at_once=False),
-                    seconds_for(backend, prompts, tokens, at_once=True),
-                )
-                for _ in range(pairs)
-            ]
-    ratios = [alone / together for alone, together in times]
-    return {
-        "layers": layers,
-        "samples": samples,
-        "tokens_a_sample": tokens,
-        "alone_tokens_per_second": round(samples * tokens / statistics.median(alone for alone, _ in times)),
-        "together_tokens_per_second": round(samples * tokens / statistics.median(both for _, both in times)),
-        "ratio_median": round(statistics.median(ratios), 2),
-        "ratio_min": round(min(ratios), 2),
-        "ratio_max": round(max(ratios), 2),
-        "pairs": pairs,
-        "threads": threads,
-        "device": device,
-    }
+    prompts = [torch.randint(VOCAB, (PROMPT + index % 8,)).tolist() for index in range(SAMPLES)]
+    rows, details = [], {"device": device, "pairs": pairs, "tokens_a_sample": tokens, "threads": threads}
+    for layers, target in TARGETS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            _common.write_model(Path(folder), vocab=VOCAB, layers=layers)
+            with running_server(folder, "--device", device) as client:
+                backend = client.hf_backend
+                backend.create_model("bench", rank=16)
+                loop(backend, prompts[:2], tokens, at_once=True)()
+                runs = [loop(backend, prompts, tokens, at_once=at_once) for at_once in (False, True)]
+                times = _common.in_turns(runs, pairs)
+        rows.append(_common.row(f"{layers} layers, one by one / at once", [one / all for one, all in times], target))
+        for side, seconds in zip(("one by one", "at once"), zip(*times, strict=True), strict=True):
+            details[f"{layers} layers, {side}, tokens/s"] = round(SAMPLES * tokens / statistics.median(seconds))
+    return rows, details
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--device", default="cpu")
-    options.add_argument("--layers", type=int, nargs="+", default=[2, 8])
-    options.add_argument("--samples", type=int, default=32)
-    options.add_argument("--tokens", type=int, default=64)
-    options.add_argument("--pairs", type=int, default=5)
-    options.add_argument("--json", action="store_true")
+    options = _common.options(__doc__, pairs=5)
+    options.add_argument("--tokens", type=int, default=64, help="of each sample")
     args = options.parse_args()
-    for layers in args.layers:
-        result = measure(layers, args.device, args.samples, args.tokens, args.pairs)
-        if args.json:
-            print(json.dumps(result))
-            continue
-        print(f"sampling: {layers} layers, hidden 256, vocab {VOCAB}, LoRA rank 16")
-        for name, value in result.items():
-            print(f"  {name:<26} {value}")
+    rows, details = measure(args.device, args.pairs, args.tokens)
+    _common.show("sampling", rows, details, as_json=args.json)
 
 
 if __name__ == "__main__":
