@@ -14,6 +14,7 @@ from tinkerbell_server.engines.base import (
     DeleteLosses,
     DeleteModel,
     EngineDescription,
+    ImportLoss,
     Load,
     OptimStep,
     RegisterLoss,
@@ -22,7 +23,9 @@ from tinkerbell_server.engines.base import (
     Save,
 )
 
-AnyCommand = CreateModel | RunLoss | OptimStep | Sample | Save | Load | DeleteModel | RegisterLoss | DeleteLosses
+AnyCommand = (
+    CreateModel | RunLoss | OptimStep | Sample | Save | Load | DeleteModel | RegisterLoss | ImportLoss | DeleteLosses
+)
 
 
 class Ask(msgspec.Struct, frozen=True):
