@@ -78,9 +78,7 @@ class Library:
                 try:
                     resolve(name, visible(caller.tenant, engine.losses))
                 except UnknownLoss as error:
-                    why = (
-                        f"{error.message}; this server imports no dotted paths: its operator can, with --dotted-losses"
-                    )
+                    why = "this server imports no dotted paths unless started with --dotted-losses"
                     raise UnknownLoss(f"{error.message}; {why}") from None
                 continue
             with self._audit.watch(caller, "import_loss", name):

@@ -29,7 +29,8 @@ bytes are base64. Every struct named here is in `tinkerbell_core.types`; fields 
 
 Where the server asks for API keys, each path wants one with a scope: read for the GETs and /sample, upload for
 /register_custom_loss, /get_custom_loss and /delete_custom_loss, admin for /publish_custom_loss, train for the rest.
-A key belongs to a tenant, and another tenant's model, save, future or upload is answered as one that does not exist: 404.
+A key belongs to a tenant, and another tenant's model, save, future or upload is answered as one that does not exist:
+404.
 
 A `Future` comes back at once with status 200 and state queued, running, done (`result` is the struct above, a map) or
 failed (`problem` is a Problem); GET /futures answers 200 for a failed one too. `Idempotency-Key: <any string>` makes a
