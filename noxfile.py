@@ -19,7 +19,7 @@ DIST = ROOT / "dist"
 CONSTRAINTS = str(ROOT / ".ci" / "constraints.txt")
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 LINT_TOOLS = ["import-linter", "ruff"]
-TEST_TOOLS = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "trustme"]
+TEST_TOOLS = ["hatchling", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "trustme"]
 SDKS = ["0.25.0", "0.30.4", "0.36.0", "0.38.0"]
 """Versions of the Tinker SDK that are clients of this server; those before speak JSON, of which a test sends some."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -118,11 +118,10 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session(tags=["ci"], requires=["build"])
 def plugins(session: nox.Session) -> None:
-    """Each plugin's own tests, on its built wheel and the built core."""
+    """Every plugin's own tests, on the built wheels: one environment and one run, since torch is slow to import."""
     install_wheels(session, *TEST_TOOLS)
-    for plugin in PLUGINS:
-        session.chdir(plugin)
-        session.run("pytest", "tests", *session.posargs, env=OFFLINE)
+    folders = [str(plugin / "tests") for plugin in PLUGINS]
+    session.run("pytest", "-n", "2", *folders, *session.posargs, env=OFFLINE)
 
 
 @nox.session

@@ -17,13 +17,7 @@ from tinkerbell_core.errors import BadLoss, UnknownLoss, did_you_mean
 from tinkerbell_core.plugins import GROUP
 from tinkerbell_core.registry import build_registry
 from tinkerbell_core.spec import LossSpec, loss
-
-_DOTTED = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
-
-
-def is_dotted(name: str) -> bool:
-    """Whether a name has the form `my.module:function`."""
-    return _DOTTED.fullmatch(name) is not None
+from tinkerbell_server.dotted import DOTTED, is_dotted
 
 
 def find_specs(target: str) -> list[LossSpec]:
@@ -49,7 +43,7 @@ def find_specs(target: str) -> list[LossSpec]:
 
 def dotted(name: str) -> LossSpec:
     """The loss that `my.module:function` names, imported. Raises UnknownLoss, BadLoss with the traceback."""
-    found = _DOTTED.fullmatch(name)
+    found = DOTTED.fullmatch(name)
     if found is None:
         raise UnknownLoss(f"{name!r} is no dotted path: write my.module:function")
     module = _imported(found[1])

@@ -124,6 +124,8 @@ class Service:
 
     async def submit(self, caller: Caller, call: Call, request: Request) -> Future:
         """The future of a request. Raises what is wrong with it, before it is queued."""
+        if isinstance(request, ForwardRequest):
+            await self.library.imported(caller, request.loss_fn)
         engine = await self.supervisor.described()
         tenant = caller.tenant
         # always with the tenant's name before it: a key may be any text, the local tenant's too

@@ -165,6 +165,12 @@ class RegisterLoss(Command, frozen=True):
     owner: str | None = None
 
 
+class ImportLoss(Command, frozen=True):
+    """Import, try and keep the loss that `my.module:function` names, unless it is there. Only where that is allowed."""
+
+    name: str
+
+
 class DeleteLosses(Command, frozen=True):
     """Forget uploaded losses; an id that is not there is no error."""
 
@@ -242,6 +248,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     sandbox_seconds_per_token: float = 0.002
     dry_run_seconds: float = 5.0
     sandbox_memory: int | None = None
+    dotted_losses: bool = False
     logits_budget: int | None = None
     gradient_checkpointing: bool = False
     plugins: bool = True

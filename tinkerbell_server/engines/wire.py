@@ -14,6 +14,7 @@ from tinkerbell_server.engines.base import (
     DeleteLosses,
     DeleteModel,
     EngineDescription,
+    ImportLoss,
     Load,
     OptimStep,
     RegisterLoss,
@@ -24,7 +25,17 @@ from tinkerbell_server.engines.base import (
 )
 
 AnyCommand = (
-    CreateModel | RunLoss | OptimStep | Sample | Samples | Save | Load | DeleteModel | RegisterLoss | DeleteLosses
+    CreateModel
+    | RunLoss
+    | OptimStep
+    | Sample
+    | Samples
+    | Save
+    | Load
+    | DeleteModel
+    | RegisterLoss
+    | ImportLoss
+    | DeleteLosses
 )
 
 

@@ -42,6 +42,7 @@ from tinkerbell_server.engines.base import (
     Drawn,
     EngineConfig,
     EngineDescription,
+    ImportLoss,
     Load,
     OptimStep,
     RegisterLoss,
@@ -121,6 +122,7 @@ class TorchEngine:
             self._uploads,
             enabled=config.plugins,
             disabled=config.disabled_plugins,
+            dotted_losses=config.dotted_losses,
         )
         self._losses.check_required(config.required_plugins)
         self._chat_tokens = config.chat_tokens
@@ -190,6 +192,8 @@ class TorchEngine:
                 return DeleteModelOutput(model_id=command.model_id, steps=self._models.delete(command.model_id).steps)
             case RegisterLoss():
                 return LossDescription.of(self._losses.upload(command.upload, command.owner))
+            case ImportLoss():
+                return LossDescription.of(self._losses.imported(command.name))
             case DeleteLosses():
                 return DeleteLossesOutput(deleted=self._losses.delete(command.ids))
         raise BadRequest(f"the torch engine knows no command {type(command).__name__}")
