@@ -129,7 +129,7 @@ class Desk:
                 command=command,
                 started=partial(self.service.futures.running, request_id),
                 done=partial(self._done, request_id, then),
-                failed=partial(self.fail, request_id),
+                failed=lambda error: self.fail(request_id, told(error)),
             )
         )
 
@@ -153,7 +153,7 @@ class Desk:
                 command=command,
                 started=partial(self.service.futures.running, first),
                 done=done,
-                failed=failed,
+                failed=lambda error: failed(told(error)),
             )
         )
 
@@ -161,7 +161,7 @@ class Desk:
         self.service.futures.finish(request_id, result, None)
 
     def fail(self, request_id: str, error: TinkerbellError) -> None:
-        self.service.futures.finish(request_id, None, Problem.of(told(error)))
+        self.service.futures.finish(request_id, None, Problem.of(error))
 
     async def retrieve(self, tenant: str, request_id: str, seconds: float) -> bytes | dict[str, Any] | None:
         """The answer of a request, when there is one within `seconds`; None: not yet. Raises Gone.
