@@ -19,7 +19,9 @@ DIST = ROOT / "dist"
 CONSTRAINTS = str(ROOT / ".ci" / "constraints.txt")
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 LINT_TOOLS = ["import-linter", "ruff"]
-TEST_TOOLS = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "trustme"]
+TEST_TOOLS = ["hatchling", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "trustme"]
+SDKS = ["0.25.0", "0.30.4", "0.36.0", "0.38.0"]
+"""Versions of the Tinker SDK that are clients of this server; those before speak JSON, of which a test sends some."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -58,17 +60,34 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy, strict."""
-    install_working_tree(session, "mypy", *TEST_TOOLS)
+    install_working_tree(session, "mypy", "types-protobuf", *TEST_TOOLS)
     session.run("mypy")
 
 
 @nox.session(tags=["ci"])
 def tests(session: nox.Session) -> None:
     """Lint, types, and every test but the slow ones: in one environment, since torch is large."""
-    install_working_tree(session, "mypy", *LINT_TOOLS, *TEST_TOOLS)
+    install_working_tree(session, "mypy", "types-protobuf", *LINT_TOOLS, *TEST_TOOLS)
     check_style(session)
     session.run("mypy")
     session.run("pytest", "-m", "not slow", "-n", "2", *session.posargs, env=OFFLINE)
+
+
+@nox.session(tags=["ci"])
+def sdk(session: nox.Session) -> None:
+    """The stock Tinker SDK, each version this server promises in turn, and the openai client, against a real server."""
+    install_working_tree(session, *TEST_TOOLS, "openai")
+    for version in SDKS:
+        session.install("-c", CONSTRAINTS, f"tinker=={version}")
+        session.run("pytest", "tests/tinker", *session.posargs, env=OFFLINE)
+
+
+@nox.session(name="sdk-latest")
+def sdk_latest(session: nox.Session) -> None:
+    """The newest Tinker SDK there is, for a weekly look."""
+    install_working_tree(session, *TEST_TOOLS)
+    session.install("--upgrade", "openai", "tinker")
+    session.run("pytest", "tests/tinker", *session.posargs, env=OFFLINE)
 
 
 @nox.session(tags=["ci"])
@@ -99,11 +118,10 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session(tags=["ci"], requires=["build"])
 def plugins(session: nox.Session) -> None:
-    """Each plugin's own tests, on its built wheel and the built core."""
+    """Every plugin's own tests, on the built wheels: one environment and one run, since torch is slow to import."""
     install_wheels(session, *TEST_TOOLS)
-    for plugin in PLUGINS:
-        session.chdir(plugin)
-        session.run("pytest", "tests", *session.posargs, env=OFFLINE)
+    folders = [str(plugin / "tests") for plugin in PLUGINS]
+    session.run("pytest", "-n", "2", *folders, *session.posargs, env=OFFLINE)
 
 
 @nox.session
@@ -116,7 +134,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Every benchmark, in one table; `nox -s bench -- --json` for programs."""
-    install_working_tree(session)
+    install_working_tree(session, f"tinker=={SDKS[-1]}")
     session.run("python", "benchmarks/_all.py", *session.posargs, env=OFFLINE)
 
 

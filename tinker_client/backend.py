@@ -44,7 +44,9 @@ VERBS: dict[str, tuple[type[Wire], type[Wire]]] = {
 }
 
 # Any, below: data, prompts and inputs have many forms; the server parses them and names what is wrong
-Config = Mapping[str, bool | int | float | str | None]
+Setting = bool | int | float | str | None
+Config = Mapping[str, Setting | Mapping[str, Setting]]
+LossName = str | Mapping[str, float]
 
 
 class HFBackend:
@@ -95,11 +97,15 @@ class HFBackend:
         self,
         model_id: str,
         data: Sequence[Any],
-        loss_fn: str = "cross_entropy",
+        loss_fn: LossName = "cross_entropy",
         loss_fn_inputs: Mapping[str, Any] | None = None,
         loss_fn_config: Config | None = None,
     ) -> ForwardBackwardResult:
-        """The loss, its diagnostics and log-probabilities; nothing is accumulated."""
+        """The loss, its diagnostics and log-probabilities; nothing is accumulated.
+
+        loss_fn: a name, or a weighted sum, `{"dpo": 1.0, "cross_entropy": 0.1}`, whose parts have settings of their
+        own: `loss_fn_config={"dpo": {"beta": 0.2}}`.
+        """
         return self._run(
             ForwardBackwardResult,
             "forward",
@@ -114,7 +120,7 @@ class HFBackend:
         self,
         model_id: str,
         data: Sequence[Any],
-        loss_fn: str = "cross_entropy",
+        loss_fn: LossName = "cross_entropy",
         loss_fn_inputs: Mapping[str, Any] | None = None,
         loss_fn_config: Config | None = None,
     ) -> ForwardBackwardResult:

@@ -18,8 +18,11 @@ REDUCTIONS = ("sum", "mean", "min", "max")
 """What may follow the colon in a diagnostic's name."""
 
 
-def check_output(name: str, output: object, model_outputs: Tensor) -> LossFnOutput:
-    """`output`, if it is what the loss called `name` may return for these model_outputs. Raises BadLoss."""
+def check_output(name: str, output: object, model_outputs: Tensor, parts: int = 0) -> LossFnOutput:
+    """`output`, if it is what the loss called `name` may return for these model_outputs. Raises BadLoss.
+
+    parts: of a sum, whose diagnostics are those of its parts, checked already, each with the part's name before it.
+    """
     if not isinstance(output, LossFnOutput):
         raise BadLoss(
             f"loss {name!r} returned {_what(output)}: return LossFnOutput(loss, logprobs=None, diagnostics={{}})"
@@ -27,7 +30,8 @@ def check_output(name: str, output: object, model_outputs: Tensor) -> LossFnOutp
     _check_loss(name, output.loss, model_outputs)
     if output.logprobs is not None:
         _check_logprobs(name, output.logprobs, model_outputs)
-    _check_diagnostics(name, output.diagnostics)
+    if not parts:
+        _check_diagnostics(name, output.diagnostics)
     return output
 
 

@@ -45,7 +45,7 @@ def run_loss(
     try:
         with _authors_errors(spec):
             output = spec.fn(model_outputs, inputs, attention_mask, **hyperparameters)
-        output = check_output(spec.name, output, model_outputs)
+        output = check_output(spec.name, output, model_outputs, parts=len(spec.parts))
     finally:
         # also where the loss has caught it, or failed because of it
         if lazy is not None:

@@ -57,6 +57,16 @@ class Hyperparameter:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One loss of a weighted sum, as it was when the sum was made."""
+
+    name: str
+    weight: float
+    id: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class LossSpec:
     """A loss function and its description. Calling it calls the function.
 
@@ -68,6 +78,7 @@ class LossSpec:
     plain_logits: why it must be given stored logits, found by a dry run; empty where lazy ones do.
     materialises: operations of it that build the logits all the same.
     reads, reads_beside: statistics it asks for of the same rows, with a gradient and without.
+    parts: what a weighted sum is made of; empty for any other loss.
     """
 
     name: str
@@ -86,6 +97,7 @@ class LossSpec:
     materialises: tuple[str, ...] = ()
     reads: tuple[Statistic, ...] = ()
     reads_beside: tuple[Statistic, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     # Any: passes on whatever the loss takes
     def __call__(self, *args: Any, **kwargs: Any) -> LossFnOutput:
@@ -95,8 +107,10 @@ class LossSpec:
     def id(self) -> str:
         """`distribution:loss`, or `upload:name@<12 of digest>`; what a name resolves to, and never changes.
 
-        An upload with an owner is `upload:owner/name@<12 of digest>`.
+        An upload with an owner is `upload:owner/name@<12 of digest>`; a sum of this process, `sum:` and its terms.
         """
+        if self.parts and self.provenance.kind == "local":
+            return "sum:" + "+".join(f"{part.weight:.12g}*{part.id}" for part in self.parts)
         if self.provenance.kind == "upload":
             owner = f"{self.provenance.owner}/" if self.provenance.owner else ""
             return f"upload:{owner}{self.name}@{self.digest[:12]}"

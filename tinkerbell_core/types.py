@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from tinkerbell_core.errors import Problem
-from tinkerbell_core.spec import Hyperparameter, LossSpec, Provenance
+from tinkerbell_core.spec import Hyperparameter, LossSpec, Part, Provenance
 
 DTYPES = {
     "bool": 1,
@@ -28,6 +28,9 @@ DTYPES = {
 
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """A whole number that every format and every tensor can hold; JSON has larger ones."""
+
+Setting = bool | Int64 | float | str | None
+"""A hyperparameter on the wire; those of a part of a sum are in a dict of its own."""
 
 UPLOAD_LIMIT = 1 << 20
 """The most bytes an uploaded loss may have, decoded."""
@@ -71,7 +74,7 @@ class CreateModelRequest(Wire, frozen=True):
 
 
 class ForwardRequest(Wire, frozen=True):
-    """Data through a model and a loss.
+    """Data through a model and a loss, or several: `{"dpo": 1.0, "cross_entropy": 0.1}` is their weighted sum.
 
     `data` is a list of one kind: chats, strings, token-id lists, Datums or preference records. data and loss_fn_inputs
     are checked and given their types by `tinkerbell_server.data`, which can name the offending row.
@@ -79,9 +82,9 @@ class ForwardRequest(Wire, frozen=True):
 
     model_id: str
     data: list[Any]
-    loss_fn: str = "cross_entropy"
+    loss_fn: str | dict[str, float] = "cross_entropy"
     loss_fn_inputs: dict[str, Any] | None = None
-    loss_fn_config: dict[str, bool | Int64 | float | str | None] | None = None
+    loss_fn_config: dict[str, Setting | dict[str, Setting]] | None = None
 
 
 class OptimStepRequest(Wire, frozen=True):
@@ -149,6 +152,13 @@ class RegisterLossRequest(Wire, frozen=True):
     group_size: Int64 = 1
     example_inputs: dict[str, TensorData] | None = None
     kind: Literal["cloudpickle", "source", "graph"] = "cloudpickle"
+
+
+class GetLossRequest(Wire, frozen=True):
+    """An upload to read: `name`, its latest version, or `name@digest` or an id. tenant: another's, for an admin."""
+
+    name: str
+    tenant: str | None = None
 
 
 class DeleteLossesRequest(Wire, frozen=True):
@@ -232,6 +242,13 @@ class OptimStepOutput(Wire, frozen=True):
     seconds: float
 
 
+class TopLogprobs(Wire, frozen=True):
+    """The k likeliest tokens at each position, likeliest first: ids int32 and logprobs float32, both `[n, k]`."""
+
+    ids: TensorData
+    logprobs: TensorData
+
+
 class SampledSequence(Wire, frozen=True):
     """tokens include the stop token where one ended the sample; logprobs are of the untempered model, one a token."""
 
@@ -239,12 +256,28 @@ class SampledSequence(Wire, frozen=True):
     logprobs: list[float]
     text: str
     stop_reason: Literal["stop", "length"]
+    top: TopLogprobs | None = None
+
+
+class PromptScores(Wire, frozen=True):
+    """What the untempered model says of a prompt of P tokens; each part only where it was asked for.
+
+    logprobs: float32 `[P]`, NaN where there is none, as at the first. top: of the same positions, id 0 and logprob
+    -99999 where there is none. targets: float32 `[P - 1, K]` of the ids that were given, 0 where that was -1. drawn:
+    ids and logprobs `[P - 1, k]` of tokens drawn at the sample's temperature in place of each but the first.
+    """
+
+    logprobs: TensorData | None = None
+    top: TopLogprobs | None = None
+    targets: TensorData | None = None
+    drawn: TopLogprobs | None = None
 
 
 class SampleOutput(Wire, frozen=True):
     model_id: str | None
     prompt_tokens: int
     sequences: list[SampledSequence]
+    prompt: PromptScores | None = None
 
 
 class SaveOutput(Wire, frozen=True):
@@ -277,6 +310,7 @@ class LossDescription(Wire, frozen=True):
 
     inputs: keys it needs; optional_inputs: keys it reads if sent.
     plain_logits: why it is given stored logits; empty: lazy ones. materialises: operations of it that store them still.
+    parts: what a weighted sum is made of.
     """
 
     id: str
@@ -293,6 +327,7 @@ class LossDescription(Wire, frozen=True):
     source: str = ""
     plain_logits: str = ""
     materialises: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     @classmethod
     def of(cls, spec: LossSpec) -> LossDescription:
@@ -312,6 +347,7 @@ class LossDescription(Wire, frozen=True):
             source=spec.source,
             plain_logits=spec.plain_logits,
             materialises=spec.materialises,
+            parts=spec.parts,
         )
 
     @property

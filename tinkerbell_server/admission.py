@@ -13,7 +13,7 @@ from tinkerbell_core.errors import (
     UnknownModel,
     did_you_mean,
 )
-from tinkerbell_core.registry import resolve
+from tinkerbell_core.parts import flat_config
 from tinkerbell_core.spec import bind_hyperparameters
 from tinkerbell_core.types import (
     CreateModelRequest,
@@ -24,6 +24,7 @@ from tinkerbell_core.types import (
     SampleRequest,
     SaveRequest,
 )
+from tinkerbell_server.called import loss_called, weights_called
 from tinkerbell_server.data import parse_call
 from tinkerbell_server.engines.base import (
     CreateModel,
@@ -99,8 +100,9 @@ class Admission:
     def _run_loss(
         self, request: ForwardRequest, kind: str, engine: EngineDescription, tenant: str
     ) -> Callable[[], AnyCommand]:
-        loss = resolve(request.loss_fn, visible(tenant, engine.losses))
-        hyperparameters = bind_hyperparameters(loss.name, loss.hyperparameters, request.loss_fn_config or {})
+        loss = loss_called(request.loss_fn, visible(tenant, engine.losses))
+        config = flat_config(request.loss_fn_config, loss.parts)
+        hyperparameters = bind_hyperparameters(loss.name, loss.hyperparameters, config)
         data = parse_call(
             request.data,
             request.loss_fn_inputs,
@@ -116,6 +118,7 @@ class Admission:
         command = RunLoss(
             model_id=request.model_id,
             loss=loss.id,
+            weights=weights_called(request.loss_fn, loss),
             data=data,
             hyperparameters=hyperparameters,
             backward=kind == "forward_backward",

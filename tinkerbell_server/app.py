@@ -15,20 +15,24 @@ from tinkerbell_server.config import Settings
 from tinkerbell_server.headers import SecurityHeaders
 from tinkerbell_server.limits import Limits
 from tinkerbell_server.problems import HANDLERS
-from tinkerbell_server.routes import native
+from tinkerbell_server.routes import native, openai, tinker
 from tinkerbell_server.service import Service
+from tinkerbell_server.tinker.front import Front
 
 
 def create_app(settings: Settings) -> Starlette:
     """The application of one server. Raises TinkerbellError where another server has the data dir."""
     service = Service(settings)
+    front = Front(service)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         service.start()
+        front.start()
         try:
             yield
         finally:
+            front.close()
             await service.stop()
 
     backend = KeyBackend(settings, service.keys, service.audit)
@@ -41,10 +45,11 @@ def create_app(settings: Settings) -> Starlette:
     hosts = ["localhost", "127.0.0.1", "[::1]", settings.host]
     local = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)] if settings.on_loopback else []
     app = Starlette(
-        routes=native.routes(),
+        routes=[*native.routes(), *tinker.routes(), *openai.routes()],
         lifespan=lifespan,
         exception_handlers=HANDLERS,
         middleware=[*local, *middleware],
     )
     app.state.service = service
+    app.state.tinker = front
     return app

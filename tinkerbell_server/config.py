@@ -18,6 +18,7 @@ class Settings:
     uploads "sandboxed": uploaded losses run in locked-down processes; "trusted": with the rights of the server, and
     refused unless host is loopback. A call of a sandboxed loss may take sandbox_seconds, and sandbox_seconds_per_token
     for each padded token; its trial dry_run_seconds. sandbox_memory: MiB it may have, None: by the machine.
+    dotted_losses: a loss_fn `my.module:function` is imported, with the rights of the server; loopback only, as above.
     auth "auto": API keys are asked for once there is one, and always unless host is loopback.
     body_limit: MiB of a request with data; rate_limit: requests of a key a minute, 0 for no limit; concurrency_limit:
     requests of a key at once; queue_limit: requests that wait for the engine, of which a tenant may have half.
@@ -31,6 +32,7 @@ class Settings:
     sandbox_seconds_per_token: float = 0.002
     dry_run_seconds: float = 5.0
     sandbox_memory: int | None = None
+    dotted_losses: bool = False
     auth: Literal["auto", "on", "off"] = "auto"
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
@@ -64,6 +66,11 @@ class Settings:
             raise BadRequest(
                 f"--uploads trusted runs what is uploaded with your rights, so it is refused on host {self.host!r}; "
                 "serve on --host 127.0.0.1, or use --uploads sandboxed"
+            )
+        if self.dotted_losses and not self.on_loopback:
+            raise BadRequest(
+                f"--dotted-losses imports what a request names, so it is refused on host {self.host!r}; "
+                "serve on --host 127.0.0.1, or install the loss as a plugin"
             )
         if self.auth not in ("auto", "on", "off"):
             raise BadRequest(f"auth is {self.auth!r}, but must be 'auto', 'on' or 'off'")
@@ -112,6 +119,7 @@ class Settings:
             sandbox_seconds_per_token=self.sandbox_seconds_per_token,
             dry_run_seconds=self.dry_run_seconds,
             sandbox_memory=self.sandbox_memory,
+            dotted_losses=self.dotted_losses,
             logits_budget=self.logits_budget,
             gradient_checkpointing=self.gradient_checkpointing,
             plugins=self.plugins,

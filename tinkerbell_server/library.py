@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
-from tinkerbell_core.errors import Forbidden
+from tinkerbell_core.errors import Forbidden, UnknownLoss
 from tinkerbell_core.registry import resolve
 from tinkerbell_core.types import (
     DeleteLossesOutput,
     DeleteLossesRequest,
+    GetLossRequest,
     LossDescription,
     PublishLossRequest,
     RegisterLossRequest,
 )
 from tinkerbell_server.audit import Audit
 from tinkerbell_server.config import Settings
-from tinkerbell_server.engines.base import DeleteLosses, RegisterLoss
+from tinkerbell_server.dotted import is_dotted
+from tinkerbell_server.engines.base import DeleteLosses, ImportLoss, RegisterLoss
 from tinkerbell_server.store import Store
 from tinkerbell_server.supervisor import Supervisor
-from tinkerbell_server.tenancy import PUBLIC, Caller, owner_field, owner_of_loss, qualified
+from tinkerbell_server.tenancy import PUBLIC, Caller, owner_field, owner_of_loss, qualified, visible
 from tinkerbell_server.turns import Job, Turns
 from tinkerbell_server.uploads import check_on, check_upload, job_id, known
 
@@ -60,6 +62,28 @@ class Library:
         name = Version(caller.tenant, upload).id
         with self._audit.watch(caller, "register_custom_loss", name, _sha256(upload)):
             return await self._register(caller.tenant, upload)
+
+    def get(self, caller: Caller, request: GetLossRequest) -> RegisterLossRequest:
+        """An upload as it came, latest version or that of `name@digest`. Raises UnknownLoss."""
+        with self._audit.watch(caller, "get_custom_loss", _told(request)):
+            return resolve(request.name, self._versions(_owner(caller, request.tenant))).upload
+
+    async def imported(self, caller: Caller, loss_fn: str | Mapping[str, float]) -> None:
+        """Have the engine import what is called by a dotted path and is not there yet. Raises BadRequest, BadLoss."""
+        for name in [loss_fn] if isinstance(loss_fn, str) else loss_fn:
+            engine = await self._supervisor.described()
+            if not is_dotted(name) or any(name in (loss.name, loss.id) for loss in engine.losses):
+                continue
+            if not self._settings.dotted_losses:
+                try:
+                    resolve(name, visible(caller.tenant, engine.losses))
+                except UnknownLoss as error:
+                    why = "this server imports no dotted paths unless started with --dotted-losses"
+                    raise UnknownLoss(f"{error.message}; {why}") from None
+                continue
+            with self._audit.watch(caller, "import_loss", name):
+                id = "import-" + hashlib.sha256(f"{caller.tenant}/{name}".encode()).hexdigest()[:12]
+                await self._run(caller.tenant, "import_loss", id, ImportLoss(name=name))
 
     async def delete(self, caller: Caller, request: DeleteLossesRequest) -> DeleteLossesOutput:
         """Forget every version of a name, or the one of `name@digest`. Raises UnknownLoss."""
@@ -107,7 +131,7 @@ class Library:
         uploads = self._store.uploads()
         return [Version(owner, upload) for name, upload in uploads if name == qualified(owner, upload.name)]
 
-    async def _run(self, tenant: str, kind: str, id: str, command: RegisterLoss | DeleteLosses) -> bytes:
+    async def _run(self, tenant: str, kind: str, id: str, command: RegisterLoss | ImportLoss | DeleteLosses) -> bytes:
         self._turns.check_room(tenant, self._settings.queue_limit)
         done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._turns.put(
@@ -134,7 +158,7 @@ def _owner(caller: Caller, tenant: str | None) -> str:
     return tenant
 
 
-def _told(request: DeleteLossesRequest | PublishLossRequest) -> str:
+def _told(request: GetLossRequest | DeleteLossesRequest | PublishLossRequest) -> str:
     return request.name if request.tenant is None else f"{request.tenant[:40]}/{request.name}"
 
 

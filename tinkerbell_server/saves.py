@@ -13,6 +13,12 @@ from tinkerbell_server.store import Store
 from tinkerbell_server.tenancy import LOCAL, own_name, owner_of
 
 
+def models_folder(data: Path, tenant: str) -> Path:
+    """The root of all that a tenant saves."""
+    # a tenant's folder is beside the local models, not among them: a model may be called what a tenant is
+    return data / "models" if tenant == LOCAL else data / "tenants" / tenant / "models"
+
+
 class Saves:
     """The folder `<model_id>/<name>` of every save, under one root a tenant.
 
@@ -61,15 +67,11 @@ class Saves:
             )
         return Load(model_id=request.model_id, path=str(path), optimizer=request.optimizer)
 
-    def _root(self, tenant: str) -> Path:
-        # a tenant's folder is beside the local models, not among them: a model may be called what a tenant is
-        return self._data / "models" if tenant == LOCAL else self._data / "tenants" / tenant / "models"
-
     def _folder(self, model_id: str) -> Path:
-        return self._root(owner_of(model_id)) / own_name(model_id)
+        return models_folder(self._data, owner_of(model_id)) / own_name(model_id)
 
     def _may_read(self, tenant: str, path: Path, anywhere: bool) -> bool:
         """Whether there is such a folder, as far as this tenant is concerned."""
         if not os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long
             return False
-        return anywhere or path.resolve().is_relative_to(self._root(tenant).resolve())
+        return anywhere or path.resolve().is_relative_to(models_folder(self._data, tenant).resolve())

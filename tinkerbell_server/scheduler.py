@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
-from tinkerbell_core.errors import Conflict, EngineLost, TinkerbellError, UnknownModel
+from tinkerbell_core.errors import Conflict, EngineLost, Problem, TinkerbellError, UnknownModel
 from tinkerbell_core.types import (
     CreateModelRequest,
     DeleteModelOutput,
@@ -27,6 +29,8 @@ from tinkerbell_server.engines.base import (
     OptimStep,
     RegisterLoss,
     RunLoss,
+    Sample,
+    Samples,
     Save,
 )
 from tinkerbell_server.engines.link import Link
@@ -38,6 +42,21 @@ from tinkerbell_server.tenancy import LOCAL, qualified
 from tinkerbell_server.turns import Job, Turns
 
 log = logging.getLogger("tinkerbell.server")
+
+
+SAMPLES = 128
+"""The most requests for samples that run as one."""
+
+
+class _DrawnOne(msgspec.Struct, frozen=True):
+    output: msgspec.Raw = msgspec.Raw()
+    problem: Problem | None = None
+
+
+class _Drawn(msgspec.Struct, frozen=True):
+    """A SamplesOutput whose outputs are passed on as they are."""
+
+    drawn: list[_DrawnOne]
 
 
 class _Ran(msgspec.Struct, frozen=True):
@@ -101,7 +120,9 @@ class Scheduler:
                         waiting.failed(error)
                     return
                 if job in self._turns.running:
-                    jobs.create_task(self._one(supervisor, link, job))
+                    beside = self._turns.beside(job, SAMPLES - 1)
+                    task = self._sample_together(link, [job, *beside]) if beside else self._one(supervisor, link, job)
+                    jobs.create_task(task)
 
     async def _one(self, supervisor: Supervisor, link: Link, job: Job) -> None:
         waited = time.monotonic() - job.accepted
@@ -121,6 +142,33 @@ class Scheduler:
             supervisor.refresh(link)
             self._turns.over(job)
             job.done(result)
+
+    async def _sample_together(self, link: Link, jobs: list[Job]) -> None:
+        """Samples of one model in one command; each has an end of its own."""
+        samples = []
+        for job in jobs:
+            job.started()
+            command = job.command()
+            assert isinstance(command, Sample)
+            samples.append(command)
+        ends: list[Callable[[], None]] = []
+        try:
+            result = await link.execute(Samples(samples=samples))
+            for job, drawn in zip(jobs, msgspec.msgpack.decode(result, type=_Drawn).drawn, strict=True):
+                done = partial(job.done, bytes(drawn.output))
+                ends.append(done if drawn.problem is None else partial(job.failed, drawn.problem.error()))
+        except EngineLost:
+            self.died(link)
+            return
+        except TinkerbellError as error:
+            ends = [partial(job.failed, error) for job in jobs]
+        except Exception:  # a bug of ours in one job must not end the queue of all
+            log.exception("%d samples could not be drawn", len(jobs))
+            ends = [partial(job.failed, TinkerbellError("internal error, see the server's log")) for job in jobs]
+        for job in jobs:
+            self._turns.over(job)
+        for end in ends:
+            end()
 
     async def _do(self, link: Link, job: Job, waited: float) -> bytes:
         command = job.command()
@@ -182,7 +230,7 @@ class Scheduler:
                 output = msgspec.msgpack.decode(result, type=OptimStepOutput)
                 self._store.stepped(command.model_id, output.step)
                 self._tell_step(link, output, waited)
-            case Save():
+            case Save(optimizer=True):
                 save = msgspec.msgpack.decode(result, type=SaveOutput)
                 self._store.saved(command.model_id, save.path, save.step)
             case Load():

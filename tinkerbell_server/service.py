@@ -12,10 +12,10 @@ import msgspec
 
 from tinkerbell_core import __version__
 from tinkerbell_core.errors import EngineLost, Problem, TinkerbellError, UnknownLoss, UnknownModel
-from tinkerbell_core.registry import resolve
 from tinkerbell_core.types import ForwardRequest, Future, ModelInfo
 from tinkerbell_server.admission import Admission, Request
 from tinkerbell_server.audit import Audit, Watched
+from tinkerbell_server.called import loss_called, uploads_called
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines.base import EngineDescription
 from tinkerbell_server.futures import Call, Futures
@@ -124,6 +124,8 @@ class Service:
 
     async def submit(self, caller: Caller, call: Call, request: Request) -> Future:
         """The future of a request. Raises what is wrong with it, before it is queued."""
+        if isinstance(request, ForwardRequest):
+            await self.library.imported(caller, request.loss_fn)
         engine = await self.supervisor.described()
         tenant = caller.tenant
         # always with the tenant's name before it: a key may be any text, the local tenant's too
@@ -158,9 +160,9 @@ class Service:
         if kind in ("create_model", "delete_model", "save", "load"):
             return self.audit.watch(caller, kind, request.model_id)
         if isinstance(request, ForwardRequest):
-            loss = resolve(request.loss_fn, visible(caller.tenant, engine.losses))
-            if loss.provenance.kind == "upload":
-                return self.audit.watch(caller, kind, loss.id)
+            uploads = uploads_called(loss_called(request.loss_fn, visible(caller.tenant, engine.losses)))
+            if uploads:
+                return self.audit.watch(caller, kind, " ".join(uploads))
         return None
 
     def _done(self, accepted: Accepted, watched: Watched | None, result: bytes) -> None:

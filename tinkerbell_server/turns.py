@@ -55,7 +55,9 @@ class Job:
         if self.kind not in ("forward", "forward_backward"):
             return False
         command = self.command()
-        return isinstance(command, RunLoss) and command.loss.startswith("upload:")
+        return isinstance(command, RunLoss) and any(
+            loss.startswith("upload:") for loss in (command.loss, *command.weights)
+        )
 
     @property
     def lane(self) -> Lane:
@@ -64,7 +66,7 @@ class Job:
 
 
 class Turns:
-    """The queue. At most one job has the turn, and some run apart; each is counted until `over`."""
+    """The queue. One job has the turn, or several samples as one; some run apart. Each is counted until `over`."""
 
     def __init__(self, *, sandboxed: bool = False) -> None:
         """sandboxed: uploaded losses run elsewhere, so that jobs with one run apart."""
@@ -113,6 +115,18 @@ class Turns:
             del self._queues[lane]
         self.running.append(job)
         return job
+
+    def beside(self, job: Job, most: int) -> list[Job]:
+        """The samples right behind a running sample, in its lane: they run with it from here on."""
+        beside: list[Job] = []
+        queue = self._queues.get(job.lane)
+        while job.kind == "sample" and queue and queue[0].kind == "sample" and len(beside) < most:
+            beside.append(queue.popleft())
+        if queue is not None and not queue:
+            del self._queues[job.lane]
+            self._ring.remove(job.lane)
+        self.running += beside
+        return beside
 
     def over(self, job: Job) -> None:
         """A running job has ended."""

@@ -113,3 +113,25 @@ def test_a_reserved_name_is_refused(client: TinkerClient) -> None:
         @custom_loss(client, name="cross_entropy")
         def my_loss(model_outputs: Any, loss_fn_inputs: Any, attention_mask: Any) -> LossFnOutput:
             return LossFnOutput(model_outputs.sum())
+
+
+def test_a_weighted_sum_of_losses_is_a_loss_and_is_checked_before_it_runs(client: TinkerClient) -> None:
+    backend = client.hf_backend
+    data = [[1, 2, 3]]
+    both = {"cross_entropy": 1.0, "ppo": 0.5}
+    inputs = {"logprobs": [[0.0, 0.0]], "advantages": [[1.0, 1.0]]}
+    settings = {"ppo": {"clip_high_threshold": 1.3}}
+    result = backend.forward("sums", data, both, inputs, settings)
+    assert result.loss_fn == "1*cross_entropy+0.5*ppo"
+    assert result.loss != backend.forward("sums", data, both, inputs).loss
+    for loss_fn, config, says in [
+        ({"cros_entropy": 1.0}, None, "did you mean 'cross_entropy'"),
+        ({"cross_entropy": float("inf")}, None, "must be a finite number"),
+        ({}, None, "has 0 parts"),
+        (both, {"ppo": {"clip_hi_threshold": 0.2}}, "did you mean 'ppo/clip_high_threshold'"),
+        (both, {"beta": 0.2}, "which part is 'beta' for"),
+    ]:
+        with pytest.raises(errors.BadRequest, match=says):
+            backend.forward("sums", data, loss_fn, inputs, config)
+    with pytest.raises(errors.BadData, match="needs 'logprobs'"):
+        backend.forward("sums", data, both)

@@ -13,13 +13,14 @@ from tinkerbell_core.errors import BadHyperparameter
 from tinkerbell_core.losses.cispo import cispo
 from tinkerbell_core.losses.cross_entropy import cross_entropy
 from tinkerbell_core.losses.dro import dro
+from tinkerbell_core.losses.gspo_token import gspo_token
 from tinkerbell_core.losses.importance_sampling import importance_sampling
 from tinkerbell_core.losses.ppo import ppo
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.testing import check_loss
 
-ALL = (cross_entropy, importance_sampling, ppo, cispo, dro)
-POLICY = (importance_sampling, ppo, cispo, dro)
+ALL = (cross_entropy, importance_sampling, ppo, cispo, dro, gspo_token)
+POLICY = (importance_sampling, ppo, cispo, dro, gspo_token)
 B, T, V = 3, 5, 11
 
 
@@ -54,7 +55,10 @@ def test_losses_are_sums_over_tokens_of_their_formula(
     lp = logits.log_softmax(-1).gather(-1, inputs["target_tokens"][..., None])[..., 0]
     q, advantages = inputs["logprobs"], inputs["advantages"]
     ratio = (lp - q).exp()
+    mean = ((lp - q) * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+    of_sequence = (mean.detach() + lp - lp.detach()).exp()
     per_token = {
+        "gspo_token": -torch.minimum(of_sequence * advantages, of_sequence.clip(1 - 3e-4, 1 + 4e-4) * advantages),
         "cross_entropy": -lp,
         "importance_sampling": -ratio * advantages,
         "ppo": -torch.minimum(ratio * advantages, ratio.clip(0.8, 1.2) * advantages),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from msgspec import inspect
 
 from tests.server.conftest import Caller
-from tinkerbell_core.types import DTYPES, DeleteLossesRequest, PublishLossRequest, RegisterLossRequest
+from tinkerbell_core.types import DTYPES, DeleteLossesRequest, GetLossRequest, PublishLossRequest, RegisterLossRequest
 from tinkerbell_server.config import Settings
 from tinkerbell_server.routes import native
 from tinkerbell_server.running import running
@@ -23,6 +23,7 @@ from tinkerbell_server.running import running
 BODIES: dict[str, type[msgspec.Struct]] = {
     **native.SUBMITTED,
     "register_custom_loss": RegisterLossRequest,
+    "get_custom_loss": GetLossRequest,
     "delete_custom_loss": DeleteLossesRequest,
     "publish_custom_loss": PublishLossRequest,
 }

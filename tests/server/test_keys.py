@@ -132,6 +132,7 @@ def test_each_route_wants_its_scope(serve: Any, keys: Keys, make_upload: Any) ->
         "/load": "train",
         "/delete_model": "train",
         "/register_custom_loss": "upload",
+        "/get_custom_loss": "upload",
         "/delete_custom_loss": "upload",
         "/publish_custom_loss": "admin",
     }

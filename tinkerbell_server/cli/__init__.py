@@ -10,7 +10,7 @@ import click
 COMMANDS = {
     "serve": "Serve a model: a hub id, a local folder, or the embedded tiny one.",
     "demo": "Train a tiny model from nothing, then with a loss of your own.",
-    "loss": "What losses there are: `loss list`, `loss show NAME`; uploads: `loss delete`, `loss publish`.",
+    "loss": "Losses: `list`, `show NAME`; of your own: `new NAME`, `test PATH_OR_NAME`; uploads: `delete`, `publish`.",
     "key": "Who may use a server: `key create NAME`, `key list`, `key revoke ID`.",
     "plugin": "What is installed, and what is broken: `plugin list`.",
     "doctor": "Look for what would stop a server on this machine.",

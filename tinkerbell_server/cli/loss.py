@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from tinkerbell_server.cli.asking import ask, with_url
+from tinkerbell_server.cli.loss_new import new
+from tinkerbell_server.cli.loss_test import check
 from tinkerbell_server.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -47,7 +49,8 @@ def list_(url: str, local: bool, as_json: bool) -> None:
 @click.argument("name")
 @where
 def show(name: str, url: str, local: bool, as_json: bool) -> None:
-    """Show the loss called NAME: a name, an id, or name@digest."""
+    """Show the loss called NAME (a name, an id, or name@digest): formula, inputs, hyperparameters, paper, source."""
+    from tinkerbell_core.anatomy import anatomy
     from tinkerbell_core.registry import resolve
 
     found = resolve(name, find_losses(url, local))
@@ -55,9 +58,12 @@ def show(name: str, url: str, local: bool, as_json: bool) -> None:
         print_json(found)
         return
     origin = " ".join(filter(None, [found.provenance.kind, found.provenance.distribution, found.provenance.version]))
+    said = anatomy(found.summary, found.source)
     lines = [
         ("id", found.id),
-        ("summary", found.summary),
+        ("formula", said.formula),
+        ("called", said.called),
+        *(("paper", link) for link in said.links),
         ("inputs", ", ".join(found.inputs) or "not declared: discovered when a server loads it"),
         ("optional inputs", ", ".join(found.optional_inputs)),
         *(("hyperparameter", signature(hyper)) for hyper in found.hyperparameters),
@@ -70,8 +76,14 @@ def show(name: str, url: str, local: bool, as_json: bool) -> None:
     for label, text in lines:
         if text:
             click.echo(f"{label:<16} {text}")
+    if said.notes:
+        click.echo(f"\n{said.notes}")
     if found.source:
         click.echo(f"\n{found.source.rstrip()}")
+
+
+loss.add_command(new)
+loss.add_command(check)
 
 
 @loss.command()

@@ -29,6 +29,7 @@ NEEDED = ("starlette", "uvicorn", "torch", "transformers", "peft", "safetensors"
 @setting("--sandbox-seconds-per-token", type=float, default=0.002, help="Seconds more for each token of its batch.")
 @setting("--dry-run-seconds", type=float, default=5.0, help="Most seconds the trial of an upload may take.")
 @setting("--sandbox-memory", type=click.IntRange(min=256), help="MiB an uploaded loss may use; default by machine.")
+@setting("--dotted-losses", is_flag=True, help="Import a loss_fn my.module:function, with your rights.")
 @setting(
     "--auth", type=click.Choice(["auto", "on", "off"]), default="auto", help="auto: once a key exists, or off loopback."
 )

@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+from tinkerbell_core.errors import Problem
 from tinkerbell_core.types import (
     CreateModelRequest,
     DeleteLossesOutput,
@@ -55,6 +56,7 @@ class CreateModel(Command, frozen=True):
 class RunLoss(Command, frozen=True):
     """forward (backward=False) or forward_backward. loss: an id; hyperparameters: bound.
 
+    weights: ids and weights of a sum made for this call; empty: the loss is the one of its id.
     tenant: who calls, so that no two tenants share a process that runs an uploaded loss.
     """
 
@@ -64,6 +66,7 @@ class RunLoss(Command, frozen=True):
     hyperparameters: dict[str, Any]
     backward: bool
     tenant: str | None = None
+    weights: dict[str, float] = {}
 
 
 class OptimStep(Command, frozen=True):
@@ -76,8 +79,25 @@ class OptimStep(Command, frozen=True):
     normalize: str | None
 
 
+class PromptQuestions(msgspec.Struct, frozen=True):
+    """What is asked of a prompt besides its continuation; the answers are in PromptScores.
+
+    logprobs, top: of its last `last_n` tokens, None for all. targets: int64 `[P - 1, K]`, -1 asks nothing. drawn: how
+    many tokens to draw in place of each.
+    """
+
+    logprobs: bool = False
+    top: int = 0
+    last_n: int | None = None
+    targets: TensorData | None = None
+    drawn: int = 0
+
+
 class Sample(Command, frozen=True):
-    """prompt: token ids, a string or a chat. stop: token ids or strings."""
+    """prompt: token ids, a string or a chat. stop: token ids or strings. path: a saved model, in place of model_id.
+
+    end: whether the model's own end of text stops it too. top: how many of the likeliest tokens to tell of each.
+    """
 
     model_id: str | None
     prompt: str | list[Any]  # Any: token ids, or turns {role, content}; msgspec decodes one kind of list in a union
@@ -88,13 +108,38 @@ class Sample(Command, frozen=True):
     stop: list[str | int]
     seed: int | None
     num_samples: int
+    path: str | None = None
+    end: bool = True
+    top: int = 0
+    questions: PromptQuestions | None = None
+
+
+class Samples(Command, frozen=True):
+    """Samples of one model that are drawn together; each has a result or a problem of its own."""
+
+    samples: list[Sample]
+
+
+class Drawn(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The result of one of `Samples`, or what is wrong with it."""
+
+    output: SampleOutput | None = None
+    problem: Problem | None = None
+
+
+class SamplesOutput(msgspec.Struct, frozen=True):
+    drawn: list[Drawn]
 
 
 class Save(Command, frozen=True):
-    """Write the model to `path`, a folder that does not exist yet, in one rename."""
+    """Write the model to `path`, a folder that does not exist yet, in one rename.
+
+    optimizer: with its state, so that the model can come back from it.
+    """
 
     model_id: str
     path: str
+    optimizer: bool = True
 
 
 class Load(Command, frozen=True):
@@ -120,6 +165,12 @@ class RegisterLoss(Command, frozen=True):
     owner: str | None = None
 
 
+class ImportLoss(Command, frozen=True):
+    """Import, try and keep the loss that `my.module:function` names, unless it is there. Only where that is allowed."""
+
+    name: str
+
+
 class DeleteLosses(Command, frozen=True):
     """Forget uploaded losses; an id that is not there is no error."""
 
@@ -131,6 +182,7 @@ Result = (
     | ForwardOutput
     | OptimStepOutput
     | SampleOutput
+    | SamplesOutput
     | SaveOutput
     | LoadOutput
     | DeleteModelOutput
@@ -143,6 +195,7 @@ class EngineDescription(msgspec.Struct, frozen=True, kw_only=True):
     """What the API answers and validates from, so that a listing says what the engine really has.
 
     uploads: how uploaded losses run here; mechanisms: what confines them; uploads_problem: why they are off.
+    layers: modules an adapter can be on, by part: attention, mlp, unembed.
     """
 
     engine: str
@@ -158,6 +211,7 @@ class EngineDescription(msgspec.Struct, frozen=True, kw_only=True):
     uploads: Literal["off", "sandboxed", "trusted"] = "off"
     mechanisms: tuple[str, ...] = ()
     uploads_problem: str | None = None
+    layers: dict[str, list[str]] = {}
 
 
 class Engine(Protocol):
@@ -194,6 +248,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     sandbox_seconds_per_token: float = 0.002
     dry_run_seconds: float = 5.0
     sandbox_memory: int | None = None
+    dotted_losses: bool = False
     logits_budget: int | None = None
     gradient_checkpointing: bool = False
     plugins: bool = True

@@ -18,7 +18,15 @@ from typing import Literal
 
 import msgspec
 
-from tinkerbell_core.errors import BadCheckpoint, BadLoss, NothingAccumulated, UnknownLoss, UnknownModel
+from tinkerbell_core.errors import (
+    BadCheckpoint,
+    BadLoss,
+    NothingAccumulated,
+    Problem,
+    TinkerbellError,
+    UnknownLoss,
+    UnknownModel,
+)
 from tinkerbell_core.spec import Provenance
 from tinkerbell_core.types import (
     CreateModelRequest,
@@ -36,6 +44,7 @@ from tinkerbell_core.types import (
     SaveOutput,
     TensorData,
 )
+from tinkerbell_server.called import loss_called
 from tinkerbell_server.engines import base
 from tinkerbell_server.engines.fake_losses import built_ins
 
@@ -82,6 +91,7 @@ class FakeEngine:
             ],
             has_chat_template=False,
             uploads=self._uploads,
+            layers={"attention": ["q_proj"], "mlp": ["up_proj"], "unembed": ["lm_head"]},
         )
 
     def close(self) -> None:
@@ -103,6 +113,8 @@ class FakeEngine:
                 return self._optim_step(command)
             case base.Sample():
                 return self._sample(command)
+            case base.Samples():
+                return base.SamplesOutput(drawn=[self._draw(sample) for sample in command.samples])
             case base.Save():
                 return self._save(command)
             case base.Load():
@@ -117,6 +129,12 @@ class FakeEngine:
                 return DeleteLossesOutput(deleted=[id for id in command.ids if self._losses.pop(id, None)])
             case _:
                 raise AssertionError(type(command).__name__)
+
+    def _draw(self, command: base.Sample) -> base.Drawn:
+        try:
+            return base.Drawn(output=self._sample(command))
+        except TinkerbellError as error:
+            return base.Drawn(problem=Problem.of(error))
 
     def _model(self, model_id: str) -> _Model:
         if model_id not in self._models:
@@ -140,9 +158,10 @@ class FakeEngine:
         if _word(command.model_id).startswith("crash-"):
             os._exit(9)
         lengths = _lengths(command.data)
-        if command.loss not in self._losses:
-            raise UnknownLoss(f"no loss {command.loss!r} (there is: {', '.join(self._losses)})")
-        loss = self._losses[command.loss]
+        for id in command.weights or [command.loss]:
+            if id not in self._losses:
+                raise UnknownLoss(f"no loss {id!r} (there is: {', '.join(self._losses)})")
+        loss = loss_called(command.weights or command.loss, list(self._losses.values()))
         seed = _number(msgspec.msgpack.encode([command.data, command.hyperparameters, loss.digest]))
         value = sum(lengths) * (1 + seed) / (1 + abs(model.value))
         if command.backward:

@@ -24,7 +24,7 @@ import msgspec
 
 from tinkerbell_core.errors import Problem, TinkerbellError
 from tinkerbell_server.engines import wire
-from tinkerbell_server.engines.base import DeleteLosses, Engine, EngineConfig, RegisterLoss
+from tinkerbell_server.engines.base import DeleteLosses, Engine, EngineConfig, ImportLoss, RegisterLoss
 
 log = logging.getLogger("tinkerbell.engine")
 
@@ -90,7 +90,7 @@ def answer(engine: Engine, command: wire.AnyCommand) -> wire.Reply:
         log.exception("%s raised", type(command).__name__)
         return wire.Reply(problem=_internal(error))
     description = engine.describe()
-    changed = description if isinstance(command, RegisterLoss | DeleteLosses) else None
+    changed = description if isinstance(command, RegisterLoss | ImportLoss | DeleteLosses) else None
     return wire.Reply(msgspec.Raw(result), description=changed, memory_bytes=description.memory_bytes)
 
 

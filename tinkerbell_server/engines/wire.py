@@ -14,15 +14,29 @@ from tinkerbell_server.engines.base import (
     DeleteLosses,
     DeleteModel,
     EngineDescription,
+    ImportLoss,
     Load,
     OptimStep,
     RegisterLoss,
     RunLoss,
     Sample,
+    Samples,
     Save,
 )
 
-AnyCommand = CreateModel | RunLoss | OptimStep | Sample | Save | Load | DeleteModel | RegisterLoss | DeleteLosses
+AnyCommand = (
+    CreateModel
+    | RunLoss
+    | OptimStep
+    | Sample
+    | Samples
+    | Save
+    | Load
+    | DeleteModel
+    | RegisterLoss
+    | ImportLoss
+    | DeleteLosses
+)
 
 
 class Ask(msgspec.Struct, frozen=True):

@@ -14,6 +14,7 @@ bytes are base64. Every struct named here is in `tinkerbell_core.types`; fields 
                                    "losses": [LossDescription], "plugins": [PluginDescription]}
     GET  /list_models             {"models": [ModelInfo]}
     POST /register_custom_loss    RegisterLossRequest → LossDescription, after the dry run; the call waits for it
+    POST /get_custom_loss         GetLossRequest      → RegisterLossRequest, as it was uploaded
     POST /delete_custom_loss      DeleteLossesRequest → DeleteLossesOutput
     POST /publish_custom_loss     PublishLossRequest  → LossDescription; every tenant's from now on
     POST /create_model            CreateModelRequest  → Future of ModelInfo
@@ -27,8 +28,9 @@ bytes are base64. Every struct named here is in `tinkerbell_core.types`; fields 
     GET  /futures/{id}?wait=30    Future; waits up to `wait` seconds (at most 30) for it to finish
 
 Where the server asks for API keys, each path wants one with a scope: read for the GETs and /sample, upload for
-/register_custom_loss and /delete_custom_loss, admin for /publish_custom_loss, train for the rest. A key belongs to a
-tenant, and another tenant's model, save, future or upload is answered as one that does not exist: 404.
+/register_custom_loss, /get_custom_loss and /delete_custom_loss, admin for /publish_custom_loss, train for the rest.
+A key belongs to a tenant, and another tenant's model, save, future or upload is answered as one that does not exist:
+404.
 
 A `Future` comes back at once with status 200 and state queued, running, done (`result` is the struct above, a map) or
 failed (`problem` is a Problem); GET /futures answers 200 for a failed one too. `Idempotency-Key: <any string>` makes a
@@ -54,6 +56,7 @@ from tinkerbell_core.types import (
     DeleteLossesRequest,
     DeleteModelRequest,
     ForwardRequest,
+    GetLossRequest,
     LoadRequest,
     OptimStepRequest,
     PublishLossRequest,
@@ -91,6 +94,7 @@ def routes() -> list[Route]:
         Route("/list_loss_functions", allowed("read", list_loss_functions)),
         Route("/list_models", allowed("read", list_models)),
         Route("/register_custom_loss", allowed("upload", register_custom_loss), methods=["POST"]),
+        Route("/get_custom_loss", allowed("upload", get_custom_loss), methods=["POST"]),
         Route("/delete_custom_loss", allowed("upload", delete_custom_loss), methods=["POST"]),
         Route("/publish_custom_loss", allowed("admin", publish_custom_loss), methods=["POST"]),
         Route("/futures/{request_id}", allowed("read", future)),
@@ -121,6 +125,11 @@ async def register_custom_loss(request: Request) -> Response:
     body = await read_body(request, uploads.BODY_LIMIT, uploads.too_large())
     upload = decode(request, body, RegisterLossRequest)
     return answer(request, await service.library.register(caller_of(request), upload))
+
+
+async def get_custom_loss(request: Request) -> Response:
+    asked = decode(request, await _small(request), GetLossRequest)
+    return answer(request, _service(request).library.get(caller_of(request), asked))
 
 
 async def delete_custom_loss(request: Request) -> Response:

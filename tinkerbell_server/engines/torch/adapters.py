@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +40,9 @@ class Adapters:
             _leaf(name) for name, module in modules if isinstance(module, nn.Linear | Conv1D | nn.Embedding)
         }
         self._names = [name for name, module in modules if _leaf(name) in self._targets]
+        self.parts = _parts(
+            [(name, module is head) for name, module in modules if isinstance(module, nn.Linear | Conv1D)]
+        )
 
     def config_of(self, spec: CreateModelRequest) -> LoraConfig:
         """The LoRA that a request asks for. Raises BadHyperparameter for a rank, alpha or module that cannot be."""
@@ -109,6 +113,25 @@ class Adapters:
             self.peft.base_model.enable_adapter_layers()
             self.peft.base_model.set_adapter(name)
         self._active = name
+
+
+def _parts(layers: Sequence[tuple[str, bool]]) -> dict[str, list[str]]:
+    """Targets by part of the network, from each linear layer's name and whether it is the head.
+
+    A target is a layer's last name; two, where layers of several parts share the last.
+    """
+    part_of = {
+        name: "unembed" if is_head else "attention" if re.search(r"(^|[._])(attn|attention)", name) else "mlp"
+        for name, is_head in layers
+    }
+    of_leaf: dict[str, set[str]] = {}
+    for name, part in part_of.items():
+        of_leaf.setdefault(_leaf(name), set()).add(part)
+    parts: dict[str, set[str]] = {}
+    for name, part in part_of.items():
+        shared = len(of_leaf[_leaf(name)]) > 1
+        parts.setdefault(part, set()).add(".".join(name.split(".")[-2:]) if shared else _leaf(name))
+    return {part: sorted(targets) for part, targets in parts.items()}
 
 
 def _leaf(name: str) -> str:

@@ -53,8 +53,13 @@ class Checkpoint:
     moments: dict[str, Tensor] | None
 
 
-def save(model: TrainedModel, adapters: Adapters, tokenizer: Transformer, path: Path) -> None:
-    """Write the folder in one rename. Raises BadCheckpoint where it exists or cannot be written."""
+def save(
+    model: TrainedModel, adapters: Adapters, tokenizer: Transformer, path: Path, *, optimizer: bool = True
+) -> None:
+    """Write the folder in one rename. Raises BadCheckpoint where it exists or cannot be written.
+
+    optimizer: with its state; without, the model's last save is still the one before.
+    """
     if path.exists():
         raise BadCheckpoint(f"{path} exists already: save under another name")
     state = State(step=model.steps, calls=model.calls, initial=model.initial, spec=model.spec)
@@ -65,11 +70,13 @@ def save(model: TrainedModel, adapters: Adapters, tokenizer: Transformer, path: 
                 tokenizer.save_pretrained(draft)
             else:
                 _save_adapter(model, adapters, draft)
-            save_file(_moments(model), draft / OPTIMIZER)
+            if optimizer:
+                save_file(_moments(model), draft / OPTIMIZER)
             (draft / STATE).write_bytes(msgspec.json.encode(state))
     except OSError as error:
         raise BadCheckpoint(f"cannot save model {model.id!r} to {path}: {error}") from error
-    model.saved_path, model.saved_step = str(path), model.steps
+    if optimizer:
+        model.saved_path, model.saved_step = str(path), model.steps
 
 
 def read(path: Path) -> Checkpoint:

@@ -12,7 +12,15 @@ import torch
 import torch._dynamo  # the first AdamW step imports it, which takes seconds: here, not there
 from transformers.utils.logging import disable_progress_bar
 
-from tinkerbell_core.errors import BadData, BadLoss, BadRequest, OutOfMemory, PlainLogitsNeeded
+from tinkerbell_core.errors import (
+    BadData,
+    BadLoss,
+    BadRequest,
+    OutOfMemory,
+    PlainLogitsNeeded,
+    Problem,
+    TinkerbellError,
+)
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.types import (
     DeleteLossesOutput,
@@ -31,8 +39,10 @@ from tinkerbell_server.engines.base import (
     CreateModel,
     DeleteLosses,
     DeleteModel,
+    Drawn,
     EngineConfig,
     EngineDescription,
+    ImportLoss,
     Load,
     OptimStep,
     RegisterLoss,
@@ -40,6 +50,8 @@ from tinkerbell_server.engines.base import (
     Row,
     RunLoss,
     Sample,
+    Samples,
+    SamplesOutput,
     Save,
     TextData,
 )
@@ -110,6 +122,7 @@ class TorchEngine:
             self._uploads,
             enabled=config.plugins,
             disabled=config.disabled_plugins,
+            dotted_losses=config.dotted_losses,
         )
         self._losses.check_required(config.required_plugins)
         self._chat_tokens = config.chat_tokens
@@ -131,6 +144,7 @@ class TorchEngine:
             uploads=self._uploads.mode,
             mechanisms=self._uploads.mechanisms,
             uploads_problem=self._uploads.problem,
+            layers=self._models.adapters.parts,
         )
 
     def execute(self, command: Command) -> Result:
@@ -165,9 +179,12 @@ class TorchEngine:
                 return self._optim_step(command)
             case Sample():
                 return self._sample(command)
+            case Samples():
+                return SamplesOutput(drawn=self._sample_many(command.samples))
             case Save():
                 model = self._models.get(command.model_id)
-                checkpoints.save(model, self._models.adapters, self._tokenizer, Path(command.path))
+                path = Path(command.path)
+                checkpoints.save(model, self._models.adapters, self._tokenizer, path, optimizer=command.optimizer)
                 return SaveOutput(model_id=model.id, path=command.path, step=model.steps)
             case Load():
                 return self._load(command)
@@ -175,13 +192,15 @@ class TorchEngine:
                 return DeleteModelOutput(model_id=command.model_id, steps=self._models.delete(command.model_id).steps)
             case RegisterLoss():
                 return LossDescription.of(self._losses.upload(command.upload, command.owner))
+            case ImportLoss():
+                return LossDescription.of(self._losses.imported(command.name))
             case DeleteLosses():
                 return DeleteLossesOutput(deleted=self._losses.delete(command.ids))
         raise BadRequest(f"the torch engine knows no command {type(command).__name__}")
 
     def _run_loss(self, command: RunLoss) -> ForwardOutput:
         start = time.perf_counter()
-        spec = self._losses.get(command.loss)
+        spec = self._losses.sum(command.weights) if command.weights else self._losses.get(command.loss)
         hyperparameters = spec.bind(command.hyperparameters)
         rows = self._rows(command.data, LossDescription.of(spec))
         model = self._models.get(command.model_id)
@@ -264,19 +283,52 @@ class TorchEngine:
         )
 
     def _sample(self, command: Sample) -> SampleOutput:
-        model = None if command.model_id is None else self._models.get(command.model_id)
+        (drawn,) = self._sample_many([command])
+        if drawn.problem is not None:
+            raise drawn.problem.error()
+        assert drawn.output is not None
+        return drawn.output
+
+    def _sample_many(self, commands: Sequence[Sample]) -> list[Drawn]:
+        """Each by itself where one cannot be had; those of one network in batches."""
+        drawn: dict[int, Drawn] = {}
+        prompts: dict[tuple[str | None, str | None], dict[int, sampling.Prompt]] = {}
+        for index, command in enumerate(commands):
+            try:
+                prompt = sampling.Prompt(self._prompt_ids(command), command)
+                sampling.check(prompt, self._network_of(command))
+                prompts.setdefault((command.path, command.model_id), {})[index] = prompt
+            except TinkerbellError as error:
+                drawn[index] = Drawn(problem=Problem.of(error))
+        for same in prompts.values():
+            network = self._network_of(commands[next(iter(same))])
+            network.mode(train=False)
+            for index, continued in zip(
+                same, sampling.sample_many(network, self._tokenizer, list(same.values())), strict=True
+            ):
+                output = SampleOutput(
+                    model_id=commands[index].model_id,
+                    prompt_tokens=len(same[index].ids),
+                    sequences=continued.sequences,
+                    prompt=continued.prompt,
+                )
+                drawn[index] = Drawn(output=output)
+        return [drawn[index] for index in range(len(commands))]
+
+    def _network_of(self, command: Sample) -> Network:
+        if command.path is not None:
+            return self._models.snapshot(Path(command.path))
+        return self._models.activate(None if command.model_id is None else self._models.get(command.model_id))
+
+    def _prompt_ids(self, command: Sample) -> list[int]:
         match command.prompt:
             case str(text):
-                ids = list(self._tokenizer(text)["input_ids"])
+                return list(self._tokenizer(text)["input_ids"])
             case [dict(), *_]:
                 chat = [message for message in command.prompt if isinstance(message, dict)]
-                ids = chat_ids("the prompt", chat, self._tokenizer, add_generation_prompt=True)
+                return chat_ids("the prompt", chat, self._tokenizer, add_generation_prompt=True)
             case _:
-                ids = [token for token in command.prompt if isinstance(token, int)]
-        network = self._models.activate(model)
-        network.mode(train=False)
-        sequences = sampling.sample(network, self._tokenizer, ids, command)
-        return SampleOutput(model_id=command.model_id, prompt_tokens=len(ids), sequences=sequences)
+                return [token for token in command.prompt if isinstance(token, int)]
 
     def _load(self, command: Load) -> LoadOutput:
         model, created = self._models.get_or_create(command.model_id, command.create)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 import msgspec
 import torch
 
+from tinkerbell_core.compose import combine
 from tinkerbell_core.dryrun import dry_run
 from tinkerbell_core.errors import BadRequest, TinkerbellError, UploadsOff, did_you_mean
 from tinkerbell_core.registry import build_registry
 from tinkerbell_core.spec import LossSpec, Provenance
 from tinkerbell_core.types import LossDescription, PluginDescription, RegisterLossRequest
 from tinkerbell_server.engines.torch.uploads import Uploads
+from tinkerbell_server.finding import dotted
 
 
 class Losses:
@@ -26,7 +29,9 @@ class Losses:
         *,
         enabled: bool = True,
         disabled: Collection[str] = (),
+        dotted_losses: bool = False,
     ) -> None:
+        self._dotted = dotted_losses
         self._uploads = uploads
         self._vocab_size = vocab_size
         self._device = device
@@ -57,6 +62,10 @@ class Losses:
         """Raises UnknownLoss, AmbiguousLoss."""
         return self._registry.get(name)
 
+    def sum(self, weights: Mapping[str, float]) -> LossSpec:
+        """The losses of these ids, added up. Raises UnknownLoss, BadLoss."""
+        return combine([(self.get(id), weight) for id, weight in weights.items()])
+
     def descriptions(self) -> list[LossDescription]:
         return [LossDescription.of(spec) for spec in self._registry]
 
@@ -67,6 +76,16 @@ class Losses:
             raise UploadsOff("these losses take no uploads")
         spec = self._uploads.spec(upload, self._vocab_size, self._device)
         return self._registry.add(spec.from_(Provenance("upload", owner=owner)))
+
+    def imported(self, name: str) -> LossSpec:
+        """The loss of a dotted path, kept from now on. Raises BadRequest where that is off, UnknownLoss, BadLoss."""
+        if not self._dotted:
+            raise BadRequest("this engine imports no losses by dotted path")
+        known = [spec for spec in self._registry if spec.name == name]
+        if known:
+            return known[0]
+        spec = replace(dotted(name), name=name).from_(Provenance())
+        return self._registry.add(dry_run(spec, self._vocab_size, self._device))
 
     def delete(self, ids: Iterable[str]) -> list[str]:
         """Forget uploads; the ids of those that were there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,42 @@ class Network:
             return None
         return head_of(self.model.get_output_embeddings(), self.tail, self.autocast)
 
-    def extend(self, tokens: Tensor, cache: Transformer) -> tuple[Tensor, Transformer]:
-        """Logits `[B, V]` of the last of int64 `[B, T]` positions that follow the cache; and the new cache."""
+    def extend(
+        self, tokens: Tensor, cache: Transformer, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Transformer]:
+        """States `[B, T, H]` of int64 `[B, T]` positions that follow the cache, for `scores`; and the new cache.
+
+        attention_mask: `[B, cached + T]`, where rows are padded on the left; for a network that `pads`.
+        """
+        places: dict[str, Tensor] = {}
+        if attention_mask is not None:
+            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]  # [B, T]
+            places = {"attention_mask": attention_mask, "position_ids": positions}
         with self._precision():
             if not self.splits:
-                output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
-                return output.logits[:, -1], output.past_key_values
-            output = self.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
-            return self._on_states(output.last_hidden_state[:, -1]), output.past_key_values
+                output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **places)
+                return output.logits, output.past_key_values
+            output = self.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True, **places)
+            return output.last_hidden_state, output.past_key_values
+
+    def scores(self, states: Tensor) -> Tensor:
+        """Logits `[..., V]` of states that `extend` gave, float32 or better."""
+        if not self.splits:
+            return _wide(states)
+        with self._precision():
+            return _wide(self._on_states(states))
+
+    @property
+    def pads(self) -> bool:
+        """Whether rows of several lengths can be one batch, padded on the left: plain attention with given positions.
+
+        A recurrent layer would take the padding for text.
+        """
+        config = self.model.config.get_text_config()
+        layers = set(getattr(config, "layer_types", None) or ())
+        plain = layers <= {"full_attention", "sliding_attention", "chunked_attention"}
+        takes = inspect.signature(self.model.base_model.forward).parameters
+        return plain and not getattr(self.model, "_is_stateful", False) and "position_ids" in takes
 
     def mode(self, *, train: bool) -> None:
         """Dropout on or off."""

@@ -16,6 +16,9 @@ from tinkerbell_server.engines.torch.checkpoints import Checkpoint
 from tinkerbell_server.engines.torch.model import Network
 from tinkerbell_server.engines.torch.trained import TrainedModel
 
+SNAPSHOTS = 8
+"""Saved folders that stay loaded because samples were drawn from them."""
+
 LoadNetwork = Callable[[str | Path, torch.dtype], Network]
 
 
@@ -28,6 +31,7 @@ class Models:
         self._load_network = load_network
         self._by_id: dict[str, TrainedModel] = {}
         self._references: dict[str, Network | str] = {}  # path → its network, or its adapter on the base
+        self._snapshots: dict[tuple[Path, int], Network | str] = {}  # the same, the one used last at the end
 
     def __contains__(self, model_id: object) -> bool:
         return model_id in self._by_id
@@ -108,6 +112,27 @@ class Models:
             else:
                 self._references[name] = self._adapter_of(checkpoint, seed=0)
         found = self._references[name]
+        if isinstance(found, Network):
+            return found
+        self.adapters.use(found)
+        return self.base
+
+    def snapshot(self, path: Path) -> Network:
+        """The network of a saved folder, ready to run; the last few stay loaded. Raises BadCheckpoint."""
+        changed = path.stat().st_mtime_ns if path.is_dir() else 0
+        found = self._snapshots.pop((path, changed), None)
+        if found is None:
+            checkpoint = checkpoints.read(path)
+            checkpoints.check_base(checkpoint, self.base)
+            if checkpoint.config is None:
+                found = self._load_network(path, self.base.dtype)
+            else:
+                found = self._adapter_of(checkpoint, seed=0)
+        self._snapshots[path, changed] = found
+        while len(self._snapshots) > SNAPSHOTS:
+            oldest = self._snapshots.pop(next(iter(self._snapshots)))
+            if isinstance(oldest, str):
+                self.adapters.delete(oldest)
         if isinstance(found, Network):
             return found
         self.adapters.use(found)

@@ -41,7 +41,9 @@ class Step:
     @property
     def coupled(self) -> bool:
         """Whether the loss must see the whole batch at once."""
-        return self.spec.coupling == "batch" or self.hyperparameters.get("aggregation", "sum") != "sum"
+        of_batch = [name for name, value in self.hyperparameters.items() if value != "sum"]
+        # that of a part of a sum is `part/aggregation`
+        return self.spec.coupling == "batch" or any(name.rpartition("/")[2] == "aggregation" for name in of_batch)
 
     @property
     def needs_graph(self) -> bool:

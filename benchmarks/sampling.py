@@ -1,0 +1,69 @@
+"""Samples asked for at once against samples asked for one after another."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import _common
+import torch
+
+from tinker_client.backend import HFBackend
+from tinker_client.demo.server import running_server
+
+VOCAB, PROMPT, SAMPLES = 4096, 16, 32
+TARGETS = {2: ">= 6", 8: ">= 4"}
+"""Layers of the model, and the least the ratio should be."""
+
+
+def loop(backend: HFBackend, prompts: list[list[int]], tokens: int, *, at_once: bool) -> _common.Run:
+    """Every prompt continued by so many tokens."""
+
+    def submit(seed: int, prompt: list[int]) -> Any:  # Any: a future of a sample
+        return backend.submit("sample", model_id="bench", prompt=prompt, max_tokens=tokens, seed=seed)
+
+    def run() -> None:
+        if at_once:
+            for future in [submit(seed, prompt) for seed, prompt in enumerate(prompts)]:
+                future.result()
+        else:
+            for seed, prompt in enumerate(prompts):
+                submit(seed, prompt).result()
+
+    return run
+
+
+def measure(device: str, pairs: int, tokens: int) -> tuple[list[dict[str, object]], dict[str, object]]:
+    """The lines of the table, and tokens a second behind them."""
+    threads = _common.all_threads()
+    torch.manual_seed(1)
+    # of several lengths, as prompts are
+    prompts = [torch.randint(VOCAB, (PROMPT + index % 8,)).tolist() for index in range(SAMPLES)]
+    rows, details = [], {"device": device, "pairs": pairs, "tokens_a_sample": tokens, "threads": threads}
+    for layers, target in TARGETS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            _common.write_model(Path(folder), vocab=VOCAB, layers=layers)
+            with running_server(folder, "--device", device) as client:
+                backend = client.hf_backend
+                backend.create_model("bench", rank=16)
+                loop(backend, prompts[:2], tokens, at_once=True)()
+                runs = [loop(backend, prompts, tokens, at_once=at_once) for at_once in (False, True)]
+                times = _common.in_turns(runs, pairs)
+        rows.append(_common.row(f"{layers} layers, one by one / at once", [one / all for one, all in times], target))
+        for side, seconds in zip(("one by one", "at once"), zip(*times, strict=True), strict=True):
+            details[f"{layers} layers, {side}, tokens/s"] = round(SAMPLES * tokens / statistics.median(seconds))
+    return rows, details
+
+
+def main() -> None:
+    options = _common.options(__doc__, pairs=5)
+    options.add_argument("--tokens", type=int, default=64, help="of each sample")
+    args = options.parse_args()
+    rows, details = measure(args.device, args.pairs, args.tokens)
+    _common.show("sampling", rows, details, as_json=args.json)
+
+
+if __name__ == "__main__":
+    main()

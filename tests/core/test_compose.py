@@ -1,0 +1,117 @@
+"""A weighted sum of losses is a loss: its gradient is the sum of theirs, and it says what it is made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tinkerbell_core import LossFnOutput, LossRegistry, LossSpec, loss
+from tinkerbell_core.compose import combine
+from tinkerbell_core.dryrun import discover, dry_run, run_loss
+from tinkerbell_core.errors import BadHyperparameter, BadLoss
+from tinkerbell_core.functional import effective_mask, pairs, sequence_sum, target_logprobs
+from tinkerbell_core.guesses import ragged_mask
+from tinkerbell_core.logits import plain_logits
+from tinkerbell_core.losses.cross_entropy import cross_entropy
+from tinkerbell_core.losses.ppo import ppo
+from tinkerbell_core.parts import flat_config
+from tinkerbell_core.spec import Provenance
+from tinkerbell_core.types import LossDescription
+
+Inputs = dict[str, Tensor]
+
+
+@loss(coupling="sequence", group_size=2)
+def contrast(
+    model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor, *, beta: float = 0.5
+) -> LossFnOutput:
+    """Prefer even rows to odd ones."""
+    mask = effective_mask(loss_fn_inputs, attention_mask)
+    chosen, rejected = pairs(sequence_sum(target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], mask), mask))
+    margin = beta * (chosen - rejected)
+    return LossFnOutput(-torch.nn.functional.logsigmoid(margin).sum(), None, {"margin:mean": margin.mean()})
+
+
+def gradient(spec: LossSpec, **settings: object) -> tuple[LossFnOutput, Tensor]:
+    """On one float64 batch, the same for all."""
+    inputs = discover(combine({cross_entropy: 1, ppo: 1}), 11)[1]
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    mask = ragged_mask(2, {}, "cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hidden = torch.randn(*mask.shape, 6, dtype=torch.float64).requires_grad_()
+        head = torch.randn(6, 11, dtype=torch.float64)
+    output = run_loss(spec, plain_logits(hidden, lambda x: x @ head), inputs, mask, spec.bind(settings))
+    return output, torch.autograd.grad(output.loss, hidden)[0]
+
+
+def test_the_gradient_is_the_weighted_sum_of_the_gradients_of_the_parts() -> None:
+    terms = {contrast: 1.0, cross_entropy: 0.1, ppo: -0.7}
+    whole, found = gradient(combine(terms))
+    alone = [(weight, *gradient(spec)) for spec, weight in terms.items()]
+    expected = sum(weight * grad for weight, _, grad in alone)
+    assert float((found - expected).abs().max()) < 1e-10
+    assert whole.loss.item() == pytest.approx(sum(weight * out.loss.item() for weight, out, _ in alone), rel=1e-12)
+
+
+def test_each_part_shows_its_diagnostics_under_its_own_name_and_takes_its_own_settings() -> None:
+    spec = combine([(contrast, 1.0), (ppo, 2.0)])
+    output, _ = gradient(spec, **{"contrast/beta": 2.0})
+    alone, _ = gradient(contrast, beta=2.0)
+    assert output.diagnostics["contrast/margin:mean"] == alone.diagnostics["margin:mean"]
+    assert output.diagnostics["contrast/loss:sum"] == alone.loss.detach()
+    assert "ppo/clip_fraction:mean" in output.diagnostics
+    assert output.logprobs is not None
+
+
+def test_coupling_groups_and_inputs_follow_from_the_parts() -> None:
+    both = combine({contrast: 1.0, cross_entropy: 0.1})
+    assert (both.coupling, both.group_size) == ("sequence", 2)
+    assert combine({replace(contrast, coupling="batch"): 1.0, cross_entropy: 1.0}).coupling == "batch"
+    found = dry_run(combine({contrast: 1.0, ppo: 1.0}), 11)
+    assert (found.inputs, found.plain_logits) == (("target_tokens", "logprobs", "advantages"), "")
+
+
+def test_id_and_digest_say_what_it_is_made_of() -> None:
+    spec = combine({contrast: 1.0, cross_entropy: 0.1})
+    assert spec.id == "sum:1*local:contrast+0.1*local:cross_entropy"
+    assert [part.digest for part in spec.parts] == [contrast.digest, cross_entropy.digest]
+    others = [combine({contrast: 1.0, cross_entropy: 0.2}), combine({replace(contrast, digest="x"): 1.0})]
+    assert len({spec.digest, *(other.digest for other in others)}) == 3
+
+
+def test_it_is_registered_under_a_name_like_any_loss() -> None:
+    named = combine({contrast: 1.0, cross_entropy: 0.1}, name="mixed").from_(Provenance("entry_point", "pkg", "1"))
+    assert LossRegistry([named]).get("mixed").id == "pkg:mixed"
+    assert LossDescription.of(named).parts == named.parts
+
+
+@pytest.mark.parametrize(
+    ("terms", "says"),
+    [
+        ([], "has 0 parts"),
+        ([(ppo, float("nan"))], "the weight of 'ppo' is nan, but must be a finite number"),
+        ([(ppo, 1.0), (ppo, 2.0)], "two parts of a weighted sum are named 'ppo'"),
+        ([(contrast, 1.0), (replace(ppo, group_size=3), 1.0)], "'contrast' takes rows in groups of 2 and 'ppo'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(terms: list[tuple[LossSpec, float]], says: str) -> None:
+    with pytest.raises(BadLoss, match=says):
+        combine(terms)
+
+
+def test_settings_of_a_part_are_named_or_refused() -> None:
+    parts = combine({contrast: 1.0, ppo: 1.0}).parts
+    assert flat_config({"contrast": {"beta": 0.2}}, parts) == {"contrast/beta": 0.2}
+    assert flat_config({"local:ppo": {"x": 1}}, parts) == {"ppo/x": 1}
+    for config, says in [
+        ({"contrst": {"beta": 1.0}}, "did you mean 'contrast'"),
+        ({"beta": 1.0}, "which part is 'beta' for"),
+    ]:
+        with pytest.raises(BadHyperparameter, match=says):
+            flat_config(config, parts)
+    with pytest.raises(BadHyperparameter, match="which only a weighted sum has"):
+        flat_config({"beta": {"x": 1}}, ())

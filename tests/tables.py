@@ -1,0 +1,71 @@
+"""`python -m tests.tables` writes the tables in docs: what losses there are, and whose numbers they give."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from tests.oracles.__main__ import mapping, outcome, peer
+from tests.oracles.records import read
+from tinkerbell_core.anatomy import anatomy
+from tinkerbell_core.registry import LossRegistry, build_registry
+
+ROOT = Path(__file__).parents[1]
+WHICH, PEERS = ROOT / "docs" / "which-loss.md", ROOT / "docs" / "peers.md"
+BUILT_IN = "tinkerbell-core"
+IMPLIED = {"target_tokens", "weights"}
+"""Inputs that the server makes of text, and so not worth a column."""
+
+
+def bundled(registry: LossRegistry) -> list[str]:
+    """The distributions of this repository whose losses are listed, built-in ones first."""
+    ours = {path.parent.name for path in (ROOT / "plugins").glob("*/pyproject.toml")}
+    return [BUILT_IN, *sorted(ours & {spec.provenance.distribution for spec in registry})]
+
+
+def losses() -> str:
+    """A table a package: name, formula, inputs beside the usual, rows that belong together, paper."""
+    registry, _ = build_registry()
+    parts = []
+    for distribution in bundled(registry):
+        rows = ["| loss | what a row or token costs | reads besides | paper |", "|---|---|---|---|"]
+        for spec in registry:
+            if spec.provenance.distribution != distribution:
+                continue
+            said = anatomy(spec.summary, spec.source)
+            reads = [f"`{key}`" for key in spec.inputs or () if key not in IMPLIED]
+            reads += [f"`{key}`?" for key in spec.optional_inputs if key not in IMPLIED]
+            formula = said.formula.replace("|", r"\|") + (f": {said.called}" if said.called else "")
+            papers = ", ".join(f"[{n}]({link})" for n, link in zip(said.papers, said.links, strict=True))
+            name = f"`{spec.name}`" + (f" (groups of {spec.group_size})" if spec.group_size > 1 else "")
+            rows.append(f"| {name} | {formula} | {', '.join(reads)} | {papers} |")
+        parts.append(f"### {distribution}\n\n" + "\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def peers() -> str:
+    """Matched and all bundled records by peer."""
+    registry, _ = build_registry()
+    entries = mapping()
+    files = sorted((ROOT / "plugins").glob("*/tests/data/oracles.json.gz"))
+    outcomes = [outcome(record, entries, registry) for file in files for record in read(file)]
+    total = Counter(map(peer, outcomes))
+    matched = Counter(peer(each) for each in outcomes if each.matches)
+    rows = [f"| {name} | {matched[name]} | {total[name]} |" for name in sorted(total)]
+    rows.append(f"| all | {matched.total()} | {total.total()} |")
+    return "\n".join(["| project | matched | records |", "|---|---|---|", *rows])
+
+
+def with_table(page: str, name: str, table: str) -> str:
+    """The page with what stands between the marks of `name` replaced."""
+    begin, end = f"<!-- {name}: written by python -m tests.tables -->", f"<!-- end of {name} -->"
+    found = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", page, re.DOTALL)
+    if found is None:
+        raise ValueError(f"the page has no marks {begin} and {end}")
+    return page[: found.start()] + f"{begin}\n{table}\n{end}" + page[found.end() :]
+
+
+if __name__ == "__main__":
+    WHICH.write_text(with_table(WHICH.read_text(), "losses", losses()))
+    PEERS.write_text(with_table(PEERS.read_text(), "peers", peers()))

@@ -1,0 +1,27 @@
+"""The generated tables in docs are what the registry and the bundled records give now."""
+
+from __future__ import annotations
+
+from tests.tables import PEERS, WHICH, losses, peers, with_table
+from tinkerbell_core.registry import build_registry
+
+AGAIN = "out of date: run python -m tests.tables"
+
+
+def test_the_table_of_losses_is_current() -> None:
+    page = WHICH.read_text()
+    assert page == with_table(page, "losses", losses()), AGAIN
+
+
+def test_what_the_page_recommends_is_a_loss() -> None:
+    import re
+
+    registry, _ = build_registry()
+    advice = WHICH.read_text().partition("<!-- losses")[0]
+    for name in re.findall(r"^\| [^|]+ \| `(\w+)`", advice, re.MULTILINE):
+        registry.get(name)
+
+
+def test_the_table_of_matches_is_current() -> None:
+    page = PEERS.read_text()
+    assert page == with_table(page, "peers", peers()), AGAIN

@@ -1,0 +1,78 @@
+"""The real Tinker SDK against a real server on a two-layer model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.live import live_server
+from tinkerbell_server.engines.torch.embedded import write_tokenizer
+
+collect_ignore_glob = [] if find_spec("tinker") else ["test_*.py"]
+
+os.environ["TINKER_API_KEY"] = "tml-test"
+os.environ["TINKER_TELEMETRY"] = "0"
+
+
+def pytest_report_header() -> str:
+    if collect_ignore_glob:
+        return "tests/tinker are left out: the Tinker SDK is not installed here (nox -s sdk)"
+    from importlib.metadata import version
+
+    return f"tinker SDK {version('tinker')}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The SDK leaves sockets to the garbage collector, and deprecates what its earlier versions need."""
+    for line in (
+        "ignore::pytest.PytestUnraisableExceptionWarning",
+        "ignore::ResourceWarning",
+        "ignore:DEPRECATED:FutureWarning",
+    ):
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level Llama whose logits are far from flat."""
+    folder = tmp_path_factory.mktemp("tinker") / "base"
+    config = LlamaConfig(
+        vocab_size=261,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server of that model; uploads are on, so that a loss of one's own has a name."""
+    options = ("--device", "cpu", "--dtype", "float32", "--uploads", "trusted")
+    with live_server(tmp_path_factory.mktemp("tinker-server"), str(model_folder), *options, seconds=280) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def service(server: str) -> Any:  # Any: the SDK may not be there
+    import tinker
+
+    return tinker.ServiceClient(base_url=server)

@@ -1,0 +1,154 @@
+"""A weighted sum of losses, as far as it can be told without running one. Never imports torch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeVar
+
+from tinkerbell_core.errors import BadHyperparameter, BadLoss, did_you_mean
+from tinkerbell_core.spec import Coupling, Hyperparameter, Part
+
+MAX_PARTS = 8
+"""The most losses one sum may have."""
+
+
+class Described(Protocol):
+    """What a sum asks of each part: a LossSpec has it, and so has a LossDescription."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def inputs(self) -> tuple[str, ...] | None: ...
+    @property
+    def optional_inputs(self) -> tuple[str, ...]: ...
+    @property
+    def hyperparameters(self) -> tuple[Hyperparameter, ...]: ...
+    @property
+    def coupling(self) -> Literal["sequence", "batch"]: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def finite(self) -> tuple[str, ...]: ...
+    @property
+    def digest(self) -> str: ...
+
+
+D = TypeVar("D", bound=Described)
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """What follows from the parts: the fields of a LossSpec or a LossDescription, by their names there.
+
+    A hyperparameter of a part is `part/name`.
+    """
+
+    parts: tuple[Part, ...]
+    name: str
+    summary: str
+    inputs: tuple[str, ...] | None
+    optional_inputs: tuple[str, ...]
+    hyperparameters: tuple[Hyperparameter, ...]
+    coupling: Coupling
+    group_size: int
+    finite: tuple[str, ...]
+    digest: str
+    source: str
+
+
+def sum_of(weighted: Sequence[tuple[Described, float]], name: str | None = None) -> Sum:
+    """The sum of losses times their weights. Raises BadLoss for parts, weights or groups that do not go together."""
+    if not 1 <= len(weighted) <= MAX_PARTS:
+        raise BadLoss(f"a weighted sum has {len(weighted)} parts, but must have 1 to {MAX_PARTS}")
+    parts = tuple(Part(loss.name, _weight(loss.name, weight), loss.id, loss.digest) for loss, weight in weighted)
+    losses = [loss for loss, _ in weighted]
+    _check_names(parts)
+    terms = [f"{part.weight:.12g}*{part.name}" for part in parts]
+    unknown = any(loss.inputs is None for loss in losses)
+    inputs = _union(loss.inputs or () for loss in losses)
+    optional = _union(loss.optional_inputs for loss in losses)
+    lines = [f"{part.weight!r} * {part.id} (digest {part.digest[:12]})" for part in parts]
+    return Sum(
+        parts=parts,
+        name=name or "+".join(terms),
+        summary=f"The weighted sum {' + '.join(terms)}.",
+        inputs=None if unknown else inputs,
+        optional_inputs=tuple(key for key in optional if key not in inputs),
+        hyperparameters=tuple(
+            replace(hyper, name=f"{loss.name}/{hyper.name}") for loss in losses for hyper in loss.hyperparameters
+        ),
+        coupling="batch" if any(loss.coupling == "batch" for loss in losses) else "sequence",
+        group_size=_group_size(losses),
+        finite=_union(loss.finite for loss in losses),
+        digest=_digest(parts),
+        source="\n".join(lines) + "\n",
+    )
+
+
+def flat_config(config: Mapping[str, Any] | None, parts: Sequence[Part]) -> dict[str, Any]:
+    """`{"dpo": {"beta": 0.2}}` as `{"dpo/beta": 0.2}`; a part is told by its name, or its id.
+
+    Raises BadHyperparameter for a part that is not there, and for settings of one outside a dict of its own.
+    """
+    names = {part.name: part.name for part in parts} | {part.id: part.name for part in parts}
+    flat = {}
+    for key, value in (config or {}).items():
+        if not isinstance(value, Mapping):
+            if parts and "/" not in key:
+                example = f'{{"{parts[0].name}": {{"{key}": ...}}}}'
+                raise BadHyperparameter(f"which part is {key!r} for? This loss is a sum: pass loss_fn_config={example}")
+            flat[key] = value
+            continue
+        if not parts:
+            raise BadHyperparameter(
+                f"loss_fn_config[{key!r}] is a dict, which only a weighted sum has: pass {key!r} a number or a word"
+            )
+        if key not in names:
+            there = ", ".join(part.name for part in parts)
+            raise BadHyperparameter(f"the sum has no part {key!r}{did_you_mean(key, names)} (its parts: {there})")
+        flat |= {f"{names[key]}/{name}": setting for name, setting in value.items()}
+    return flat
+
+
+def _weight(name: str, weight: object) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise BadLoss(f"the weight of {name!r} is {weight!r}, but must be a finite number")
+    return float(weight)
+
+
+def _check_names(parts: tuple[Part, ...]) -> None:
+    seen: dict[str, Part] = {}
+    for part in parts:
+        if part.name in seen:
+            twice = part.id if part.id == seen[part.name].id else f"{seen[part.name].id} and {part.id}"
+            raise BadLoss(
+                f"two parts of a weighted sum are named {part.name!r} ({twice}): add their weights, or rename one"
+            )
+        seen[part.name] = part
+
+
+def _group_size(losses: Sequence[Described]) -> int:
+    largest = max(losses, key=lambda loss: loss.group_size)
+    for loss in losses:
+        if largest.group_size % loss.group_size:
+            raise BadLoss(
+                f"{loss.name!r} takes rows in groups of {loss.group_size} and {largest.name!r} in groups of "
+                f"{largest.group_size}: no batch is both, so call them one after the other before optim_step"
+            )
+    return largest.group_size
+
+
+def _digest(parts: tuple[Part, ...]) -> str:
+    hashed = hashlib.sha256(b"sum")
+    for part in parts:
+        hashed.update(f"{len(part.name)}:{part.name}{part.weight!r}:{part.digest}".encode())
+    return hashed.hexdigest()
+
+
+def _union(several: Any) -> tuple[str, ...]:  # Any: an iterable of iterables of names
+    return tuple(dict.fromkeys(name for names in several for name in names))

@@ -1,0 +1,5 @@
+"""The conformance kit: what every loss must do, whatever it computes."""
+
+from tinkerbell_core.testing.checks import CHECKS, CheckResult, check_loss, run_checks
+
+__all__ = ["CHECKS", "CheckResult", "check_loss", "run_checks"]

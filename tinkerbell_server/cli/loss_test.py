@@ -1,0 +1,48 @@
+"""`tinkerbell loss test`: the conformance kit on a loss, or on all losses of a package or a file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from tinkerbell_server.cli.output import print_json
+
+if TYPE_CHECKING:
+    from tinkerbell_core.testing import CheckResult
+
+
+@click.command("test")
+@click.argument("target", metavar="PATH_OR_NAME")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(target: str, as_json: bool) -> None:
+    """Run the conformance kit: on the loss called NAME that is installed here, the package or file at PATH, or mod:fn.
+
+    The exit status is 1 where a check fails. Code at PATH is run with your rights.
+    """
+    from tinkerbell_core.testing import run_checks
+    from tinkerbell_server.finding import find_specs
+
+    results = {spec.name: run_checks(spec) for spec in find_specs(target)}
+    failed = sum(not each.ok for checks in results.values() for each in checks)
+    if as_json:
+        print_json([{"loss": name, "checks": [_plain(each) for each in checks]} for name, checks in results.items()])
+    else:
+        for name, checks in results.items():
+            click.echo(name)
+            for each in checks:
+                click.echo(line(each))
+        total = sum(map(len, results.values()))
+        click.echo(f"\n{total - failed} of {total} checks hold" + (f", {failed} fail" if failed else ""))
+    if failed:
+        raise SystemExit(1)
+
+
+def line(result: CheckResult) -> str:
+    """One check as people read it."""
+    said = result.message.replace("\n", "\n       ")
+    return f"  {'ok  ' if result.ok else 'FAIL'} {result.name}" + (f": {said}" if said else "")
+
+
+def _plain(result: CheckResult) -> dict[str, str | bool]:
+    return {"name": result.name, "ok": result.ok, "message": result.message}

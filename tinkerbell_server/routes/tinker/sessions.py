@@ -1,0 +1,56 @@
+"""The handshake of a Tinker client, its heartbeat and its end."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tinkerbell_server.auth import caller_of
+from tinkerbell_server.routes.tinker.caller import tenant_of
+from tinkerbell_server.routes.tinker.edge import body_of, front_of, said
+from tinkerbell_server.tinker.sessions import client_config as config_of
+
+
+async def healthz(request: Request) -> Response:
+    return said({"status": "ok"})
+
+
+async def client_config(request: Request) -> Response:
+    limited = caller_of(request).key_id is not None
+    return said(config_of(front_of(request).desk.service.settings, limited=limited))
+
+
+async def dynamic_config(request: Request) -> Response:
+    return said({"refresh_interval_sec": 3600, "sample_cancel_enabled": False})
+
+
+async def capabilities(request: Request) -> Response:
+    desk = front_of(request).desk
+    engine = await desk.engine()
+    model = {
+        "model_name": desk.base.name,
+        "max_context_length": engine.max_length,
+        "trainable": True,
+        "sampleable": True,
+    }
+    return said({"supported_models": [model]})
+
+
+async def create_session(request: Request) -> Response:
+    return said(await front_of(request).sessions.create(tenant_of(request), await body_of(request)))
+
+
+async def heartbeat(request: Request) -> Response:
+    front_of(request).sessions.heartbeat(tenant_of(request), await body_of(request))
+    return said({"type": "session_heartbeat"})
+
+
+async def finish(request: Request) -> Response:
+    front_of(request).sessions.finish(tenant_of(request), request.path_params["session_id"])
+    return Response(status_code=204)
+
+
+async def telemetry(request: Request) -> Response:
+    """Taken and forgotten: it carries stack traces and texts of the user's."""
+    await body_of(request)
+    return said({"status": "accepted"})

@@ -1,0 +1,73 @@
+"""What a TrainingClient sends: each answered at once with the id of a future."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tinkerbell_server.routes.tinker.caller import tenant_of
+from tinkerbell_server.routes.tinker.edge import PROTOBUF, Endpoint, body_of, front_of, said
+from tinkerbell_server.tenancy import own_name
+from tinkerbell_server.tinker import bodies, datums
+from tinkerbell_server.tinker.front import Front
+
+Taken = Callable[[Front, str, bytes], Awaitable[tuple[str, str]]]
+
+
+def future(take: Taken) -> Endpoint:
+    """An endpoint that answers the id of a request and of its model."""
+
+    async def endpoint(request: Request) -> Response:
+        body = await body_of(request)
+        request_id, model_id = await take(front_of(request), tenant_of(request), body)
+        return said({"request_id": own_name(request_id), "model_id": model_id})
+
+    return endpoint
+
+
+create_model = future(lambda front, tenant, body: front.training.create(tenant, body))
+optim_step = future(lambda front, tenant, body: front.training.optim_step(tenant, body))
+save_weights = future(lambda front, tenant, body: front.checkpoints.save(tenant, body, "weights"))
+save_weights_external = future(lambda front, tenant, body: front.checkpoints.save(tenant, body, "external_weights"))
+save_weights_for_sampler = future(lambda front, tenant, body: front.checkpoints.save_for_sampler(tenant, body))
+load_weights = future(lambda front, tenant, body: front.checkpoints.load(tenant, body))
+
+
+async def forward_backward(request: Request) -> Response:
+    return await _forward(request, backward=True)
+
+
+async def forward(request: Request) -> Response:
+    return await _forward(request, backward=False)
+
+
+async def get_info(request: Request) -> Response:
+    desk = front_of(request).desk
+    run = desk.run(tenant_of(request), bodies.parse(await body_of(request), bodies.GetInfo).model_id)
+    return said(
+        {
+            "type": "get_info",
+            "model_data": {
+                "arch": "unknown",
+                "model_name": run.base_model,
+                "tokenizer_id": desk.base.tokenizer,
+            },
+            "model_id": run.id,
+            "optimizer_config": {"type": "adamw"},
+            "is_lora": True,
+            "lora_rank": run.rank,
+            "model_name": run.base_model,
+        }
+    )
+
+
+async def _forward(request: Request, *, backward: bool) -> Response:
+    body = await body_of(request)
+    if request.headers.get("content-type", "").partition(";")[0] == PROTOBUF:
+        call = datums.from_proto(body)
+    else:
+        call = datums.from_json(body, backward=backward)
+    request_id, model_id = await front_of(request).training.forward(tenant_of(request), call, body)
+    return said({"request_id": own_name(request_id), "model_id": model_id})

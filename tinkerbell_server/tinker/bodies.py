@@ -1,0 +1,200 @@
+"""The JSON bodies of the Tinker wire. A field that is new to us is ignored and told once; one we know is honoured."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from tinkerbell_core.errors import BadRequest
+
+log = logging.getLogger("tinkerbell.server")
+
+_told: set[tuple[str, str]] = set()
+
+Any_ = Any  # Any: JSON of the user's own, or not looked at yet
+
+
+class Body(msgspec.Struct, frozen=True, kw_only=True):
+    type: str = ""
+
+
+class CreateSession(Body, frozen=True):
+    tags: list[str] = []
+    user_metadata: dict[str, Any_] | None = None
+    sdk_version: str = ""
+    project_id: str | None = None
+    display_name: str | None = None
+
+
+class Heartbeat(Body, frozen=True):
+    session_id: str
+
+
+class LoraConfig(msgspec.Struct, frozen=True):
+    rank: int = 32
+    seed: int | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class CreateModel(Body, frozen=True):
+    session_id: str
+    model_seq_id: int
+    base_model: str
+    user_metadata: dict[str, Any_] | None = None
+    lora_config: LoraConfig | None = None
+    optimizer_config: dict[str, Any_] | None = None
+
+
+class GetInfo(Body, frozen=True):
+    model_id: str
+
+
+class ModelInputBody(msgspec.Struct, frozen=True):
+    chunks: list[dict[str, Any_]]
+
+
+class DatumBody(msgspec.Struct, frozen=True):
+    model_input: ModelInputBody
+    loss_fn_inputs: dict[str, Any_] = {}
+
+
+class ForwardInput(msgspec.Struct, frozen=True):
+    data: list[DatumBody]
+    loss_fn: str
+    loss_fn_config: dict[str, float | str] | None = None
+
+
+class Forward(Body, frozen=True):
+    """SDKs before 0.25 send JSON, under one of two names."""
+
+    model_id: str
+    seq_id: int | None = None
+    forward_input: ForwardInput | None = None
+    forward_backward_input: ForwardInput | None = None
+
+
+class AdamParams(msgspec.Struct, frozen=True):
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+    type: str = "adamw"
+
+
+class OptimStep(Body, frozen=True):
+    model_id: str
+    seq_id: int | None = None
+    adam_params: AdamParams | None = None
+    optimizer_params: dict[str, Any_] | None = None
+
+
+class SaveWeights(Body, frozen=True):
+    model_id: str
+    path: str | None = None
+    seq_id: int | None = None
+    ttl_seconds: int | None = None
+    overwrite: bool = False
+    user_metadata: dict[str, Any_] | None = None
+
+
+class SaveWeightsForSampler(SaveWeights, frozen=True):
+    sampling_session_seq_id: int | None = None
+    kind: Literal["snapshot", "inflight"] = "snapshot"
+
+
+class SaveWeightsExternal(SaveWeights, frozen=True):
+    age_encryption_recipients: list[str] | None = None
+
+
+class LoadWeights(Body, frozen=True):
+    path: str
+    optimizer: bool = False
+    model_id: str | None = None
+    seq_id: int | None = None
+    session_id: str | None = None
+    model_seq_id: int | None = None
+    base_model: str | None = None
+    user_metadata: dict[str, Any_] | None = None
+    optimizer_config: dict[str, Any_] | None = None
+    weights_access_token: str | None = None
+
+
+class RetrieveFuture(Body, frozen=True):
+    request_id: str
+    allow_metadata_only: bool = False
+
+
+class CreateSamplingSession(Body, frozen=True):
+    session_id: str
+    sampling_session_seq_id: int
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+class JoinSamplingSession(Body, frozen=True):
+    sampling_session_id: str
+
+
+class Ttl(Body, frozen=True):
+    ttl_seconds: int | None
+
+
+class WeightsInfo(Body, frozen=True):
+    tinker_path: str
+
+
+class Move(Body, frozen=True):
+    project_id: str
+
+
+class SamplingParams(msgspec.Struct, frozen=True):
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | list[Any_] | None = None  # Any: strings or ids, which msgspec tells apart only one by one
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+
+class Sample(Body, frozen=True):
+    """sampling_session_id, or in old SDKs base_model or model_path."""
+
+    prompt: ModelInputBody
+    sampling_params: SamplingParams
+    sampling_session_id: str | None = None
+    seq_id: int | None = None
+    base_model: str | None = None
+    model_path: str | None = None
+    num_samples: int = 1
+    prompt_logprobs: bool | None = None
+    prompt_logprobs_last_n: int | None = None
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    target_prompt_logprobs: dict[str, Any_] | None = None
+    prompt_alt_tokens_k: int = 0
+    record_stability_info: bool = False
+
+
+B = TypeVar("B", bound=msgspec.Struct)
+
+
+def parse(body: bytes, type_: type[B]) -> B:
+    """The body as a struct. Raises BadRequest that names the field."""
+    try:
+        fields = msgspec.json.decode(body or b"{}")
+        parsed = msgspec.convert(fields, type_)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"{type_.__name__}: {str(error)[:500]}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON: {str(error)[:500]}") from None
+    for name in fields.keys() - set(type_.__struct_fields__):
+        if (type_.__name__, name) not in _told and len(_told) < 1000:
+            _told.add((type_.__name__, name))
+            log.info("Tinker client sent %s.%s, which is new to this server and was ignored", type_.__name__, name[:80])
+    return parsed

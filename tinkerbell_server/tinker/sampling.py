@@ -1,0 +1,88 @@
+"""Samplers of Tinker clients: the base model, a checkpoint, or a run's weights as they were."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from tinkerbell_core.errors import BadRequest
+from tinkerbell_server.engines.base import Sample
+from tinkerbell_server.tenancy import own_name
+from tinkerbell_server.tinker import bodies, questions
+from tinkerbell_server.tinker.checkpoints import Checkpoints, sampler_id_of
+from tinkerbell_server.tinker.desk import Desk
+from tinkerbell_server.tinker.names import TinkerPath
+from tinkerbell_server.tinker.records import Run, Sampler
+
+
+class Sampling:
+    def __init__(self, desk: Desk, checkpoints: Checkpoints) -> None:
+        self._desk, self._checkpoints = desk, checkpoints
+
+    def create_session(self, tenant: str, body: bytes) -> str:
+        """create_sampling_session: its id."""
+        sent = bodies.parse(body, bodies.CreateSamplingSession)
+        session = self._desk.session(tenant, sent.session_id)
+        if sent.base_model is not None:
+            self._desk.base.check(sent.base_model)
+        elif sent.model_path is None:
+            raise BadRequest("create_sampling_session needs a base_model or a model_path")
+        checkpoint = None if sent.model_path is None else self._checkpoints.find(tenant, sent.model_path)
+        sampler = Sampler(
+            id=sampler_id_of(session.id, sent.sampling_session_seq_id),
+            tenant=tenant,
+            parent=session.id,
+            base_model=self._desk.base.name,
+            model_path=None if checkpoint is None else str(TinkerPath.parse(checkpoint.id)),
+            folder=None if checkpoint is None else checkpoint.folder,
+        )
+        self._desk.records.put(sampler)
+        return sampler.id
+
+    def join(self, tenant: str, sampler_id: str) -> int:
+        """join_sampling_session: which clone this is, from 1."""
+        sampler = self._desk.sampler(tenant, sampler_id)
+        self._desk.records.put(msgspec.structs.replace(sampler, clones=sampler.clones + 1))
+        return sampler.clones + 1
+
+    def describe(self, tenant: str, sampler_id: str) -> dict[str, str]:
+        """What GET /samplers/{id} answers."""
+        sampler = self._desk.sampler(tenant, sampler_id)
+        told = {"sampler_id": sampler.id, "base_model": sampler.base_model}
+        return told if sampler.model_path is None else {**told, "model_path": sampler.model_path}
+
+    async def sample(self, tenant: str, body: bytes) -> tuple[str, list[str]]:
+        """asample: the request's id, and an id for each sequence it will have."""
+        engine = await self._desk.engine()
+        sent = bodies.parse(body, bodies.Sample)
+        sampler = self._sampler(tenant, sent)
+        key = f"{sampler.id}/{sent.seq_id if sent.seq_id is not None else f'at/{time.time_ns()}'}"
+        request_id = self._desk.repeated(tenant, key, "sample", body)
+        if request_id is None:
+            command = questions.sample_of(sent, engine)
+            layout = questions.layout_of(sent)
+            request_id = self._desk.accept(tenant, "sample", key, body, parent=sampler.id, layout=layout)
+            # samples of one network stand in one queue, so that they are drawn together
+            queue = sampler.id if sampler.follows is not None else f"sampler:{sampler.folder or ''}"
+            self._desk.queue(tenant, request_id, "sample", queue, lambda: self._now(command, sampler))
+        return request_id, [f"{own_name(request_id)}-{index}" for index in range(sent.num_samples)]
+
+    def _sampler(self, tenant: str, sent: bodies.Sample) -> Sampler:
+        if sent.sampling_session_id is not None:
+            return self._desk.sampler(tenant, sent.sampling_session_id)
+        if sent.model_path is not None:
+            folder: str | None = self._checkpoints.find(tenant, sent.model_path).folder
+        else:
+            self._desk.base.check(sent.base_model or self._desk.base.name)
+            folder = None
+        name = f"sampler:{sent.model_path or 'base'}"
+        return Sampler(id=name, tenant=tenant, base_model=self._desk.base.name, folder=folder)
+
+    def _now(self, command: Sample, sampler: Sampler) -> Sample:
+        """With the folder of the weights at this moment, which a follower changes."""
+        folder = sampler.folder
+        if sampler.follows is not None:
+            run = self._desk.records.get(Run, sampler.follows)
+            folder = folder if run is None else run.follower
+        return msgspec.structs.replace(command, path=folder)

@@ -1,0 +1,71 @@
+"""Sessions of Tinker clients: a handshake, a heartbeat, an end."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+import msgspec
+
+from tinkerbell_server.config import Settings
+from tinkerbell_server.tenancy import visible
+from tinkerbell_server.tinker import bodies
+from tinkerbell_server.tinker.desk import Desk, Gone
+from tinkerbell_server.tinker.records import Session
+
+
+# Any: JSON values of several types
+def client_config(settings: Settings, *, limited: bool) -> dict[str, Any]:
+    """What a client is told before its first session. limited: its key may have so many requests at once."""
+    body_limit = settings.body_limit << 20
+    # fewer than the results that are kept; each waits in a request of its own
+    samples = max(1, settings.concurrency_limit // 2) if limited else 512
+    return {
+        "pjwt_auth_enabled": False,
+        "credential_default_source": "api_key",
+        "parallel_fwdbwd_chunks": True,
+        "proto_compress_fwdbwd": False,
+        # a call is one request as long as a body may be that large: a loss then sees its batch whole
+        "fwdbwd_max_chunk_len": 1 << 16,
+        "fwdbwd_max_chunk_bytes_count": body_limit // 2,
+        "fwdbwd_dispatch_bytes_semaphore_size": body_limit,
+        "sample_max_concurrent_requests": min(512, samples),
+        "sample_use_retrieve_futures": False,
+        "custom_loss_server_side": False,
+        "sample_join_sampling_session": True,
+    }
+
+
+class Sessions:
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    async def create(self, tenant: str, body: bytes) -> dict[str, Any]:  # Any: JSON values of several types
+        sent = bodies.parse(body, bodies.CreateSession)
+        session = Session(
+            id=secrets.token_hex(16),
+            tenant=tenant,
+            last_seen=time.time(),
+            tags=sent.tags,
+            user_metadata=sent.user_metadata,
+            project_id=sent.project_id,
+            display_name=sent.display_name,
+        )
+        self._desk.records.put(session)
+        engine = await self._desk.engine()
+        message = f"Tinkerbell: {self._desk.base.name} on {engine.device}, {len(visible(tenant, engine.losses))} losses"
+        return {"type": "create_session", "session_id": session.id, "info_message": message}
+
+    def heartbeat(self, tenant: str, body: bytes) -> None:
+        """Raises Gone where there is no such session, so that the client stops asking."""
+        sent = bodies.parse(body, bodies.Heartbeat)
+        session = self._desk.records.get(Session, sent.session_id, tenant)
+        if session is None or session.ended:
+            raise Gone(f"session {sent.session_id[:80]!r} has ended, or is not of this server")
+        self._desk.records.put(msgspec.structs.replace(session, last_seen=time.time()))
+
+    def finish(self, tenant: str, session_id: str) -> None:
+        """The client says good-bye: what it made and did not save by name is given back soon."""
+        session = self._desk.session(tenant, session_id)
+        self._desk.records.put(msgspec.structs.replace(session, ended=True))
