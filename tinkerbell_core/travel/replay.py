@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import EllipsisType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +113,7 @@ def _filled(value: Value, values: Mapping[str, Any]) -> Any:  # Any: what an ope
         case tuple():
             return tuple(_filled(item, values) for item in value)
         case _:
-            return cast("bool | int | float | str | EllipsisType | None", value)
+            return value
 
 
 def _metric(key: str, value: object, like: Tensor) -> Tensor:
