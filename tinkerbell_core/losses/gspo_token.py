@@ -34,10 +34,10 @@ def gspo_token(
     mean of, and which count (default: those of weight not 0). The thresholds are bounds of s itself.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
+    logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)  # [B, T]
     own = loss_fn_inputs.get("sequence_ratio_mask")
     if own is not None:
         mask = torch.where(own != 0, mask, 0.0)
-    logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=attention_mask)  # [B, T]
     log_ratio = counted(logprobs - loss_fn_inputs["logprobs"], mask)  # [B, T]
     advantages = counted(loss_fn_inputs["advantages"], mask)  # [B, T]
     counts = (mask != 0).float()
