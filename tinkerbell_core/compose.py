@@ -43,6 +43,10 @@ def combine(weighted: Mapping[LossSpec, float] | Sequence[tuple[LossSpec, float]
         reads=tuple(sorted({statistic for spec in specs for statistic in spec.reads})),
         reads_beside=tuple(sorted({statistic for spec in specs for statistic in spec.reads_beside})),
         parts=made.parts,
+        example_inputs={key: value for spec in specs for key, value in spec.example_inputs.items()},
+        example_hyperparameters={
+            f"{spec.name}/{name}": value for spec in specs for name, value in spec.example_hyperparameters.items()
+        },
     )
 
 

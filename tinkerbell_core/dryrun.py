@@ -41,6 +41,9 @@ def run_loss(
     A TinkerbellError of the loss's own (BadHyperparameter, say) and running out of memory pass unchanged. On lazy
     logits raises PlainLogitsNeeded for what they cannot honour, LogitsTooLarge where it needs too many of them stored.
     """
+    for hyper in spec.hyperparameters:
+        if hyper.name in hyperparameters:
+            hyper.check(spec.name, hyperparameters[hyper.name])
     lazy = model_outputs if isinstance(model_outputs, Logits) else None
     try:
         with _authors_errors(spec):
@@ -70,7 +73,7 @@ def dry_run(
     """The spec with what it reads filled in, found by running it on 4 ragged sequences of at most 8 positions.
 
     It is run on plain and on lazy logits; where loss, logprobs or gradient differ, the spec says to use plain ones.
-    Inputs are made up as they are asked for, `[B, T]` and then `[B]`, but for those in example_inputs.
+    Inputs are made up as they are asked for, `[B, T]` and then `[B]`, but for example_inputs (or the loss's own).
     Raises BadLoss where the loss fails with all guesses, or its gradient does not reach the logits or is not finite;
     BadData where example_inputs do not fit each other.
     """
@@ -85,7 +88,7 @@ def discover(
     hidden_size: int = _HIDDEN,
 ) -> tuple[LossSpec, dict[str, Tensor]]:
     """What `dry_run` gives, and the batch of inputs the loss ran on."""
-    given = dict(example_inputs or {})
+    given = dict(example_inputs or spec.example_inputs)
     mask = ragged_mask(spec.group_size, given, device)
     failed: dict[frozenset[str], tuple[BadLoss, MadeUpInputs]] = {}
     todo: list[frozenset[str]] = [frozenset()]  # which keys to guess as [B]; fewest first
@@ -107,8 +110,9 @@ def discover(
 
 
 def plausible_settings(spec: LossSpec) -> dict[str, Any]:  # Any: each loss has its own
-    """The defaults, and a plausible number for each hyperparameter that has none."""
-    return {h.name: _STAND_INS.get(h.type, 0.1) if h.required else h.default for h in spec.hyperparameters}
+    """The defaults, a plausible number for each hyperparameter that has none, and over them the loss's own examples."""
+    plain = {h.name: _STAND_INS.get(h.type, 0.1) if h.required else h.default for h in spec.hyperparameters}
+    return plain | {**spec.example_hyperparameters}
 
 
 @dataclass(frozen=True, slots=True)

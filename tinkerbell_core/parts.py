@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 from tinkerbell_core.errors import BadHyperparameter, BadLoss, did_you_mean
-from tinkerbell_core.spec import Coupling, Hyperparameter, Part
+from tinkerbell_core.hyperparameters import Hyperparameter
+from tinkerbell_core.spec import Coupling, Part
 
 MAX_PARTS = 8
 """The most losses one sum may have."""

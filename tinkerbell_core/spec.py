@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
-from tinkerbell_core.errors import BadHyperparameter, BadLoss, did_you_mean
+from tinkerbell_core.errors import BadLoss
+from tinkerbell_core.hyperparameters import Hyperparameter, Range, bind_hyperparameters, hyperparameters_of
 from tinkerbell_core.source import digest_of, source_of
 
 if TYPE_CHECKING:
@@ -47,16 +48,6 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True)
-class Hyperparameter:
-    """A keyword argument of a loss. `type` is the annotation as written; `required` ones have no default."""
-
-    name: str
-    type: str
-    default: bool | int | float | str | None = None
-    required: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Part:
     """One loss of a weighted sum, as it was when the sum was made."""
 
@@ -79,6 +70,7 @@ class LossSpec:
     materialises: operations of it that build the logits all the same.
     reads, reads_beside: statistics it asks for of the same rows, with a gradient and without.
     parts: what a weighted sum is made of; empty for any other loss.
+    example_inputs, example_hyperparameters: to try it with, where made-up ones would not do.
     """
 
     name: str
@@ -98,6 +90,8 @@ class LossSpec:
     reads: tuple[Statistic, ...] = ()
     reads_beside: tuple[Statistic, ...] = ()
     parts: tuple[Part, ...] = ()
+    example_inputs: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    example_hyperparameters: Mapping[str, Any] = field(default_factory=dict, compare=False)  # Any: each has its own
 
     # Any: passes on whatever the loss takes
     def __call__(self, *args: Any, **kwargs: Any) -> LossFnOutput:
@@ -128,36 +122,6 @@ class LossSpec:
         return bind_hyperparameters(self.name, self.hyperparameters, config)
 
 
-def bind_hyperparameters(loss: str, known: tuple[Hyperparameter, ...], config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` over the defaults of `known`; the server binds from a description, where there is no function."""
-    by_name = {hyper.name: hyper for hyper in known}
-    for name, value in config.items():
-        if name not in by_name:
-            takes = ", ".join(by_name) or "none"
-            raise BadHyperparameter(
-                f"loss {loss!r} has no hyperparameter {name!r}{did_you_mean(name, by_name)} (it takes: {takes})"
-            )
-        _check_type(loss, by_name[name], value)
-    missing = [hyper.name for hyper in known if hyper.required and hyper.name not in config]
-    if missing:
-        raise BadHyperparameter(f"loss {loss!r} needs {missing[0]!r}: pass loss_fn_config={{{missing[0]!r}: ...}}")
-    return {hyper.name: config.get(hyper.name, hyper.default) for hyper in known}
-
-
-def _check_type(loss: str, hyper: Hyperparameter, value: object) -> None:
-    allowed: dict[str, tuple[type, ...]] = {
-        "float": (float, int),
-        "int": (int,),
-        "bool": (bool,),
-        "str": (str,),
-    }
-    types = allowed.get(hyper.type)
-    if types is None:
-        return
-    if not isinstance(value, types) or (isinstance(value, bool) and hyper.type != "bool"):
-        raise BadHyperparameter(f"loss {loss!r}: {hyper.name} is {value!r}, but must be {hyper.type}")
-
-
 @overload
 def loss(fn: LossFn, /) -> LossSpec: ...
 @overload
@@ -169,6 +133,9 @@ def loss(
     coupling: Coupling = "batch",
     group_size: int = 1,
     finite: tuple[str, ...] = (),
+    allowed: Mapping[str, Range] | None = None,
+    example_inputs: Mapping[str, Tensor] | None = None,
+    example_hyperparameters: Mapping[str, Any] | None = None,  # Any: each loss has its own
 ) -> Callable[[LossFn], LossSpec]: ...
 def loss(
     fn: LossFn | None = None,
@@ -180,9 +147,14 @@ def loss(
     coupling: Coupling = "batch",
     group_size: int = 1,
     finite: tuple[str, ...] = (),
+    allowed: Mapping[str, Range] | None = None,
+    example_inputs: Mapping[str, Tensor] | None = None,
+    example_hyperparameters: Mapping[str, Any] | None = None,  # Any: each loss has its own
 ) -> LossSpec | Callable[[LossFn], LossSpec]:
     """Make a LossSpec of a function. Hyperparameters are read from its signature.
 
+    allowed: which numbers a hyperparameter may be (`{"beta": above(0)}`); others are refused before the loss is run.
+    example_inputs, example_hyperparameters: to try it with, where inputs made up by name and the defaults would not do.
     Raises BadLoss where the signature cannot be a loss's.
     """
 
@@ -197,37 +169,14 @@ def loss(
             summary=(inspect.getdoc(fn) or "").partition("\n")[0],
             inputs=inputs,
             optional_inputs=optional_inputs,
-            hyperparameters=_hyperparameters(fn),
+            hyperparameters=hyperparameters_of(fn, allowed or {}),
             coupling=coupling,
             group_size=group_size,
             finite=finite,
+            example_inputs=dict(example_inputs or {}),
+            example_hyperparameters=dict(example_hyperparameters or {}),
             source=source_of(fn),
             digest=digest_of(fn, coupling=coupling, group_size=group_size),
         )
 
     return decorate(fn) if fn is not None else decorate
-
-
-def _hyperparameters(fn: LossFn) -> tuple[Hyperparameter, ...]:
-    parameters = list(inspect.signature(fn).parameters.values())
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(positional) < 3:
-        name = getattr(fn, "__name__", "the loss")
-        raise BadLoss(
-            f"{name} takes {len(positional)} positional arguments, but a loss is called as "
-            f"{name}(model_outputs, loss_fn_inputs, attention_mask, **hyperparameters)"
-        )
-    keywords = positional[3:] + [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-    return tuple(
-        Hyperparameter(
-            p.name, _type_name(p), None if p.default is p.empty else p.default, required=p.default is p.empty
-        )
-        for p in keywords
-    )
-
-
-def _type_name(parameter: inspect.Parameter) -> str:
-    if parameter.annotation is not parameter.empty:
-        annotation = parameter.annotation
-        return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
-    return "any" if parameter.default in (parameter.empty, None) else type(parameter.default).__name__

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from tinkerbell_core.errors import Problem
-from tinkerbell_core.spec import Hyperparameter, LossSpec, Part, Provenance
+from tinkerbell_core.hyperparameters import Hyperparameter
+from tinkerbell_core.spec import LossSpec, Part, Provenance
 
 DTYPES = {
     "bool": 1,

@@ -13,8 +13,8 @@ from tinkerbell_core.errors import (
     UnknownModel,
     did_you_mean,
 )
+from tinkerbell_core.hyperparameters import bind_hyperparameters
 from tinkerbell_core.parts import flat_config
-from tinkerbell_core.spec import bind_hyperparameters
 from tinkerbell_core.types import (
     CreateModelRequest,
     DeleteModelRequest,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tinkerbell_core.errors import BadData, BadHyperparameter, TinkerbellError
-from tinkerbell_core.spec import Hyperparameter
+from tinkerbell_core.hyperparameters import Hyperparameter
 from tinkerbell_core.testing.case import Case, Failed, Ran, require
 
 _NO_SUCH_WORD = "no-such-word"

@@ -13,7 +13,7 @@ from tinkerbell_server.cli.loss_test import check
 from tinkerbell_server.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from tinkerbell_core.spec import Hyperparameter
+    from tinkerbell_core.hyperparameters import Hyperparameter
     from tinkerbell_core.types import LossDescription
 
 
@@ -108,8 +108,9 @@ def publish(name: str, tenant: str | None, url: str) -> None:
 
 
 def signature(hyper: Hyperparameter) -> str:
-    """`beta: float = 0.1`."""
-    return f"{hyper.name}: {hyper.type}" + ("" if hyper.required else f" = {hyper.default!r}")
+    """`beta: float = 0.1 (above 0)`."""
+    default = "" if hyper.required else f" = {hyper.default!r}"
+    return f"{hyper.name}: {hyper.type}{default}" + (f" ({hyper.allowed})" if hyper.allowed else "")
 
 
 def find_losses(url: str, local: bool) -> Sequence[LossDescription]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-from tinkerbell_core.spec import Coupling, Hyperparameter, Provenance
+from tinkerbell_core.hyperparameters import Hyperparameter
+from tinkerbell_core.spec import Coupling, Provenance
 from tinkerbell_core.types import LossDescription
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.errors import BadLoss, LossKilled, TinkerbellError
+from tinkerbell_core.hyperparameters import Hyperparameter
 from tinkerbell_core.output import LossFnOutput
-from tinkerbell_core.spec import Coupling, Hyperparameter, LossSpec, Provenance
+from tinkerbell_core.spec import Coupling, LossSpec, Provenance
 from tinkerbell_core.types import RegisterLossRequest
 from tinkerbell_server.sandbox.call import Away, Call, names_and_tensors
 from tinkerbell_server.sandbox.logits import budget_of, record, source_of
