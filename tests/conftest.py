@@ -15,5 +15,5 @@ PATIENT = ("--dry-run-seconds", "60", "--sandbox-seconds", "60")
 @pytest.fixture(scope="session")
 def torch_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server on the embedded model that takes uploads."""
-    with live_server(tmp_path_factory.mktemp("torch-server"), *PATIENT, "--device", "cpu") as url:
+    with live_server(tmp_path_factory.mktemp("torch-server"), *PATIENT, "--device", "cpu", seconds=280) as url:
         yield url

@@ -185,6 +185,12 @@ def test_what_is_not_on_the_list_is_refused_by_name(payload: bytes, why: str) ->
         parse(payload)
 
 
+def test_a_refusal_names_every_operation_that_is_off_the_list() -> None:
+    nodes = [call("torch.load", LP), call("tolist", LP, name="y", op="call_method"), call("torch.exp", LP, name="z")]
+    with pytest.raises(BadUpload, match=r"node 'x': the function 'torch.load' is not .*, nor: the method 'tolist'$"):
+        parse(graph(*nodes))
+
+
 @pytest.mark.parametrize("key", ["loss:sum", "custom/A:sum", "custom/a:max", "custom/a", "custom/" + "a" * 65 + ":sum"])
 def test_a_metric_of_another_name_is_refused(key: str) -> None:
     message = json.loads(graph(call("torch.sum", LP)))
@@ -206,3 +212,15 @@ def test_examples_have_the_declared_ranks() -> None:
     made = rebuild_graph(payload_of(lambda logprobs, scores, reward, weights: (logprobs.sum(), {}), ranks))
     examples: dict[str, Tensor] = made.examples(V)
     assert [examples[name].dim() - 1 for name in ("target_tokens", "scores", "reward", "weights")] == [2, 2, 0, 1]
+
+
+def test_an_input_that_is_used_as_positions_is_made_up_of_whole_numbers() -> None:
+    def picked(logprobs: Any, order: Any, where: Any, column: Any, weights: Any) -> Any:
+        taken = logprobs[order].sum() + torch.gather(logprobs, 0, where).sum()
+        return taken + logprobs.index_select(0, index=column).sum() + weights.sum(), {}
+
+    names = ("logprobs", "order", "where", "column", "weights")
+    made = rebuild_graph(payload_of(picked, dict.fromkeys(names, 1)))
+    examples = made.examples(V)
+    assert [examples[name].dtype.is_floating_point for name in names[1:]] == [False, False, False, True]
+    assert made.one(torch.ones(T), *(examples[name][0, :T] for name in names[1:]))[0].isfinite()

@@ -20,6 +20,8 @@ MAX_NODES = 2000
 MAX_INPUTS = 16
 MAX_METRICS = 64
 
+_TOLD = 20  # operations that a refusal names beside the first
+
 _INPUT = re.compile(r"[a-z_][a-z0-9_]{0,63}")
 _NODE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _METRIC = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
@@ -111,6 +113,7 @@ class _Parsing:
         self._known: set[str] = set()
 
     def graph(self, nodes: list[_Node]) -> Graph:
+        _check_listed(nodes)
         count = len(self._inputs)
         if len(nodes) <= count or nodes[-1].op != "output":
             raise BadUpload("the graph does not end with an output")
@@ -129,10 +132,7 @@ class _Parsing:
             _refuse(node, f"{node.op[:40]!r} is not allowed here; a graph calls functions and methods of tensors")
         is_method = node.op == "call_method"
         target = node.target if is_method else spelled(node.target)
-        parameters = (METHODS if is_method else FUNCTIONS).get(target)
-        if parameters is None:
-            kind = "method" if is_method else "function"
-            _refuse(node, f"the {kind} {node.target[:80]!r} is not on the list of operations that a graph may use")
+        parameters = (METHODS if is_method else FUNCTIONS)[target]
         read = Reader(self._known)
         try:
             args = tuple(read.value(arg) for arg in node.args)
@@ -166,6 +166,22 @@ class _Parsing:
             _refuse(node, "there is another node of this name")
         self._known.add(node.name)
         return node.name
+
+
+def _check_listed(nodes: list[_Node]) -> None:
+    """Name every operation that is not on the list, not only the first: an author mends them in one go."""
+    off: dict[str, _Node] = {}
+    for node in nodes:
+        if node.op == "call_function" and spelled(node.target) not in FUNCTIONS:
+            off.setdefault(f"the function {node.target[:80]!r}", node)
+        elif node.op == "call_method" and node.target not in METHODS:
+            off.setdefault(f"the method {node.target[:80]!r}", node)
+    if off:
+        (first, node), *others = off.items()
+        beside = ", ".join(name for name, _ in others[:_TOLD])
+        more = f", and {len(others) - _TOLD} more" if len(others) > _TOLD else ""
+        nor = f", nor: {beside}{more}" if others else ""
+        _refuse(node, f"{first} is not on the list of operations that a graph may use{nor}")
 
 
 def _refuse(node: _Node, why: str) -> NoReturn:

@@ -18,6 +18,17 @@ from tinkerbell_core.travel.operations import function, method
 
 _K = 3  # targets a position of a made-up batch
 
+# operation → where its arguments begin to be positions
+_INDEX_AT = {
+    "operator.getitem": 1,
+    "torch.take_along_dim": 1,
+    "take_along_dim": 1,
+    "torch.gather": 2,
+    "gather": 2,
+    "torch.index_select": 2,
+    "index_select": 2,
+}
+
 
 class GraphLoss:
     """Runs a graph on every row, on its real positions only, and sums the losses.
@@ -84,10 +95,24 @@ class GraphLoss:
         return loss, metrics
 
     def examples(self, vocab_size: int) -> dict[str, Tensor]:
-        """A made-up batch of inputs that have the ranks the graph declares."""
+        """A made-up batch of inputs that have the ranks the graph declares, whole numbers where they are indices."""
         mask = torch.ones(len(LENGTHS), max(LENGTHS))  # [B, T]
         ranks = {**self.graph.inputs, "target_tokens": self.graph.inputs["logprobs"]}
-        return {name: _example(name, ranks[name], mask, vocab_size) for name in self.inputs}
+        made = {name: _example(name, ranks[name], mask, vocab_size) for name in self.inputs}
+        indices = self._indices()
+        return {name: value.long() % min(LENGTHS) if name in indices else value for name, value in made.items()}
+
+    def _indices(self) -> set[str]:
+        """Inputs that some operation takes as positions."""
+        held = dict(zip(self.graph.names, self.graph.inputs, strict=True))
+        places = [
+            value
+            for step in self.graph.steps
+            for value in (*step.args[_INDEX_AT.get(step.target, len(step.args)) :], *step.kwargs.values())
+            if step.target in _INDEX_AT
+        ]
+        flat = [item for place in places for item in (place if isinstance(place, list | tuple) else [place])]
+        return {held[each.name] for each in flat if isinstance(each, Ref) and each.name in held}
 
     def _check_rank(self, name: str, value: Tensor, rank: int) -> None:
         if value.dim() - 1 != rank:
