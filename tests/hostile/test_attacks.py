@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from tests.hostile.attacks import files, network, processes, replies, resources
-from tests.hostile.world import CALL, TRIAL, Attack, World, world
+from tests.hostile.world import CALL, TRIAL, Attack, World
 from tinkerbell_core.errors import BadLoss, TinkerbellError
 
 ATTACKS: list[Attack] = [
@@ -68,16 +67,6 @@ PARAMETERS = [
     pytest.param(attack, id=attack.__name__, marks=() if attack.__name__ in QUICK else pytest.mark.slow)
     for attack in ATTACKS
 ]
-
-
-@pytest.fixture(scope="module")
-def sandboxed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with world(tmp_path_factory.mktemp("sandboxed"), "sandboxed") as made:
-        health = made.client.healthz()
-        assert health["uploads"] == "sandboxed"
-        assert "seccomp" in health["mechanisms"]
-        assert {"bubblewrap", "landlock"} & set(health["mechanisms"])
-        yield made
 
 
 @pytest.mark.parametrize("when", ["upload", "training"])
