@@ -1,4 +1,4 @@
-"""Whose turn it is: requests of one model in the order they came, models one after the other.
+"""Whose turn it is: requests of one model in the order they came, tenants one after the other, and each one's models.
 
 Jobs that spend their time in a sandbox do not take the others' turn: some of them run beside the one that does.
 """
@@ -6,9 +6,10 @@ Jobs that spend their time in a sandbox do not take the others' turn: some of th
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tinkerbell_core.errors import TinkerbellError, TooManyRequests
@@ -71,7 +72,10 @@ class Turns:
     def __init__(self, *, sandboxed: bool = False) -> None:
         """sandboxed: uploaded losses run elsewhere, so that jobs with one run apart."""
         self._queues: dict[Lane, deque[Job]] = {}
-        self._ring: deque[Lane] = deque()
+        # by tenant, whose turn is next first; so many models are no larger share than one
+        self._rings: dict[str, deque[Lane]] = {}
+        # whose ring a lane is in; that of samples of the base model has jobs of several tenants
+        self._owners: dict[Lane, str] = {}
         self._changed = asyncio.Event()
         self._sandboxed = sandboxed
         self.running: list[Job] = []
@@ -97,7 +101,8 @@ class Turns:
     def put(self, job: Job) -> None:
         if job.lane not in self._queues:
             self._queues[job.lane] = deque()
-            self._ring.append(job.lane)
+            self._owners[job.lane] = job.tenant
+            self._rings.setdefault(job.tenant, deque()).append(job.lane)
         self._queues[job.lane].append(job)
         self._changed.set()
 
@@ -106,13 +111,17 @@ class Turns:
         while (lane := self._ready()) is None:
             self._changed.clear()
             await self._changed.wait()
-        self._ring.remove(lane)
         queue = self._queues[lane]
         job = queue.popleft()
+        owner = self._owners[lane]
+        ring = self._rings.pop(owner)
+        ring.remove(lane)
         if queue:
-            self._ring.append(lane)
+            ring.append(lane)
         else:
-            del self._queues[lane]
+            del self._queues[lane], self._owners[lane]
+        if ring:
+            self._rings[owner] = ring  # at the end of the others
         self.running.append(job)
         return job
 
@@ -123,8 +132,7 @@ class Turns:
         while job.kind == "sample" and queue and queue[0].kind == "sample" and len(beside) < most:
             beside.append(queue.popleft())
         if queue is not None and not queue:
-            del self._queues[job.lane]
-            self._ring.remove(job.lane)
+            self._forget(job.lane)
         self.running += beside
         return beside
 
@@ -138,9 +146,21 @@ class Turns:
         """Take every job out, running ones first."""
         jobs = [*self.running, *self._queued()]
         self._queues.clear()
-        self._ring.clear()
+        self._rings.clear()
+        self._owners.clear()
         self.running.clear()
         return jobs
+
+    def take_out(self, job_id: str) -> bool:
+        """Drop a job that has not begun; whether there was one."""
+        for lane, queue in self._queues.items():
+            for job in queue:
+                if job.id == job_id:
+                    queue.remove(job)
+                    if not queue:
+                        self._forget(lane)
+                    return True
+        return False
 
     def of_model(self, model_id: str) -> list[Job]:
         """The jobs of one model that have not ended."""
@@ -153,26 +173,24 @@ class Turns:
 
     def position(self, job_id: str) -> int | None:
         """How many jobs run before this one, as far as is known now."""
-        for place, lane in enumerate(self._ring):
-            for ahead, job in enumerate(self._queues[lane]):
-                if job.id == job_id:
-                    others = sum(
-                        min(len(self._queues[other]), ahead + (index < place))
-                        for index, other in enumerate(self._ring)
-                        if index != place
-                    )
-                    return ahead + others + len(self.running)
+        lengths = [[len(self._queues[lane]) for lane in ring] for ring in self._rings.values()]
+        for place, ring in enumerate(self._rings.values()):
+            for number, lane in enumerate(ring):
+                for ahead, job in enumerate(self._queues[lane]):
+                    if job.id == job_id:
+                        own = _before(lengths[place], number, ahead)
+                        return _before(list(map(sum, lengths)), place, own) + len(self.running)
         return None
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values())) + len(self.running)
 
     def _ready(self) -> Lane | None:
-        """The first lane in the ring whose next job may run now."""
+        """The first lane, of the first tenant, whose next job may run now."""
         busy = {job.lane for job in self.running}
         apart = [job for job in self.running if self.apart(job)]
         taken = len(apart) < len(self.running)
-        for lane in self._ring:
+        for lane in itertools.chain.from_iterable(self._rings.values()):
             job = self._queues[lane][0]
             if lane in busy:
                 continue
@@ -183,5 +201,19 @@ class Turns:
                 return lane
         return None
 
+    def _forget(self, lane: Lane) -> None:
+        """A lane has run empty before its turn."""
+        owner = self._owners.pop(lane)
+        del self._queues[lane]
+        self._rings[owner].remove(lane)
+        if not self._rings[owner]:
+            del self._rings[owner]
+
     def _queued(self) -> list[Job]:
         return [job for queue in self._queues.values() for job in queue]
+
+
+def _before(lengths: Sequence[int], place: int, ahead: int) -> int:
+    """How many go before what has `ahead` before it in queue `place`, where queues take turns from the first on."""
+    others = (min(length, ahead + (index < place)) for index, length in enumerate(lengths) if index != place)
+    return ahead + sum(others)

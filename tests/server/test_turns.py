@@ -97,3 +97,55 @@ def test_the_command_of_a_job_that_saves_is_not_made_before_its_turn() -> None:
         assert await ready(turns) == ["a"]
 
     asyncio.run(run())
+
+
+def test_a_tenant_with_many_models_gets_no_more_turns_than_one_with_few() -> None:
+    async def run() -> None:
+        turns = Turns()
+        for each in (
+            *(job(f"a{i}", f"a{i}", tenant="a") for i in range(3)),
+            *(job(f"b{i}", "b", tenant="b") for i in range(2)),
+        ):
+            turns.put(each)
+        foreseen = {id: turns.position(id) for id in ("a0", "b0", "a1", "b1", "a2")}
+        order = []
+        while len(turns):
+            order += await ready(turns)
+            turns.over(turns.running[0])
+        assert order == ["a0", "b0", "a1", "b1", "a2"]
+        assert foreseen == {id: place for place, id in enumerate(order)}
+
+    asyncio.run(run())
+
+
+def test_a_job_taken_out_leaves_the_others_their_turns() -> None:
+    async def run() -> None:
+        turns = Turns()
+        for each in (job("a", "a", tenant="a"), job("b", "b", tenant="b"), job("c", "c", tenant="a")):
+            turns.put(each)
+        assert turns.take_out("a")
+        assert not turns.take_out("a")
+        assert turns.position("c") == 0
+        assert await ready(turns) == ["c"]
+        turns.over(turns.running[0])
+        assert await ready(turns) == ["b"]
+
+    asyncio.run(run())
+
+
+def test_samples_of_the_base_model_may_be_of_several_tenants() -> None:
+    async def run() -> None:
+        turns = Turns()
+        for each in (
+            made("a", None, "sample", None, "a"),
+            made("b", None, "sample", None, "b"),
+            job("c", "c", tenant="b"),
+        ):
+            turns.put(each)
+        assert await ready(turns) == ["a"]
+        assert [each.id for each in turns.beside(turns.running[0], 8)] == ["b"]
+        turns.over(turns.running[0])
+        turns.over(turns.running[0])
+        assert await ready(turns) == ["c"]
+
+    asyncio.run(run())
