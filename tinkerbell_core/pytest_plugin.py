@@ -12,7 +12,19 @@ import pytest
 
 if TYPE_CHECKING:
     from tinkerbell_core.spec import LossSpec
-    from tinkerbell_core.testing import CheckResult
+    from tinkerbell_core.testing import CheckResult, Sandboxed
+
+
+class Hooks:
+    """What other plugins may bring."""
+
+    @pytest.hookspec(firstresult=True)
+    def pytest_tinkerbell_sandbox(self, config: pytest.Config) -> Sandboxed | None:
+        """What runs a loss in a sandbox, for the last check of the kit; asked once a session, where that is run."""
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.add_hookspecs(Hooks)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,6 +51,12 @@ def tinkerbell_losses() -> list[LossSpec]:
     return list(_installed())
 
 
+@pytest.fixture(scope="session")
+def tinkerbell_sandbox(pytestconfig: pytest.Config) -> Sandboxed | None:
+    """To pass on: `check_loss(spec, sandboxed=tinkerbell_sandbox)`. None where tinkerbell-core[server] is missing."""
+    return _sandbox(pytestconfig)
+
+
 class LossItem(pytest.Item):
     """One check of one loss; the kit is run once a loss."""
 
@@ -50,11 +68,13 @@ class LossItem(pytest.Item):
         from tinkerbell_core.testing import run_checks
 
         if self._spec.id not in self._results:
-            self._results[self._spec.id] = run_checks(self._spec)
+            self._results[self._spec.id] = run_checks(self._spec, sandboxed=_sandbox(self.config))
         found = {result.name: result for result in self._results[self._spec.id]}
         result = found.get(self._check)
         if result is None:
             pytest.skip("it does not keep the contract, so nothing else was checked")
+        if not result.ran:
+            pytest.skip(f"not run: {result.message}")
         if not result.ok:
             raise AssertionError(result.message)
 
@@ -64,6 +84,16 @@ class LossItem(pytest.Item):
 
     def reportinfo(self) -> tuple[str, None, str]:
         return self.nodeid.partition("::")[0], None, self.name
+
+
+_SANDBOX = pytest.StashKey["Sandboxed | None"]()
+
+
+def _sandbox(config: pytest.Config) -> Sandboxed | None:
+    """The one of this session."""
+    if _SANDBOX not in config.stash:
+        config.stash[_SANDBOX] = config.hook.pytest_tinkerbell_sandbox(config=config)
+    return config.stash[_SANDBOX]
 
 
 def _collected(session: pytest.Session, wanted: set[str]) -> Iterator[LossItem]:

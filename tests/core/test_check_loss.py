@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput, loss
-from tinkerbell_core.functional import aggregate, effective_mask, sequence_sum, target_logprobs
+from tinkerbell_core.functional import aggregate, effective_mask, masked_sum, sequence_sum, target_logprobs
 from tinkerbell_core.testing import check_loss
 
 Inputs = dict[str, Tensor]
@@ -27,8 +27,8 @@ def of(reduce: Callable[[Tensor, Tensor, Tensor], Any]) -> Callable[..., LossFnO
 
 
 def test_a_good_loss_passes() -> None:
-    check_loss(loss(coupling="sequence")(of(lambda lp, mask, _: -(lp * mask).sum())))
-    check_loss(loss(of(lambda lp, mask, _: -(lp * mask).sum() / mask.sum().clamp(min=1))))
+    check_loss(loss(coupling="sequence")(of(lambda lp, mask, _: -masked_sum(lp, mask))))
+    check_loss(loss(of(lambda lp, mask, _: -masked_sum(lp, mask) / mask.sum().clamp(min=1))))
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,7 @@ def test_a_good_loss_passes() -> None:
         (lambda lp, mask, x: (lp * mask).sum() + (x[..., 0].detach() * (1 - mask)).sum(), "changes the loss"),
         (lambda lp, mask, _: (lp * mask).exp().sqrt().sum().log() * torch.nan, "loss is nan"),
         (lambda lp, mask, _: lp, "must be a scalar"),
+        (lambda lp, mask, _: -(lp * mask).sum(), "a logit of -inf at a hidden target"),
     ],
     ids=[
         "unmasked",
@@ -54,6 +55,7 @@ def test_a_good_loss_passes() -> None:
         "peeks",
         "nan",
         "per token",
+        "times the mask",
     ],
 )
 def test_a_bad_loss_is_told_what_to_fix(reduce: Callable[[Tensor, Tensor, Tensor], Any], says: str) -> None:

@@ -7,10 +7,19 @@ import sys
 from pathlib import Path
 
 
-def kit(names: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def kit(names: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     # by module, and not by entry point, so that it is the code beside this test
-    plugin = ["-p", "no:tinkerbell", "-p", "tinkerbell_core.pytest_plugin", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *plugin, f"--tinkerbell-losses={names}", "-q", "-rA"]
+    plugin = [
+        "-p",
+        "no:tinkerbell",
+        "-p",
+        "no:tinkerbell_sandbox",
+        "-p",
+        "tinkerbell_core.pytest_plugin",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command = [sys.executable, "-m", "pytest", *plugin, f"--tinkerbell-losses={names}", "-q", "-rA", *options]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
@@ -18,6 +27,7 @@ def test_every_check_of_a_loss_is_a_test(tmp_path: Path) -> None:
     done = kit("cross_entropy", tmp_path)
     assert done.returncode == 0, done.stdout
     assert "tinkerbell-core:cross_entropy[gradcheck]" in done.stdout
+    assert "not run: no sandbox was given" in done.stdout
 
 
 def test_a_name_that_is_not_installed_is_an_error(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tinkerbell_core import LossFnOutput, loss
 from tinkerbell_core.errors import BadHyperparameter
 from tinkerbell_core.functional import counted, effective_mask, sequence_mean, sequence_sum, target_logprobs
 from tinkerbell_core.spec import LossSpec
-from tinkerbell_core.testing import run_checks
+from tinkerbell_core.testing import CHECKS, run_checks
 
 Inputs = dict[str, Tensor]
 CALLS = [0]
@@ -85,39 +85,57 @@ def refuses(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tenso
     return unbounded(model_outputs, loss_fn_inputs, attention_mask, tau=tau)
 
 
+def padded_mean(logprobs: Tensor, mask: Tensor, *_: Any) -> Tensor:
+    return -(logprobs * mask).mean()
+
+
 def lone_row(logprobs: Tensor, mask: Tensor, *_: Any) -> Tensor:
     each = sequence_mean(logprobs, mask)
     return -(each / (each.std() + 0 * each)).sum() if mask.any() else (logprobs * mask).sum()
 
 
-WRONG: list[tuple[str, LossSpec]] = [
-    ("contract", of(lambda lp, mask, *_: -lp)),
-    ("contract", of(lambda lp, mask, *_: (lp * mask).sum() * 0)),
-    ("masked positions", of(lambda lp, mask, x, z: -(lp * mask).sum() + z.square().mean())),
-    ("masked positions", of(late_mask)),
-    ("zero weights", loss(coupling="sequence")(forgets_weights)),
-    ("all masked", of(lambda lp, mask, *_: -(lp * mask).sum() / mask.sum(), coupling="batch")),
-    ("all masked", of(lambda lp, mask, *_: -F.logsigmoid(sequence_sum(lp, mask)).sum())),
-    ("padding", of(lambda lp, mask, *_: -(lp * mask).mean(), coupling="batch")),
-    ("single row", of(lone_row, coupling="batch")),
-    ("order", of(lambda lp, mask, *_: -sequence_sum(lp, mask)[::2].sum(), coupling="batch")),
-    ("coupling", of(lambda lp, mask, *_: -(lp * mask).sum() / mask.sum().clamp(min=1))),
-    ("coupling", of(lambda lp, mask, *_: -(lp * mask).sum() * (lp * mask).sum().detach())),
-    ("micro-batches", of(tilted)),
-    ("same twice", of(remembers)),
-    ("lazy logits", of(unequal)),
-    ("dtypes", of(one_dtype)),
-    ("gradcheck", of(by_item, coupling="batch")),
-    ("hyperparameters", loss(coupling="sequence")(unbounded)),
-    ("hyperparameters", loss(coupling="sequence")(unread)),
+WRONG: list[tuple[str, str, LossSpec]] = [
+    ("contract", "reduce it, with .sum()", of(lambda lp, mask, *_: -lp)),
+    ("contract", "compute the loss from model_outputs", of(lambda lp, mask, *_: (lp * mask).sum() * 0)),
+    ("masked positions", "mask the loss per token", of(lambda lp, mask, x, z: -(lp * mask).sum() + z.square().mean())),
+    ("masked positions", "mask with torch.where(mask, x, 0) before an exp", of(late_mask)),
+    ("zero weights", "use functional.effective_mask", loss(coupling="sequence")(forgets_weights)),
+    (
+        "all masked",
+        "clamp what you divide by",
+        of(lambda lp, mask, *_: -(lp * mask).sum() / mask.sum(), coupling="batch"),
+    ),
+    (
+        "all masked",
+        "sum over what the mask leaves",
+        of(lambda lp, mask, *_: -F.logsigmoid(sequence_sum(lp, mask)).sum()),
+    ),
+    ("padding", "divide by the positions that attention_mask counts", of(padded_mean, coupling="batch")),
+    ("single row", "must be defined for one", of(lone_row, coupling="batch")),
+    ("order", "declare group_size", of(lambda lp, mask, *_: -sequence_sum(lp, mask)[::2].sum(), coupling="batch")),
+    ("coupling", 'declare coupling="batch"', of(lambda lp, mask, *_: -(lp * mask).sum() / mask.sum().clamp(min=1))),
+    ("coupling", 'declare coupling="batch"', of(lambda lp, mask, *_: -(lp * mask).sum() * (lp * mask).sum().detach())),
+    ("micro-batches", "no statistic over rows", of(tilted)),
+    ("same twice", "keep nothing between calls", of(remembers)),
+    ("lazy logits", "do not ask their type", of(unequal)),
+    ("dtypes", "make inputs .float()", of(one_dtype)),
+    ("gradcheck", "look for .item()", of(by_item, coupling="batch")),
+    ("hyperparameters", "raise BadHyperparameter", loss(coupling="sequence")(unbounded)),
+    ("hyperparameters", "naming the words there are", loss(coupling="sequence")(unread)),
 ]
 
 
-@pytest.mark.parametrize(("check", "spec"), WRONG, ids=[f"{n} {check}" for n, (check, _) in enumerate(WRONG)])
-def test_a_wrong_loss_is_caught_by_the_check_meant_for_it(check: str, spec: LossSpec) -> None:
+@pytest.mark.parametrize(
+    ("check", "advice", "spec"), WRONG, ids=[f"{n} {check}" for n, (check, _, _) in enumerate(WRONG)]
+)
+def test_a_wrong_loss_is_caught_by_the_check_meant_for_it(check: str, advice: str, spec: LossSpec) -> None:
     failed = {result.name: result.message for result in run_checks(spec) if not result.ok}
-    assert check in failed
-    assert ": " in failed[check]
+    assert advice in failed[check]
+
+
+def test_every_check_has_a_wrong_loss_of_its_own() -> None:
+    # that of the sandbox needs one: tests/sandbox
+    assert {check for check, _, _ in WRONG} == {"contract", *CHECKS} - {"sandbox"}
 
 
 @pytest.mark.parametrize(
@@ -125,6 +143,20 @@ def test_a_wrong_loss_is_caught_by_the_check_meant_for_it(check: str, spec: Loss
 )
 def test_a_right_loss_passes_every_check(spec: LossSpec) -> None:
     assert [result for result in run_checks(spec) if not result.ok] == []
+
+
+def test_a_check_that_was_not_run_says_why_and_fails_nothing() -> None:
+    right = of(lambda lp, mask, *_: -(lp * mask).sum())
+    last = run_checks(right)[-1]
+    assert (last.name, last.ok, last.ran) == ("sandbox", True, False)
+    assert last.message.startswith("no sandbox was given")
+
+
+def test_where_an_author_s_line_fails_is_told() -> None:
+    [failed] = [result.message for result in run_checks(of(one_dtype)) if not result.ok]
+    assert "at test_wrong_losses.py" in failed
+    assert 'torch.einsum("bt,bt->", logprobs, advantages)' in failed
+    assert "Traceback" not in failed
 
 
 def test_a_loss_that_detaches_a_factor_passes_the_gradient_check() -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from tinkerbell_core.testing.case import Case, Ran, near, require
+from tinkerbell_core.testing.case import Case, Failed, Ran, near, require
 
 
 def single_row(case: Case, whole: Ran) -> None:
     """One row (or group) alone is a batch."""
     what = "one row" if case.spec.group_size == 1 else f"one group of {case.spec.group_size} rows"
-    case.rows(case.groups[0]).attempt(f"a batch of {what}")
+    try:
+        case.rows(case.groups[0]).attempt(f"a batch of {what}")
+    except Failed as failed:
+        raise Failed(
+            f"{failed}; statistics over rows, such as a standard deviation, must be defined for one"
+        ) from failed
 
 
 def order(case: Case, whole: Ran) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +23,16 @@ _HIDDEN = 12
 _CHUNK_ROWS = 5  # of lazy logits, so that a batch is several chunks
 
 
+Sandboxed = Callable[[LossSpec, int, Mapping[str, Tensor]], LossSpec]
+"""Makes a loss that runs in a sandbox of one that runs here, given a vocabulary size and inputs. Raises NotRun."""
+
+
 class Failed(AssertionError):
     """A rule does not hold; the message says what to fix."""
+
+
+class NotRun(Exception):
+    """A rule could not be looked at; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class Ran:
 class Case:
     """hidden `[B, T, H]`, head `[V, H]`, float inputs in one dtype, float64 to begin with; attention_mask `[B, T]`.
 
-    added: numbers to add to the logits, `[B, T, V]`, without a gradient.
+    added: numbers to add to the logits, `[B, T, V]`, without a gradient. sandboxed: None where there is no sandbox.
     """
 
     spec: LossSpec
@@ -51,6 +61,7 @@ class Case:
     mask: Tensor
     settings: dict[str, Any]  # Any: hyperparameters
     added: Tensor | None = None
+    sandboxed: Sandboxed | None = None
 
     def run(self, *, lazy: bool = False) -> Ran:
         """Raises TinkerbellError where the loss fails."""
@@ -65,7 +76,7 @@ class Case:
         try:
             ran = self.run()
         except TinkerbellError as error:
-            raise Failed(f"{what}: {error}") from error
+            raise Failed(f"{what}: {error.message}{_line(error.traceback)}") from error
         require(
             bool(ran.gradient.isfinite().all()),
             f"{what}: the gradient is not finite: mask with torch.where(mask, x, 0) BEFORE an exp, a log, a square "
@@ -122,16 +133,22 @@ class Case:
 
 
 def make_case(
-    spec: LossSpec, example_inputs: Mapping[str, Tensor], hyperparameters: Mapping[str, Any], vocab_size: int
+    spec: LossSpec,
+    example_inputs: Mapping[str, Tensor],
+    hyperparameters: Mapping[str, Any],
+    vocab_size: int,
+    sandboxed: Sandboxed | None = None,
 ) -> Case:
     """A case for a loss whose inputs are found out. Raises TinkerbellError where it fails on all guesses."""
+    example_inputs = example_inputs or spec.example_inputs
     spec, inputs = discover(spec, vocab_size, example_inputs=example_inputs)
     mask = ragged_mask(spec.group_size, example_inputs, "cpu")
     if bool(mask.all()) and mask.shape[1] > 1:
         mask[1::2, -1] = 0  # given inputs come without padding
     hidden = torch.randn(*mask.shape, _HIDDEN)
     head = torch.randn(vocab_size, _HIDDEN) / _HIDDEN**0.5
-    return Case(spec, hidden, head, inputs, mask, plausible_settings(spec) | {**hyperparameters}).to(torch.float64)
+    settings = plausible_settings(spec) | {**hyperparameters}
+    return Case(spec, hidden, head, inputs, mask, settings, sandboxed=sandboxed).to(torch.float64)
 
 
 def require(holds: bool, message: str) -> None:
@@ -144,3 +161,10 @@ def near(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
     a, b = a.detach().double(), b.detach().double()
     largest = max(1.0, float(b.abs().max())) if b.dim() == 0 else max(1e-6, float(b.abs().max()))
     return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * largest
+
+
+def _line(traceback: str | None) -> str:
+    """Where an author's traceback ends, but for what torch adds: `, at loss.py:12: return ...`."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in .*\n +(\S.*)', traceback or "")
+    own = [frame for frame in frames if "site-packages" not in frame[0]]
+    return f", at {Path(own[-1][0]).name}:{own[-1][1]}: {own[-1][2]}" if own else ""

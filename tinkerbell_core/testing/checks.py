@@ -12,7 +12,8 @@ from torch import Tensor
 from tinkerbell_core.errors import TinkerbellError
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.testing.batches import coupling, micro_batches, order, same_twice, single_row
-from tinkerbell_core.testing.case import Case, Failed, Ran, make_case, require
+from tinkerbell_core.testing.case import Case, Failed, NotRun, Ran, Sandboxed, make_case, require
+from tinkerbell_core.testing.elsewhere import sandbox
 from tinkerbell_core.testing.masks import all_masked, masked_positions, padding, zero_weights
 from tinkerbell_core.testing.numbers import dtypes, gradcheck, lazy_logits
 from tinkerbell_core.testing.settings import hyperparameters as limits
@@ -33,17 +34,22 @@ CHECKS: dict[str, Callable[[Case, Ran], str | None]] = {
     "dtypes": dtypes,
     "gradcheck": gradcheck,
     "hyperparameters": limits,
+    "sandbox": sandbox,
 }
-"""What comes after the contract, in order. Each raises Failed, or gives a note where it has something to say."""
+"""What comes after the contract, in order. Each raises Failed or NotRun, or gives a note where it has one."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One check of a loss. message: what to fix where it failed, a note (why it did not apply, say) where it holds."""
+    """One check of a loss. ok: it did not fail. ran: it was looked at.
+
+    message: what to fix where it failed, why it was not run, or a note (why it did not apply, say) where it holds.
+    """
 
     name: str
     ok: bool
     message: str = ""
+    ran: bool = True
 
 
 def run_checks(
@@ -53,17 +59,19 @@ def run_checks(
     vocab_size: int = 23,
     hyperparameters: Mapping[str, Any] | None = None,  # Any: each loss has its own
     without: Collection[str] = (),
+    sandboxed: Sandboxed | None = None,
 ) -> list[CheckResult]:
     """Every check, in order, with what came of it; only the contract where the loss does not even keep that.
 
-    without: names of checks to leave out. Raises ValueError for a name that is none.
+    without: names of checks to leave out. sandboxed: what runs a loss in a sandbox; without it the last is not run,
+    and says so. Raises ValueError for the name of no check.
     """
     if unknown := set(without) - {*CHECKS}:
         raise ValueError(f"no check {sorted(unknown)[0]!r} (there is: {', '.join(CHECKS)})")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            case = make_case(spec, example_inputs or {}, hyperparameters or {}, vocab_size)
+            case = make_case(spec, example_inputs or {}, hyperparameters or {}, vocab_size, sandboxed)
             whole = case.run()
             _contract(whole)
         except (TinkerbellError, Failed) as error:
@@ -83,9 +91,17 @@ def check_loss(
     example_inputs: Mapping[str, Tensor] | None = None,
     hyperparameters: Mapping[str, Any] | None = None,  # Any: each loss has its own
     without: Collection[str] = (),
+    sandboxed: Sandboxed | None = None,
 ) -> None:
     """Raise AssertionError, saying what to fix, where a loss breaks a rule that training relies on (`run_checks`)."""
-    results = run_checks(spec, example_inputs, vocab_size=vocab_size, hyperparameters=hyperparameters, without=without)
+    results = run_checks(
+        spec,
+        example_inputs,
+        vocab_size=vocab_size,
+        hyperparameters=hyperparameters,
+        without=without,
+        sandboxed=sandboxed,
+    )
     failed = [f"{result.name}: {result.message}" for result in results if not result.ok]
     if failed:
         raise AssertionError("\n".join(failed))
@@ -101,5 +117,7 @@ def _contract(whole: Ran) -> None:
 def _result(name: str, check: Callable[[Case, Ran], str | None], case: Case, whole: Ran) -> CheckResult:
     try:
         return CheckResult(name, True, check(case, whole) or "")
+    except NotRun as reason:
+        return CheckResult(name, True, str(reason), ran=False)
     except (TinkerbellError, Failed) as error:
         return CheckResult(name, False, str(error))

@@ -15,12 +15,16 @@ from tinkerbell_core.testing.case import Case, Failed, Ran, near, require
 
 _STEP = 1e-4
 _DIRECTIONS = 2
+_FLOAT = "make inputs .float() before arithmetic on them alone; never go below float32"
 
 
 def lazy_logits(case: Case, whole: Ran) -> str:
     """Lazy logits give what stored ones give."""
     if case.spec.plain_logits.startswith("its "):
-        raise Failed(f"{case.spec.plain_logits}: do nothing in place on logits, and read no raw memory of them")
+        raise Failed(
+            f"{case.spec.plain_logits}: do nothing in place on logits, read no raw memory of them, "
+            "and do not ask their type"
+        )
     try:
         ran = case.run(lazy=True)
     except PlainLogitsNeeded as refusal:
@@ -43,11 +47,15 @@ def dtypes(case: Case, whole: Ran) -> None:
         exact = small.to(torch.float64)
         # the same rounded logits on both sides: only what the loss does with them is compared
         exact = replace(exact, added=small.logits().double() - exact.logits())
-        found, expected = small.attempt(f"a batch of {name}"), exact.attempt("a batch of float64")
+        try:
+            found = small.attempt(f"a batch of {name}")
+        except Failed as failed:
+            raise Failed(f"{failed}; {_FLOAT}") from failed
+        expected = exact.attempt("a batch of float64")
         require(
             near(found.loss, expected.loss, tolerance) and near(found.gradient, expected.gradient, of_gradient),
             f"in {name} the loss is {found.loss.item():.6g}, of the same numbers in float64 {expected.loss.item():.6g},"
-            " or the gradients differ: make inputs .float() before arithmetic on them alone; never go below float32",
+            f" or the gradients differ: {_FLOAT}",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import click
@@ -22,8 +23,10 @@ def check(target: str, as_json: bool) -> None:
     """
     from tinkerbell_core.testing import run_checks
     from tinkerbell_server.finding import find_specs
+    from tinkerbell_server.sandbox.kit import KitSandbox
 
-    results = {spec.name: run_checks(spec) for spec in find_specs(target)}
+    with contextlib.closing(KitSandbox()) as sandbox:
+        results = {spec.name: run_checks(spec, sandboxed=sandbox) for spec in find_specs(target)}
     failed = sum(not each.ok for checks in results.values() for each in checks)
     if as_json:
         print_json([{"loss": name, "checks": [_plain(each) for each in checks]} for name, checks in results.items()])
@@ -32,8 +35,13 @@ def check(target: str, as_json: bool) -> None:
             click.echo(name)
             for each in checks:
                 click.echo(line(each))
-        total = sum(map(len, results.values()))
-        click.echo(f"\n{total - failed} of {total} checks hold" + (f", {failed} fail" if failed else ""))
+        ran = [each for checks in results.values() for each in checks if each.ran]
+        left = sum(map(len, results.values())) - len(ran)
+        click.echo(
+            f"\n{len(ran) - failed} of {len(ran)} checks hold"
+            + (f", {failed} fail" if failed else "")
+            + (f", {left} not run" if left else "")
+        )
     if failed:
         raise SystemExit(1)
 
@@ -41,8 +49,10 @@ def check(target: str, as_json: bool) -> None:
 def line(result: CheckResult) -> str:
     """One check as people read it."""
     said = result.message.replace("\n", "\n       ")
+    if not result.ran:
+        return f"  -    {result.name}: not run: {said}"
     return f"  {'ok  ' if result.ok else 'FAIL'} {result.name}" + (f": {said}" if said else "")
 
 
 def _plain(result: CheckResult) -> dict[str, str | bool]:
-    return {"name": result.name, "ok": result.ok, "message": result.message}
+    return {"name": result.name, "ok": result.ok, "ran": result.ran, "message": result.message}

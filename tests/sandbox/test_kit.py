@@ -1,0 +1,123 @@
+"""The last check of the kit: in a sandbox a loss is what it is here."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from tests.core.test_pytest_plugin import kit
+from tinkerbell_core import LossFnOutput, LossSpec, loss
+from tinkerbell_core.compose import combine
+from tinkerbell_core.functional import effective_mask, masked_sum, target_logprobs
+from tinkerbell_core.losses.cross_entropy import cross_entropy
+from tinkerbell_core.losses.ppo import ppo
+from tinkerbell_core.registry import build_registry
+from tinkerbell_core.testing import CHECKS, CheckResult, run_checks
+from tinkerbell_server.sandbox import kit as sandboxes
+from tinkerbell_server.sandbox.kit import KitSandbox
+from tinkerbell_server.sandbox.mechanisms import enough, examine
+from tinkerbell_server.sandbox.paths import readable
+from tinkerbell_server.sandbox.sandbox import NoSandbox
+
+Inputs = dict[str, Tensor]
+
+confined = pytest.mark.skipif(not enough(examine(readable())), reason="nothing here can confine a process")
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[KitSandbox]:
+    made = KitSandbox()
+    yield made
+    made.close()
+
+
+def nll(loss_fn_inputs: Inputs, attention_mask: Tensor, model_outputs: Tensor) -> tuple[Tensor, Tensor]:
+    mask = effective_mask(loss_fn_inputs, attention_mask)
+    logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)
+    return -masked_sum(logprobs, mask), logprobs
+
+
+@loss(coupling="sequence")
+def by_environment(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
+    total, logprobs = nll(loss_fn_inputs, attention_mask, model_outputs)
+    return LossFnOutput(total * float(os.environ.get("STRENGTH", "1")), logprobs)
+
+
+@loss(coupling="sequence")
+def by_file(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
+    total, logprobs = nll(loss_fn_inputs, attention_mask, model_outputs)
+    with open("/etc/passwd") as file:
+        return LossFnOutput(total * len(file.readline()), logprobs)
+
+
+@loss(coupling="sequence")
+def reports_another_process(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
+    total, logprobs = nll(loss_fn_inputs, attention_mask, model_outputs)
+    return LossFnOutput(total, logprobs, {"process": float(os.getpid())})
+
+
+@loss(coupling="sequence")
+def right(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
+    total, logprobs = nll(loss_fn_inputs, attention_mask, model_outputs)
+    return LossFnOutput(total, logprobs, {"nll:sum": total})
+
+
+def last_of(spec: LossSpec, sandbox: KitSandbox) -> CheckResult:
+    """What the check says; no other is run."""
+    return run_checks(spec, without=[check for check in CHECKS if check != "sandbox"], sandboxed=sandbox)[-1]
+
+
+@confined
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        (by_environment, "in a sandbox the loss is "),
+        (by_file, "Permission denied|No such file"),
+        (reports_another_process, "in a sandbox the diagnostic 'process' is "),
+    ],
+    ids=["environment", "file", "diagnostic"],
+)
+def test_a_loss_that_leans_on_this_process_is_caught_by_this_check_alone(
+    spec: LossSpec, says: str, sandbox: KitSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STRENGTH", "2")
+    [failed] = [result for result in run_checks(spec, sandboxed=sandbox) if not result.ok]
+    assert failed.name == "sandbox"
+    assert re.search(says, failed.message)
+    assert "pass what it needs as an input or a hyperparameter" in failed.message
+
+
+@confined
+@pytest.mark.parametrize("spec", [right, combine({ppo: 1.0, cross_entropy: 0.1}, name="mixed")], ids=["right", "sum"])
+def test_a_right_loss_is_the_same_there(spec: LossSpec, sandbox: KitSandbox) -> None:
+    assert last_of(spec, sandbox) == CheckResult("sandbox", True)
+
+
+def test_where_nothing_confines_it_is_not_run_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(**_: object) -> None:
+        raise NoSandbox("no uploaded loss can be confined here (seccomp: not installed)")
+
+    monkeypatch.setattr(sandboxes, "Sandbox", none)
+    found = last_of(right, KitSandbox())
+    assert (found.ok, found.ran) == (True, False)
+    assert "seccomp: not installed" in found.message
+    assert "tinkerbell doctor" in found.message
+
+
+@confined
+def test_pytest_brings_the_sandbox_to_the_kit(tmp_path: Path) -> None:
+    done = kit("cross_entropy", tmp_path, "-p", "tinkerbell_server.pytest_plugin")
+    assert "PASSED" in next(line for line in done.stdout.splitlines() if "cross_entropy[sandbox]" in line)
+
+
+@confined
+@pytest.mark.slow
+def test_every_installed_loss_is_the_same_there(sandbox: KitSandbox) -> None:
+    registry, _ = build_registry()
+    results = {spec.id: last_of(spec, sandbox) for spec in registry}
+    assert {id: found.message for id, found in results.items() if not (found.ok and found.ran)} == {}
