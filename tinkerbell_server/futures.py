@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import msgspec
 
 from tinkerbell_core.errors import Conflict, Problem, UnknownFuture
 from tinkerbell_core.types import Future
-from tinkerbell_server.store import Request, Store
+from tinkerbell_server.store import Finished, Request, Store
 from tinkerbell_server.tenancy import qualified
 
 KEEP_SECONDS = 6 * 3600.0
@@ -43,6 +44,7 @@ class Futures:
         self.stopping = asyncio.Event()
         self._store, self._position = store, position
         self._open: dict[str, asyncio.Event] = {}
+        self._any = asyncio.Event()
         self._since_prune = 0
 
     def repeated(self, call: Call) -> Request | None:
@@ -71,6 +73,8 @@ class Futures:
         event = self._open.pop(request_id, None)
         if event is not None:
             event.set()
+        self._any.set()
+        self._any = asyncio.Event()
         self._since_prune += 1
         if self._since_prune >= _PRUNE_EVERY:
             self._since_prune = 0
@@ -79,14 +83,31 @@ class Futures:
     async def wait(self, request_id: str, seconds: float) -> Future:
         """The future, when it has finished or after `seconds`, or when the server stops."""
         event = self._open.get(request_id)
-        if event is not None and seconds > 0 and not self.stopping.is_set():
-            waits = [asyncio.ensure_future(event.wait()), asyncio.ensure_future(self.stopping.wait())]
-            try:
-                await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for wait in waits:
-                    wait.cancel()
+        if event is not None:
+            await self._or_stopping(event, seconds)
         return self.future(request_id)
+
+    async def finished(self, model_id: str, after: int, seconds: float) -> list[Finished]:
+        """What has ended of a model or sampler since `after`: as soon as something has, or nothing after `seconds`."""
+        deadline = time.monotonic() + seconds
+        while True:
+            event = self._any
+            found = self._store.finished(model_id, after)
+            left = deadline - time.monotonic()
+            if found or left <= 0 or self.stopping.is_set():
+                return found
+            await self._or_stopping(event, left)
+
+    async def _or_stopping(self, event: asyncio.Event, seconds: float) -> None:
+        """Wait for an event, but not for longer than `seconds`, nor when the server stops."""
+        if seconds <= 0 or self.stopping.is_set():
+            return
+        waits = [asyncio.ensure_future(event.wait()), asyncio.ensure_future(self.stopping.wait())]
+        try:
+            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     def future(self, request_id: str) -> Future:
         """The future as it stands. Raises UnknownFuture."""

@@ -23,6 +23,7 @@ CREATE TABLE IF NOT EXISTS requests (
     id TEXT PRIMARY KEY, model_id TEXT, kind TEXT NOT NULL, key TEXT UNIQUE, payload TEXT NOT NULL, state TEXT NOT NULL,
     result BLOB, problem BLOB, accepted REAL NOT NULL, finished REAL);
 CREATE INDEX IF NOT EXISTS requests_finished ON requests (finished);
+CREATE INDEX IF NOT EXISTS requests_of ON requests (model_id, finished);
 CREATE TABLE IF NOT EXISTS uploads (
     id INTEGER PRIMARY KEY, digest TEXT NOT NULL, name TEXT NOT NULL, envelope BLOB NOT NULL, created REAL NOT NULL,
     UNIQUE (name, digest));
@@ -66,6 +67,17 @@ class Request:
     problem: Problem | None
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request that has ended, and when: microseconds, no two of them the same. size: bytes of its result."""
+
+    id: str
+    key: str | None
+    at: int
+    done: bool
+    size: int
+
+
 class Store:
     """The open file; one server at a time. Raises TinkerbellError where another server has it."""
 
@@ -86,6 +98,7 @@ class Store:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.executescript(_SCHEMA)
+        self._last_finish = self._db.execute("SELECT coalesce(max(finished), 0) FROM requests").fetchone()[0]
 
     def close(self) -> None:
         self._db.close()
@@ -152,16 +165,27 @@ class Store:
         self._db.execute("UPDATE requests SET state = 'running' WHERE id = ?", (request_id,))
 
     def finish(self, request_id: str, result: bytes | None, problem: Problem | None) -> None:
+        # no two alike, so that who has seen one has seen all before it
+        self._last_finish = max(round(time.time(), 6), round(self._last_finish + 1e-6, 6))
         self._db.execute(
             "UPDATE requests SET state = ?, result = ?, problem = ?, finished = ? WHERE id = ?",
             (
                 "done" if problem is None else "failed",
                 result,
                 None if problem is None else msgspec.msgpack.encode(problem),
-                time.time(),
+                self._last_finish,
                 request_id,
             ),
         )
+
+    def finished(self, model_id: str, after: int) -> list[Finished]:
+        """Requests of one model or sampler that ended after `after`, a time as in `Finished`; the earliest first."""
+        rows = self._db.execute(
+            "SELECT id, key, finished, state, length(result) FROM requests WHERE model_id = ? AND finished > ?"
+            " ORDER BY finished LIMIT 1000",
+            (model_id, (after + 0.5) / 1e6),
+        )
+        return [Finished(row[0], row[1], round(row[2] * 1e6), row[3] == "done", row[4] or 0) for row in rows]
 
     def unfinished(self) -> list[str]:
         return [row[0] for row in self._db.execute("SELECT id FROM requests WHERE finished IS NULL ORDER BY rowid")]

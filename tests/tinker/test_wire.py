@@ -14,7 +14,7 @@ import zstandard
 
 from tinkerbell_server.tinker import order
 from tinkerbell_server.tinker import wire_pb2 as wire
-from tinkerbell_server.tinker.order import Line
+from tinkerbell_server.tinker.order import Line, Released
 
 PROTOBUF = {"content-type": "application/x-protobuf"}
 
@@ -206,30 +206,31 @@ def test_a_zstd_bomb_is_refused(wires: Wire) -> None:
 
 def test_a_gap_is_given_up_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "GAP_SECONDS", 0.05)
-    released: list[list[str]] = []
+    released: list[Released[str]] = []
 
     async def arrive() -> None:
         line: Line[str] = Line("m", 1, released.append)
         line.arrive(1, "one")
         line.arrive(4, "four")
         line.arrive(3, "three")
-        assert released == [["one"]]
+        assert [one.ready for one in released] == [["one"]]
         await asyncio.sleep(0.3)
         assert line.late(2)
         line.arrive(5, "five")
 
     asyncio.run(arrive())
-    assert released == [["one"], ["three", "four"], ["five"]]
+    assert [one.ready for one in released] == [["one"], ["three", "four"], ["five"]]
+    assert [one.after_gap for one in released] == [False, True, False]
 
 
 def test_the_chunk_that_comes_last_brings_its_call() -> None:
-    released: list[list[int]] = []
+    released: list[Released[int]] = []
     line: Line[int] = Line("m", 1, released.append)
 
     async def arrive() -> None:
-        for seq in (3, 2, 4, 1):
+        for seq in (3, 2, 4, 6, 1):
             line.arrive(seq, seq)
         line.close()
 
     asyncio.run(arrive())
-    assert released == [[1, 2, 3, 4]]
+    assert released == [Released([1, 2, 3, 4], after_gap=False, held=[6])]

@@ -16,16 +16,28 @@ GAP_SECONDS = 30.0
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Released(Generic[T]):
+    """Consecutive requests whose turn has come in one go. after_gap: the one before them never came.
+
+    held: those that still wait for another.
+    """
+
+    ready: list[T]
+    after_gap: bool
+    held: list[T]
+
+
 @dataclass(slots=True)
 class Line(Generic[T]):
-    """The requests of one run. release: takes those whose turn has come, consecutive ones that arrived in one go.
+    """The requests of one run. release: takes those whose turn has come.
 
     A client sends the first chunk of a call last, so that its arrival releases them together.
     """
 
     name: str
     next: int
-    release: Callable[[list[T]], None]
+    release: Callable[[Released[T]], None]
     _held: dict[int, T] = field(default_factory=dict)
     _timer: asyncio.TimerHandle | None = None
 
@@ -41,7 +53,7 @@ class Line(Generic[T]):
         if self._timer is not None:
             self._timer.cancel()
 
-    def _flush(self) -> None:
+    def _flush(self, *, after_gap: bool = False) -> None:
         ready = []
         while self.next in self._held:
             ready.append(self._held.pop(self.next))
@@ -52,10 +64,11 @@ class Line(Generic[T]):
         if self._held:
             self._timer = asyncio.get_running_loop().call_later(GAP_SECONDS, self._skip)
         if ready:
-            self.release(ready)
+            held = [self._held[seq] for seq in sorted(self._held)]
+            self.release(Released(ready, after_gap, held))
 
     def _skip(self) -> None:
         first = min(self._held)
         log.warning("%s: seq_id %d did not arrive in %g s; going on with %d", self.name, self.next, GAP_SECONDS, first)
         self.next = first
-        self._flush()
+        self._flush(after_gap=True)

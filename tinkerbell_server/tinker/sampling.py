@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import msgspec
 
 from tinkerbell_core.errors import BadRequest
 from tinkerbell_server.engines.base import Sample
-from tinkerbell_server.tenancy import own_name
+from tinkerbell_server.store import Finished
+from tinkerbell_server.tenancy import own_name, qualified
 from tinkerbell_server.tinker import bodies, questions
 from tinkerbell_server.tinker.checkpoints import Checkpoints, sampler_id_of
 from tinkerbell_server.tinker.desk import Desk
 from tinkerbell_server.tinker.names import TinkerPath
 from tinkerbell_server.tinker.records import Run, Sampler
+
+CLONE = 1_000_000_000
+"""A clone of a sampling session numbers its requests from this many times its number."""
 
 
 class Sampling:
@@ -68,6 +73,19 @@ class Sampling:
             self._desk.queue(tenant, request_id, "sample", queue, lambda: self._now(command, sampler))
         return request_id, [f"{own_name(request_id)}-{index}" for index in range(sent.num_samples)]
 
+    # Any: JSON values of several types
+    async def retrieve_futures(self, tenant: str, body: bytes, most: float) -> dict[str, Any]:
+        """What has ended of a sampling session since its client asked last, waited for at most `most` seconds."""
+        sent = bodies.parse(body, bodies.RetrieveFutures)
+        sampler = self._desk.sampler(tenant, sent.target.sampling_session_id)
+        seconds = most if sent.timeout is None else min(most, sent.timeout)
+        found = await self._desk.service.futures.finished(qualified(tenant, sampler.id), sent.prev_cursor, seconds)
+        own = [one for one in found if _clone_of(one.key) == sent.target.cloned_sampler_id]
+        return {
+            "completions": [_completion(one) for one in own],
+            "cursor": found[-1].at if found else sent.prev_cursor,
+        }
+
     def _sampler(self, tenant: str, sent: bodies.Sample) -> Sampler:
         if sent.sampling_session_id is not None:
             return self._desk.sampler(tenant, sent.sampling_session_id)
@@ -86,3 +104,17 @@ class Sampling:
             run = self._desk.records.get(Run, sampler.follows)
             folder = folder if run is None else run.follower
         return msgspec.structs.replace(command, path=folder)
+
+
+def _clone_of(key: str | None) -> int | None:
+    """Which clone of its session sent a sample, by the seq_id at the end of its key."""
+    seq = (key or "").rpartition("/")[2]
+    return int(seq) // CLONE if seq.isdecimal() else None
+
+
+# Any: JSON values of several types
+def _completion(one: Finished) -> dict[str, Any]:
+    if not one.done:
+        return {"state": "failed", "request_id": own_name(one.id)}
+    size = {"response_payload_uncompressed_size": one.size}
+    return {"state": "finished", "request_id": own_name(one.id), **size}

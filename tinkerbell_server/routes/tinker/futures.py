@@ -23,3 +23,14 @@ async def retrieve_future(request: Request) -> Response:
     if isinstance(answer, bytes):
         return Response(answer, media_type=PROTOBUF)
     return said(answer)
+
+
+async def retrieve_futures(request: Request) -> Response:
+    sampling = front_of(request).sampling
+    return said(await sampling.retrieve_futures(tenant_of(request), await body_of(request), WAIT))
+
+
+async def cancel_future(request: Request) -> Response:
+    sent = bodies.parse(await body_of(request), bodies.CancelFuture)
+    front_of(request).desk.cancel(tenant_of(request), sent.request_id)
+    return Response(status_code=204)
