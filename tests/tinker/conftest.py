@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.conftest import PATIENT
 from tests.live import live_server
 from tinkerbell_server.engines.torch.embedded import write_tokenizer
 
@@ -30,11 +31,12 @@ def pytest_report_header() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The SDK leaves sockets to the garbage collector, and deprecates what its earlier versions need."""
+    """The SDK leaves sockets to the garbage collector, makes sparse tensors, and deprecates what it had before."""
     for line in (
         "ignore::pytest.PytestUnraisableExceptionWarning",
         "ignore::ResourceWarning",
         "ignore:DEPRECATED:FutureWarning",
+        "ignore:Sparse CSR tensor support is in beta state:UserWarning",
     ):
         config.addinivalue_line("filterwarnings", line)
 
@@ -66,7 +68,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server of that model; uploads are on, so that a loss of one's own has a name."""
-    options = ("--device", "cpu", "--dtype", "float32", "--uploads", "trusted")
+    options = ("--device", "cpu", "--dtype", "float32", *PATIENT)
     with live_server(tmp_path_factory.mktemp("tinker-server"), str(model_folder), *options, seconds=280) as url:
         yield url
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import datetime
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -47,6 +48,21 @@ class CreateModel(Body, frozen=True):
     user_metadata: dict[str, Any_] | None = None
     lora_config: LoraConfig | None = None
     optimizer_config: dict[str, Any_] | None = None
+
+
+class LossInput(msgspec.Struct, frozen=True):
+    name: str
+    rank: Literal[0, 1, 2]
+
+
+class CreateCustomLoss(Body, frozen=True):
+    """inputs: `logprobs` first. graph: not read here; who rebuilds it checks every word of it."""
+
+    session_id: str
+    custom_loss_seq_id: int
+    name: str
+    inputs: list[LossInput]
+    graph: dict[str, Any_]
 
 
 class GetInfo(Body, frozen=True):
@@ -130,6 +146,27 @@ class RetrieveFuture(Body, frozen=True):
     allow_metadata_only: bool = False
 
 
+class FuturesTarget(msgspec.Struct, frozen=True):
+    """A sampling session, or one of its clones."""
+
+    sampling_session_id: str
+    cloned_sampler_id: int = 0
+    type: str = "sampling_session"
+
+
+class RetrieveFutures(Body, frozen=True):
+    """timeout: seconds; retrieved_request_ids: whose results a server may forget."""
+
+    target: FuturesTarget
+    prev_cursor: int = 0
+    timeout: float | None = None
+    retrieved_request_ids: list[str] = []
+
+
+class CancelFuture(Body, frozen=True):
+    request_id: str
+
+
 class CreateSamplingSession(Body, frozen=True):
     session_id: str
     sampling_session_seq_id: int
@@ -151,6 +188,40 @@ class WeightsInfo(Body, frozen=True):
 
 class Move(Body, frozen=True):
     project_id: str
+
+
+class Finish(Body, frozen=True):
+    reason: dict[str, Any_] = {}
+    detail: str | None = None
+
+
+class CopyWeights(Body, frozen=True):
+    """destination_project_id, or session_id and model_seq_id."""
+
+    source_path: str
+    session_id: str | None = None
+    model_seq_id: int | None = None
+    destination_project_id: str | None = None
+    ttl_seconds: int | None = None
+    weights_access_token: str | None = None
+
+
+class SessionCursor(msgspec.Struct, frozen=True):
+    last_created_at: datetime
+    last_session_id: str
+
+
+class SearchSessions(Body, frozen=True):
+    """owner: `{type, owner_urns?}`; statuses: `{type, reasons?}` each."""
+
+    session_id: str | None = None
+    project_ids: list[str] | None = None
+    user_metadata: dict[str, str] = {}
+    display_name: str | None = None
+    owner: dict[str, Any_] = {}
+    statuses: list[dict[str, Any_]] | None = None
+    limit: int = 50
+    cursor: SessionCursor | None = None
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
@@ -198,3 +269,13 @@ def parse(body: bytes, type_: type[B]) -> B:
             _told.add((type_.__name__, name))
             log.info("Tinker client sent %s.%s, which is new to this server and was ignored", type_.__name__, name[:80])
     return parsed
+
+
+def numbered(body: bytes) -> tuple[str, int | None]:
+    """The model_id and seq_id of a body that could not be honoured; empty and None where it has none."""
+    try:
+        fields = msgspec.json.decode(body)
+        model_id, seq = fields["model_id"], fields["seq_id"]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LookupError, TypeError):
+        return "", None
+    return (model_id, seq) if isinstance(model_id, str) and type(seq) is int else ("", None)

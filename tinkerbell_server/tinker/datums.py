@@ -23,6 +23,8 @@ _DTYPES = {
     wire.DTYPE_BFLOAT16: "bfloat16",
 }
 
+_OF_TOKENS = frozenset({"target_tokens", "weights", "advantages", "logprobs"})
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardCall:
@@ -54,6 +56,16 @@ def from_proto(body: bytes) -> ForwardCall:
         data=[_proto_datum(f"data[{index}]", datum) for index, datum in enumerate(message.data)],
         backward=not message.forward_only,
     )
+
+
+def numbered(body: bytes) -> tuple[str, int | None]:
+    """The model_id and seq_id of a protobuf body that could not be honoured; empty and None where it has none."""
+    message = wire.ForwardBackwardRequest()
+    try:
+        message.ParseFromString(body)
+    except Exception:  # as in from_proto
+        return "", None
+    return message.model_id, message.seq_id
 
 
 def from_json(body: bytes, *, backward: bool) -> ForwardCall:
@@ -129,6 +141,19 @@ def same_widths(data: list[dict[str, Any]]) -> list[int] | None:
     return widths
 
 
+def of_ranks(data: list[dict[str, Any]], ranks: Mapping[str, int]) -> list[dict[str, Any]]:
+    """What a graph with these inputs reads of each datum; one number may come as a tensor of one. Any: as above."""
+    fitted = []
+    for datum in data:
+        inputs = {}
+        for name, tensor in datum["loss_fn_inputs"].items():
+            if name in ranks or name == "target_tokens":
+                single = ranks.get(name) == 0 and tensor.shape == (1,)
+                inputs[name] = TensorData(tensor.data, tensor.dtype, ()) if single else tensor
+        fitted.append({**datum, "loss_fn_inputs": inputs})
+    return fitted
+
+
 def config_of(loss: LossDescription, sent: Mapping[str, float | str]) -> Config:
     """The wire has doubles and strings only: whole numbers for int, 0 and 1 for bool. Raises BadHyperparameter."""
     types = {hyper.name: hyper.type for hyper in loss.hyperparameters}
@@ -173,12 +198,12 @@ def _proto_datum(whose: str, datum: wire.Datum) -> dict[str, Any]:  # Any: as in
             raise BadData(f"{whose}: its tokens are no int32 array")
         pieces.append(np.frombuffer(chunk.encoded_text.tokens, dtype="<i4"))
     tokens = np.concatenate(pieces).astype(np.int64) if pieces else np.zeros(0, dtype=np.int64)
-    return {
-        "model_input": from_array(tokens),
-        "loss_fn_inputs": {
-            name: _proto_tensor(f"{whose}: {name!r}", tensor) for name, tensor in datum.loss_fn_inputs.items()
-        },
-    }
+    inputs = {name: _proto_tensor(f"{whose}: {name!r}", tensor) for name, tensor in datum.loss_fn_inputs.items()}
+    for name, tensor in datum.loss_fn_inputs.items():
+        # no shape is that of one number too; an input of each token stays flat, and is refused for its length
+        if not tensor.shape and inputs[name].shape == (1,) and len(tokens) != 1 and name not in _OF_TOKENS:
+            inputs[name] = TensorData(inputs[name].data, inputs[name].dtype, ())
+    return {"model_input": from_array(tokens), "loss_fn_inputs": inputs}
 
 
 def _proto_tensor(whose: str, tensor: wire.Tensor) -> TensorData:

@@ -138,7 +138,7 @@ class Desk:
         tenant: str,
         first: str,
         kind: str,
-        model_id: str,
+        model_id: str | None,
         command: Callable[[], AnyCommand],
         done: Callable[[bytes], None],
         failed: Callable[[TinkerbellError], None],
@@ -181,6 +181,14 @@ class Desk:
         asked = self.records.get(Asked, request_id, tenant) or asked
         assert isinstance(future.result, msgspec.Raw)
         return results.done(asked, bytes(future.result))
+
+    def cancel(self, tenant: str, request_id: str) -> None:
+        """Give up a request whose turn has not come; one that runs or has ended stays as it is. Raises NotHere."""
+        said, request_id = request_id, qualified(tenant, request_id)
+        if self.records.get(Asked, request_id, tenant) is None:
+            raise NotHere(f"no request {said[:80]!r} on this server")
+        if self.service.turns.take_out(request_id):
+            self.fail(request_id, BadRequest("this request was cancelled by its client before its turn came"))
 
     def _done(self, request_id: str, then: Callable[[bytes], None] | None, result: bytes) -> None:
         if then is not None:

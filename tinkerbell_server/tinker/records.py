@@ -26,12 +26,16 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Session(Record, frozen=True):
+    """reason, detail: how its client said good-bye."""
+
     last_seen: float
     tags: list[str] = []
     user_metadata: Metadata = None
     project_id: str | None = None
     display_name: str | None = None
     ended: bool = False
+    reason: str | None = None
+    detail: str | None = None
 
 
 class Run(Record, frozen=True):
@@ -53,6 +57,13 @@ class Run(Record, frozen=True):
     def model_id(self) -> str:
         """What the engine and the store call it."""
         return qualified(self.tenant, self.id)
+
+
+class CustomLoss(Record, frozen=True):
+    """A session's own loss, sent as a graph: its id is the name it has among the tenant's uploads. ranks: by input."""
+
+    digest: str
+    ranks: dict[str, int]
 
 
 class Sampler(Record, frozen=True):

@@ -60,6 +60,8 @@ def done(asked: Asked, result: bytes) -> bytes | dict[str, Any]:  # Any: JSON va
             return {"metrics": optim_metrics(msgspec.msgpack.decode(result, type=OptimStepOutput))}
         case "create_model":
             return {"model_id": asked.parent, "type": "create_model"}
+        case "create_custom_loss":
+            return {"loss_id": asked.path, "type": "create_custom_loss"}
         case "load_weights":
             return {"path": asked.path, "model_id": asked.parent, "type": "load_weights"}
         case "save_weights_for_sampler" if asked.sampling_session_id is not None:

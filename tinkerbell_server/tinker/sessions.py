@@ -16,8 +16,12 @@ from tinkerbell_server.tinker.records import Session
 
 
 # Any: JSON values of several types
-def client_config(settings: Settings, *, limited: bool) -> dict[str, Any]:
-    """What a client is told before its first session. limited: its key may have so many requests at once."""
+def client_config(settings: Settings, *, limited: bool, takes_losses: bool) -> dict[str, Any]:
+    """What a client is told before its first session.
+
+    limited: its key may have so many requests at once. takes_losses: whether this client may send losses; otherwise
+    its SDK runs them where it is, as two passes.
+    """
     body_limit = settings.body_limit << 20
     # fewer than the results that are kept; each waits in a request of its own
     samples = max(1, settings.concurrency_limit // 2) if limited else 512
@@ -32,7 +36,7 @@ def client_config(settings: Settings, *, limited: bool) -> dict[str, Any]:
         "fwdbwd_dispatch_bytes_semaphore_size": body_limit,
         "sample_max_concurrent_requests": min(512, samples),
         "sample_use_retrieve_futures": False,
-        "custom_loss_server_side": False,
+        "custom_loss_server_side": takes_losses,
         "sample_join_sampling_session": True,
     }
 
@@ -65,7 +69,10 @@ class Sessions:
             raise Gone(f"session {sent.session_id[:80]!r} has ended, or is not of this server")
         self._desk.records.put(msgspec.structs.replace(session, last_seen=time.time()))
 
-    def finish(self, tenant: str, session_id: str) -> None:
+    def finish(self, tenant: str, session_id: str, body: bytes) -> None:
         """The client says good-bye: what it made and did not save by name is given back soon."""
+        sent = bodies.parse(body, bodies.Finish)
         session = self._desk.session(tenant, session_id)
-        self._desk.records.put(msgspec.structs.replace(session, ended=True))
+        reason = str(sent.reason.get("type", "success"))[:40]
+        over = msgspec.structs.replace(session, ended=True, reason=reason, detail=(sent.detail or "")[:1000] or None)
+        self._desk.records.put(over)

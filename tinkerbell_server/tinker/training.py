@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -17,9 +17,14 @@ from tinkerbell_server.engines.wire import AnyCommand
 from tinkerbell_server.ranges import create_spec
 from tinkerbell_server.tenancy import qualified, visible
 from tinkerbell_server.tinker import bodies, datums, results
+from tinkerbell_server.tinker.calls import MISSING, SEVERAL, TORN, Chunk, calls_of, couples, take_groups
 from tinkerbell_server.tinker.desk import Desk
-from tinkerbell_server.tinker.order import Line
+from tinkerbell_server.tinker.losses import CustomLosses
+from tinkerbell_server.tinker.order import Line, Released
 from tinkerbell_server.tinker.records import Run
+
+CUSTOM = "custom"
+"""What the wire calls every loss of create_custom_loss; `loss_id` in the config says which."""
 
 ALPHA = 32.0
 """The wire has no alpha; this is the one everybody uses."""
@@ -27,35 +32,18 @@ ALPHA = 32.0
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A request in its line. start: queues it, or fails its future. call: of a forward, for chunks of one call."""
+    """A request in its line. start: queues it, or fails its future. call: of a loss that couples its rows."""
 
     request_id: str
     start: Callable[[], None]
-    call: Joinable | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Joinable:
-    """A chunk of a loss that must see the whole batch."""
-
-    run: Run
-    call: datums.ForwardCall
-    loss: LossDescription
-    engine: EngineDescription
-
-    def continues(self, other: Joinable | None) -> bool:
-        return (
-            other is not None
-            and (self.loss.id, self.call.backward) == (other.loss.id, other.call.backward)
-            and self.call.config == other.call.config
-        )
+    call: Chunk | None = None
 
 
 class Training:
     """Every run of one server."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, desk: Desk, losses: CustomLosses) -> None:
+        self._desk, self._losses = desk, losses
         self._lines: dict[str, Line[Waiting]] = {}
 
     def close(self) -> None:
@@ -108,16 +96,20 @@ class Training:
         """forward and forward_backward: the request's id and the model's."""
         engine = await self._desk.engine()
         kind = "forward_backward" if call.backward else "forward"
-        widths = datums.same_widths(call.data)
+        # a graph is for one K: it sees no weights that would tell it which targets are padding
+        widths = None if call.loss_fn == CUSTOM else datums.same_widths(call.data)
 
         def make() -> ForwardRequest:
-            loss = resolve(served_name(call.loss_fn, call.config), visible(tenant, engine.losses))
+            if call.loss_fn == CUSTOM:
+                loss, own = self._losses.called(run, call, engine)
+                return _forward_request(run, [own], loss)
+            loss = resolve(served_name(call.loss_fn), visible(tenant, engine.losses))
             datums.check_known_inputs(loss, call.data)
             return _forward_request(run, [call], loss)
 
         run, key = self._numbered(tenant, call.model_id, call.seq_id)
-        joinable = self._joinable(run, call, engine)
-        return self._take(run, key, call.seq_id, kind, body, make, engine, joinable, rows=len(call.data), widths=widths)
+        chunk = self._chunk(run, call, engine)
+        return self._take(run, key, call.seq_id, kind, body, make, engine, chunk, rows=len(call.data), widths=widths)
 
     async def optim_step(self, tenant: str, body: bytes) -> tuple[str, str]:
         sent = bodies.parse(body, bodies.OptimStep)
@@ -157,6 +149,14 @@ class Training:
         self._wait(run, seq, Waiting(request_id, lambda: self._guarded(request_id, lambda: start(request_id))))
         return request_id
 
+    def pass_over(self, tenant: str, model_id: str, seq: int | None) -> None:
+        """A request was refused before it was accepted: those behind it need not wait for it."""
+        run = self._desk.records.get(Run, model_id, tenant)
+        if run is None or run.ended or seq is None or seq < 1:
+            return
+        if not self._line(run).late(seq):
+            self._wait(run, seq, Waiting("", lambda: None))
+
     def _take(
         self,
         run: Run,
@@ -166,7 +166,7 @@ class Training:
         body: bytes,
         make: Callable[[], Request],
         engine: EngineDescription,
-        joinable: Joinable | None = None,
+        chunk: Chunk | None = None,
         **details: object,
     ) -> tuple[str, str]:
         desk = self._desk
@@ -180,7 +180,7 @@ class Training:
             request = make()
             desk.queue(run.tenant, request_id, kind, run.model_id, self._command(run.tenant, request, kind, engine))
 
-        self._wait(run, seq, Waiting(request_id, lambda: self._guarded(request_id, start), joinable))
+        self._wait(run, seq, Waiting(request_id, lambda: self._guarded(request_id, start), chunk))
         return request_id, run.id
 
     def _command(self, tenant: str, request: Request, kind: str, engine: EngineDescription) -> Callable[[], AnyCommand]:
@@ -223,18 +223,38 @@ class Training:
         if line.next != before:
             self._desk.touch(run.id, next_seq=line.next)
 
-    def _release(self, ready: list[Waiting]) -> None:
+    def _release(self, released: Released[Waiting]) -> None:
+        ready = released.ready
         while ready:
-            first = ready[0]
+            first = ready[0].call
+            if first is None:
+                ready[0].start()
+                ready = ready[1:]
+                continue
             count = 1
-            if first.call is not None:
-                while count < len(ready) and first.call.continues(ready[count].call):
-                    count += 1
-            if count == 1:
-                first.start()
-            else:
-                self._run_joined(ready[:count])
+            while count < len(ready) and first.continues(ready[count].call):
+                count += 1
+            behind = released.ready[0] is not ready[0]
+            doubt = SEVERAL if behind and count > 1 else MISSING if released.after_gap and not behind else None
+            if count == len(ready) and any(first.continues(held.call) for held in released.held):
+                doubt = doubt or TORN
+            self._run_calls(ready[:count], doubt)
             ready = ready[count:]
+
+    def _run_calls(self, chunks: list[Waiting], doubt: str | None) -> None:
+        """Consecutive chunks of one loss that couples its rows, as the calls they are."""
+        try:
+            counts = calls_of([chunk.call for chunk in chunks if chunk.call is not None], doubt)
+        except BadRequest as error:
+            for chunk in chunks:
+                self._desk.fail(chunk.request_id, error)
+            return
+        for count in counts:
+            if count == 1:
+                chunks[0].start()
+            else:
+                self._run_joined(chunks[:count])
+            chunks = chunks[count:]
 
     def _run_joined(self, chunks: list[Waiting]) -> None:
         """Chunks of one call of a loss that couples its rows, run as the one call they are."""
@@ -262,13 +282,15 @@ class Training:
             return
         self._desk.queue_many(run.tenant, first, kind, request.model_id, command, finish, fail)
 
-    def _joinable(self, run: Run, call: datums.ForwardCall, engine: EngineDescription) -> Joinable | None:
+    def _chunk(self, run: Run, call: datums.ForwardCall, engine: EngineDescription) -> Chunk | None:
+        """The call as a chunk, where its loss couples rows. Raises BadData for a `group_id` that is none."""
+        if call.loss_fn == CUSTOM:
+            return None  # a graph sees one row at a time
         try:
-            loss = resolve(served_name(call.loss_fn, call.config), visible(run.tenant, engine.losses))
+            loss = resolve(served_name(call.loss_fn), visible(run.tenant, engine.losses))
         except BadRequest:
             return None  # said when its turn comes
-        coupled = loss.coupling == "batch" or loss.group_size > 1 or call.config.get("aggregation", "sum") != "sum"
-        return Joinable(run, call, loss, engine) if coupled else None
+        return Chunk(run, call, loss, engine, take_groups(loss, call)) if couples(loss, call) else None
 
 
 def model_id_of(session_id: str, model_seq_id: int) -> str:
@@ -289,18 +311,13 @@ def target_modules(lora: bodies.LoraConfig, engine: EngineDescription) -> list[s
     return modules
 
 
-def served_name(loss_fn: str, config: Mapping[str, float | str]) -> str:
+def served_name(loss_fn: str) -> str:
     """The name here of a loss on the wire. Raises UnknownLoss for one of the hosted service that nobody else can have.
 
     What the wire calls gspo is the paper's token form, summed; a plugin may have a gspo of its own beside it.
     """
     if loss_fn == "gspo":
         return "tinkerbell-core:gspo_token"
-    if loss_fn == "custom":
-        raise UnknownLoss(
-            f"no custom loss {str(config.get('loss_id'))[:80]!r} on this server: it runs where the client is, by "
-            "forward_backward_custom, or is uploaded with tinker_client's custom_loss and called by its name"
-        )
     if loss_fn == "stable_reinforce":
         raise UnknownLoss(
             "stable_reinforce is not on this server (its formula is not public): pass loss_fn='importance_sampling', "

@@ -1,4 +1,4 @@
-"""What nobody needs any more is given back: models of sessions that are over, and what has expired."""
+"""What nobody needs any more is given back: models and losses of sessions that are over, and what has expired."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import msgspec
 from tinkerbell_server.engines.base import DeleteModel
 from tinkerbell_server.tinker.desk import Desk
 from tinkerbell_server.tinker.listing import Listing
+from tinkerbell_server.tinker.losses import CustomLosses
 from tinkerbell_server.tinker.records import Run, Sampler, Session
 
 log = logging.getLogger("tinkerbell.server")
@@ -24,8 +25,8 @@ SILENT_SECONDS = 3600.0
 
 
 class Upkeep:
-    def __init__(self, desk: Desk, listing: Listing) -> None:
-        self._desk, self._listing = desk, listing
+    def __init__(self, desk: Desk, listing: Listing, losses: CustomLosses) -> None:
+        self._desk, self._listing, self._losses = desk, listing, losses
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -43,13 +44,14 @@ class Upkeep:
                 self._release(session)
 
     def _release(self, session: Session) -> None:
-        """Its models leave the device, its unnamed weights the disk; what was saved by name stays."""
+        """Its models and losses leave the device, its unnamed weights the disk; what was saved by name stays."""
         records = self._desk.records
         for run in records.of_parent(Run, session.id):
             if not run.ended:
                 log.info("session %s is over: model %s leaves the device", session.id, run.id)
                 records.put(msgspec.structs.replace(run, ended=True))
                 self._delete(run)
+        self._losses.release(session)
         for sampler in records.of_parent(Sampler, session.id):
             if sampler.model_path is None and sampler.folder is not None:
                 records.drop(sampler)

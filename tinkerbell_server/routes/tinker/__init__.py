@@ -31,6 +31,8 @@ _READ: tuple[tuple[str, str, Endpoint], ...] = (
     ("POST", "join_sampling_session", sampling.join_sampling_session),
     ("POST", "asample", sampling.asample),
     ("POST", "retrieve_future", futures.retrieve_future),
+    ("POST", "retrieve_futures", futures.retrieve_futures),
+    ("POST", "cancel_future", futures.cancel_future),
     ("GET", "training_runs", rest.training_runs),
     ("GET", _RUN, rest.training_run),
     ("GET", f"{_RUN}/checkpoints", rest.run_checkpoints),
@@ -39,6 +41,7 @@ _READ: tuple[tuple[str, str, Endpoint], ...] = (
     ("GET", f"{_CHECKPOINT}/archive", rest.archive),
     ("POST", "weights_info", rest.weights_info),
     ("GET", "sessions", rest.sessions),
+    ("POST", "sessions/search", rest.search_sessions),
     ("GET", "sessions/{session_id}", rest.session),
 )
 
@@ -51,12 +54,15 @@ _TRAIN: tuple[tuple[str, str, Endpoint], ...] = (
     ("POST", "save_weights_for_sampler", training.save_weights_for_sampler),
     ("POST", "save_weights_external", training.save_weights_external),
     ("POST", "load_weights", training.load_weights),
+    ("POST", "copy_weights", rest.copy_weights),
     ("DELETE", _CHECKPOINT, rest.delete_checkpoint),
     ("POST", f"{_CHECKPOINT}/publish", rest.publish),
     ("DELETE", f"{_CHECKPOINT}/publish", rest.unpublish),
     ("PUT", f"{_CHECKPOINT}/ttl", rest.ttl),
     ("PUT", "sessions/{session_id}/project", rest.move_session),
 )
+
+_UPLOAD: tuple[tuple[str, str, Endpoint], ...] = (("POST", "create_custom_loss", training.create_custom_loss),)
 
 
 def routes() -> list[Route]:
@@ -65,6 +71,7 @@ def routes() -> list[Route]:
         *(_route("GET", path, endpoint) for path, endpoint in _ANYBODY.items()),
         *(_route(method, path, allowed("read", endpoint)) for method, path, endpoint in _READ),
         *(_route(method, path, allowed("train", endpoint)) for method, path, endpoint in _TRAIN),
+        *(_route(method, path, allowed("upload", endpoint)) for method, path, endpoint in _UPLOAD),
     ]
 
 

@@ -88,8 +88,13 @@ def said(value: Any, status: int = 200) -> Response:
 async def body_of(request: Request) -> bytes:
     """The body, decompressed. Raises BadRequest where it is too large or no zstd."""
     mebibytes = front_of(request).desk.service.settings.body_limit
-    limit = mebibytes << 20
-    too_large = HttpProblem(f"a body may have {mebibytes} MiB; send fewer datums a call", 413)
+    return await body_within(
+        request, mebibytes << 20, HttpProblem(f"a body may have {mebibytes} MiB; send fewer datums a call", 413)
+    )
+
+
+async def body_within(request: Request, limit: int, too_large: TinkerbellError) -> bytes:
+    """As `body_of`, of at most `limit` bytes before and after decompression. Raises `too_large`."""
     body = await read_body(request, limit, too_large)
     encoding = request.headers.get("content-encoding", "identity")
     if encoding == "identity":

@@ -16,12 +16,18 @@ async def healthz(request: Request) -> Response:
 
 
 async def client_config(request: Request) -> Response:
+    desk = front_of(request).desk
+    settings = desk.service.settings
+    # the engine says whether uploads are really on, which takes a while after a start
+    takes_losses = (
+        "upload" in request.auth.scopes and settings.uploads != "off" and (await desk.engine()).uploads != "off"
+    )
     limited = caller_of(request).key_id is not None
-    return said(config_of(front_of(request).desk.service.settings, limited=limited))
+    return said(config_of(settings, limited=limited, takes_losses=takes_losses))
 
 
 async def dynamic_config(request: Request) -> Response:
-    return said({"refresh_interval_sec": 3600, "sample_cancel_enabled": False})
+    return said({"refresh_interval_sec": 3600, "sample_cancel_enabled": True})
 
 
 async def capabilities(request: Request) -> Response:
@@ -46,7 +52,8 @@ async def heartbeat(request: Request) -> Response:
 
 
 async def finish(request: Request) -> Response:
-    front_of(request).sessions.finish(tenant_of(request), request.path_params["session_id"])
+    body = await body_of(request)
+    front_of(request).sessions.finish(tenant_of(request), request.path_params["session_id"], body)
     return Response(status_code=204)
 
 

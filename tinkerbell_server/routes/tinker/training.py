@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tinkerbell_core.errors import BadRequest, TooManyRequests
+from tinkerbell_server import uploads
+from tinkerbell_server.auth import caller_of
 from tinkerbell_server.routes.tinker.caller import tenant_of
-from tinkerbell_server.routes.tinker.edge import PROTOBUF, Endpoint, body_of, front_of, said
+from tinkerbell_server.routes.tinker.edge import PROTOBUF, Endpoint, body_of, body_within, front_of, said
 from tinkerbell_server.tenancy import own_name
 from tinkerbell_server.tinker import bodies, datums
 from tinkerbell_server.tinker.front import Front
@@ -21,7 +25,8 @@ def future(take: Taken) -> Endpoint:
 
     async def endpoint(request: Request) -> Response:
         body = await body_of(request)
-        request_id, model_id = await take(front_of(request), tenant_of(request), body)
+        with _numbered(request, lambda: bodies.numbered(body)):
+            request_id, model_id = await take(front_of(request), tenant_of(request), body)
         return said({"request_id": own_name(request_id), "model_id": model_id})
 
     return endpoint
@@ -33,6 +38,12 @@ save_weights = future(lambda front, tenant, body: front.checkpoints.save(tenant,
 save_weights_external = future(lambda front, tenant, body: front.checkpoints.save(tenant, body, "external_weights"))
 save_weights_for_sampler = future(lambda front, tenant, body: front.checkpoints.save_for_sampler(tenant, body))
 load_weights = future(lambda front, tenant, body: front.checkpoints.load(tenant, body))
+
+
+async def create_custom_loss(request: Request) -> Response:
+    body = await body_within(request, uploads.BODY_LIMIT, uploads.too_large())
+    request_id = await front_of(request).losses.create(caller_of(request), body)
+    return said({"request_id": own_name(request_id)})
 
 
 async def forward_backward(request: Request) -> Response:
@@ -65,9 +76,19 @@ async def get_info(request: Request) -> Response:
 
 async def _forward(request: Request, *, backward: bool) -> Response:
     body = await body_of(request)
-    if request.headers.get("content-type", "").partition(";")[0] == PROTOBUF:
-        call = datums.from_proto(body)
-    else:
-        call = datums.from_json(body, backward=backward)
-    request_id, model_id = await front_of(request).training.forward(tenant_of(request), call, body)
+    proto = request.headers.get("content-type", "").partition(";")[0] == PROTOBUF
+    with _numbered(request, lambda: datums.numbered(body) if proto else bodies.numbered(body)):
+        call = datums.from_proto(body) if proto else datums.from_json(body, backward=backward)
+        request_id, model_id = await front_of(request).training.forward(tenant_of(request), call, body)
     return said({"request_id": own_name(request_id), "model_id": model_id})
+
+
+@contextmanager
+def _numbered(request: Request, number: Callable[[], tuple[str, int | None]]) -> Iterator[None]:
+    """A request that is refused for good has used up its seq_id: a client sends the next one, not this one again."""
+    try:
+        yield
+    except BadRequest as error:
+        if not isinstance(error, TooManyRequests):
+            front_of(request).training.pass_over(tenant_of(request), *number())
+        raise
