@@ -21,7 +21,8 @@ class Settings:
     dotted_losses: a loss_fn `my.module:function` is imported, with the rights of the server; loopback only, as above.
     auth "auto": API keys are asked for once there is one, and always unless host is loopback.
     body_limit: MiB of a request with data; rate_limit: requests of a key a minute, 0 for no limit; concurrency_limit:
-    requests of a key at once; queue_limit: requests that wait for the engine, of which a tenant may have half.
+    requests of a key at once; queue_limit: requests that wait for the engine, of which a tenant may have half;
+    upload_limit: versions of uploaded losses that a tenant may keep.
     """
 
     host: str = "127.0.0.1"
@@ -40,6 +41,7 @@ class Settings:
     rate_limit: int = 6000
     concurrency_limit: int = 64
     queue_limit: int = 2048
+    upload_limit: int = 1000
     model: str | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -76,7 +78,8 @@ class Settings:
             raise BadRequest(f"auth is {self.auth!r}, but must be 'auto', 'on' or 'off'")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise BadRequest("ssl_keyfile is there, but ssl_certfile is not: TLS needs the certificate too")
-        for name, least in (("body_limit", 1), ("rate_limit", 0), ("concurrency_limit", 1), ("queue_limit", 2)):
+        limits = {"body_limit": 1, "rate_limit": 0, "concurrency_limit": 1, "queue_limit": 2, "upload_limit": 1}
+        for name, least in limits.items():
             if getattr(self, name) < least:
                 raise BadRequest(f"{name} is {getattr(self, name)}, but must be at least {least}")
         if not 0 <= self.port <= 65535:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from tinkerbell_core.errors import Forbidden, UnknownLoss
+from tinkerbell_core.errors import BadUpload, Forbidden, UnknownLoss
 from tinkerbell_core.registry import resolve
 from tinkerbell_core.types import (
     DeleteLossesOutput,
@@ -120,12 +120,16 @@ class Library:
     def _first(self, owner: str, upload: RegisterLossRequest, losses: Sequence[LossDescription]) -> RegisterLossRequest:
         """What this version was when it first came: a digest is the sender's word, and stands for one content."""
         here = {loss.id for loss in losses}
-        same = [
-            version.upload
-            for version in self._versions(owner)
-            if (version.name, version.digest) == (upload.name, upload.digest) and version.id in here
-        ]
-        return same[0] if same else upload
+        versions = self._versions(owner)
+        same = [v for v in versions if (v.name, v.digest) == (upload.name, upload.digest)]
+        limit = self._settings.upload_limit
+        if not same and len(versions) >= limit:
+            raise BadUpload(
+                f"you keep {len(versions)} versions of uploaded losses, and {limit} are the most here: "
+                "delete some (tinkerbell loss delete NAME), or ask the operator for a larger --upload-limit"
+            )
+        tried = [version.upload for version in same if version.id in here]
+        return tried[0] if tried else upload
 
     def _versions(self, owner: str) -> list[Version]:
         uploads = self._store.uploads()

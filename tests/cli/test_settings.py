@@ -58,7 +58,7 @@ def test_every_setting_of_the_file_is_read(served: list[Settings]) -> None:
         'model = "here"\nplugins = false\ndisabled_plugins = ["a:b", "c"]\nmicro_batch_tokens = 512\n'
         'data_dir = "runs"\nuploads = "trusted"\ntrust_remote_code = true\n'
         'auth = "on"\nssl_certfile = "c.pem"\nssl_keyfile = "k.pem"\n'
-        "body_limit = 8\nrate_limit = 60\nconcurrency_limit = 4\nqueue_limit = 32\n"
+        "body_limit = 8\nrate_limit = 60\nconcurrency_limit = 4\nqueue_limit = 32\nupload_limit = 9\n"
         "logits_budget = 1000000\ngradient_checkpointing = true\n"
     )
     answer = serve()
@@ -71,7 +71,7 @@ def test_every_setting_of_the_file_is_read(served: list[Settings]) -> None:
     assert settings.trust_remote_code
     assert (settings.auth, settings.ssl_certfile, settings.ssl_keyfile) == ("on", "c.pem", "k.pem")
     assert (settings.body_limit, settings.rate_limit) == (8, 60)
-    assert (settings.concurrency_limit, settings.queue_limit) == (4, 32)
+    assert (settings.concurrency_limit, settings.queue_limit, settings.upload_limit) == (4, 32, 9)
     assert settings.logits_budget == 1_000_000
     assert settings.gradient_checkpointing
 

@@ -211,6 +211,7 @@ def test_the_audit_log_tells_who_did_what_and_no_secret(serve: Any, keys: Keys, 
         ({"auth": "maybe"}, "'auto', 'on' or 'off'"),
         ({"ssl_keyfile": "k.pem"}, "TLS needs the certificate too"),
         ({"queue_limit": 1}, "at least 2"),
+        ({"upload_limit": 0}, "at least 1"),
         ({"rate_limit": -1}, "at least 0"),
     ],
 )

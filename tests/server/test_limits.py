@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import msgspec
 import pytest
 from starlette.requests import Request as StarletteRequest
 
@@ -88,6 +89,22 @@ def test_a_tenant_fills_half_of_the_queue_and_no_more(serve: Any, texts: list[st
         assert "3 requests waiting for the engine" in refused[0].json()["problem"]["message"]
         assert "retry-after" in refused[0].headers
         assert bob.done("/forward", model_id="m", data=ROWS)
+
+
+def test_a_tenant_keeps_so_many_uploads_and_no_more(serve: Any, texts: list[str], make_upload: Any) -> None:
+    with serve(upload_limit=2, uploads="trusted") as caller:
+        ann, bob = (caller.having(text) for text in texts)
+
+        def sent(who: Any, name: str, payload: bytes) -> Any:
+            return who.post("/register_custom_loss", msgspec.to_builtins(make_upload(name, payload)))
+
+        assert [sent(ann, "mine", payload).status_code for payload in (b"1", b"2", b"1")] == [200, 200, 200]
+        refused = sent(ann, "other", b"3")
+        assert (refused.status_code, refused.json()["problem"]["kind"]) == (422, "BadUpload")
+        assert "2 versions of uploaded losses" in refused.json()["problem"]["message"]
+        assert sent(bob, "other", b"3").status_code == 200
+        assert ann.post("/delete_custom_loss", {"name": "mine"}).status_code == 200
+        assert sent(ann, "other", b"3").status_code == 200
 
 
 def test_a_repeated_request_is_answered_even_when_the_queue_is_full(serve: Any) -> None:

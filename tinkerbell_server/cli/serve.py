@@ -39,6 +39,7 @@ NEEDED = ("starlette", "uvicorn", "torch", "transformers", "peft", "safetensors"
 @setting("--rate-limit", type=click.IntRange(min=0), default=6000, help="Most requests of a key a minute; 0: no limit.")
 @setting("--concurrency-limit", type=click.IntRange(min=1), default=64, help="Most requests of a key at once.")
 @setting("--queue-limit", type=click.IntRange(min=2), default=2048, help="Most requests that wait for the engine.")
+@setting("--upload-limit", type=click.IntRange(min=1), default=1000, help="Most uploads that a tenant keeps.")
 @setting("--device", default="auto", help="auto, cpu, cuda or cuda:<i>.")
 @setting("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="auto: bfloat16 on a GPU.")
 @setting("--attn", help="Attention implementation, by transformers' name.")
