@@ -25,6 +25,8 @@ __all__ = [
     "masked_sum",
     "pairs",
     "per_sequence",
+    "preferred",
+    "reward_diagnostics",
     "sequence_log_ratio",
     "sequence_mean",
     "sequence_nll",
@@ -186,6 +188,23 @@ def pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
     if len(rows) % 2:
         raise BadData(f"{len(rows)} rows, but they come in pairs: chosen, rejected, chosen, ...")
     return rows[0::2], rows[1::2]
+
+
+def preferred(margin: Tensor, flipped: float = 0.0) -> Tensor:
+    """-log sigmoid(margin), what a preference costs; for a share of flipped labels, that of the opposite one."""
+    right = -F.logsigmoid(margin)
+    return (1 - flipped) * right - flipped * F.logsigmoid(-margin) if flipped else right
+
+
+def reward_diagnostics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """What to watch of the rewards of pairs, `[P]` each."""
+    chosen, rejected = chosen.detach(), rejected.detach()
+    return {
+        "reward_accuracy": (chosen > rejected).float().mean(),
+        "reward_margin": (chosen - rejected).mean(),
+        "chosen_reward": chosen.mean(),
+        "rejected_reward": rejected.mean(),
+    }
 
 
 def aggregate_sequences(per_sequence: Tensor, counts: Tensor, aggregation: str = "sum") -> Tensor:

@@ -37,7 +37,6 @@ from tinkerbell_core.registry import LossRegistry
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.testing import check_loss
 
-LIMITS = ("hyperparameters",)  # some losses fail at a limit without refusing it by name
 RECORDS = mapped(Path(__file__).parent / "data" / "oracles.json.gz", MAPPING)
 REGISTRY = LossRegistry(register_losses())
 each_loss = pytest.mark.parametrize("spec", register_losses(), ids=lambda spec: spec.name)
@@ -54,7 +53,7 @@ def test_a_server_finds_it_to_read_what_it_says(spec: LossSpec) -> None:
 
 @each_loss
 def test_it_keeps_the_rules_every_loss_keeps(spec: LossSpec) -> None:
-    check_loss(spec, without=LIMITS)
+    check_loss(spec)
 
 
 @each_loss
@@ -138,9 +137,9 @@ def test_an_odd_number_of_rows_is_refused() -> None:
 
 def test_a_share_of_flipped_labels_out_of_range_is_refused() -> None:
     logits, inputs = batch()
-    with pytest.raises(BadHyperparameter, match=r"robust_dpo: label_smoothing is 0\.5"):
+    with pytest.raises(BadHyperparameter, match=r"loss 'robust_dpo': label_smoothing is 0\.5"):
         run(robust_dpo, logits, inputs, {"label_smoothing": 0.5})
-    with pytest.raises(BadHyperparameter, match="exo: label_smoothing is 0"):
+    with pytest.raises(BadHyperparameter, match="loss 'exo': label_smoothing is 0"):
         run(exo, logits, inputs, {"label_smoothing": 0.0})
 
 

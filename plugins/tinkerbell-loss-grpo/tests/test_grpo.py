@@ -57,7 +57,6 @@ from tinkerbell_core.registry import LossRegistry
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.testing import check_loss
 
-LIMITS = ("hyperparameters",)  # some losses fail at a limit without refusing it by name
 ORACLES = Path(__file__).parent / "data" / "oracles.json.gz"
 RECORDS = [(record, entry) for record, entry in mapped(ORACLES, MAPPING) if not entry.reason]
 REGISTRY = LossRegistry([*register_losses(), ppo, cispo, dro, importance_sampling])
@@ -116,8 +115,8 @@ def test_the_readme_names_every_loss_and_every_hyperparameter() -> None:
 
 @each_loss
 def test_it_keeps_the_rules_every_loss_keeps(spec: LossSpec) -> None:
-    check_loss(spec, without=LIMITS)
-    check_loss(spec, hyperparameters={"aggregation": "sum"}, without=LIMITS)
+    check_loss(spec)
+    check_loss(spec, hyperparameters={"aggregation": "sum"})
 
 
 @each_loss
@@ -128,7 +127,7 @@ def test_what_masks_hide_does_nothing(spec: LossSpec) -> None:
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_what_masks_hide_does_nothing_to_a_correction(correction: str) -> None:
     bounds = {"correction_low": 0.0, "correction_high": 1.1}
-    check_loss(grpo, hyperparameters={"aggregation": "sum"}, without=LIMITS)
+    check_loss(grpo, hyperparameters={"aggregation": "sum"})
     check_masks(grpo, rollouts(), correction=correction, **bounds)
 
 

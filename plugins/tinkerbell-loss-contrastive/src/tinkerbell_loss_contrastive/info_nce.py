@@ -7,10 +7,11 @@ from torch import Tensor
 
 from tinkerbell_core import LossFnOutput, loss
 from tinkerbell_core.functional import aggregate_sequences, effective_mask, per_sequence
+from tinkerbell_core.hyperparameters import above
 from tinkerbell_loss_contrastive.pieces import Inputs, embeddings
 
 
-@loss(coupling="batch", group_size=2, inputs=(), optional_inputs=("weights",))
+@loss(coupling="batch", group_size=2, inputs=(), optional_inputs=("weights",), allowed={"temperature": above(0)})
 def info_nce(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -37,6 +38,8 @@ def info_nce(
     coupling="batch",
     inputs=("group_ids", "roles"),
     optional_inputs=("weights",),
+    allowed={"temperature": above(0)},
+    example_inputs={"group_ids": torch.tensor([4, 4, 4, 9, 9, 9]), "roles": torch.tensor([0.0, 1, 2, 0, 1, 2])},
 )
 def info_nce_hard(
     model_outputs: Tensor,

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 
-from tinkerbell_core import LossFnOutput, LossSpec, loss
+from tinkerbell_core import LossFnOutput, loss
 from tinkerbell_core.functional import aggregate, counted, effective_mask, masked_mean, target_logprobs
-from tinkerbell_core.spec import LossFn
+from tinkerbell_core.hyperparameters import above
 
-
-def on_samples(**different: Any) -> Callable[[LossFn], LossSpec]:  # Any: what loss() takes
-    """Declares a loss of samples' log-probabilities, like @loss, with `different` over what these have in common."""
-    common = {
-        "coupling": "sequence",
-        "inputs": ("target_tokens", "teacher_logprobs", "logprobs"),
-        "optional_inputs": ("weights",),
-        "finite": ("teacher_logprobs", "logprobs", "weights"),
-    }
-    return loss(**{**common, **different})
+on_samples = partial(
+    loss,
+    coupling="sequence",
+    inputs=("target_tokens", "teacher_logprobs", "logprobs"),
+    optional_inputs=("weights",),
+    finite=("teacher_logprobs", "logprobs", "weights"),
+)
+"""Declares a loss of samples' log-probabilities."""
 
 
 @on_samples()
@@ -65,7 +63,7 @@ def sampled_reverse_kl(
     return LossFnOutput(aggregate(excess * logprobs, mask, aggregation), logprobs, diagnostics)
 
 
-@on_samples()
+@on_samples(allowed={"temperature": above(0)})
 def iw_opd(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],

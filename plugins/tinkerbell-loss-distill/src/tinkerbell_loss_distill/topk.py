@@ -6,29 +6,28 @@ the few were all. tail: all the rest counts as one token more, which never overs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 
-from tinkerbell_core import LossFnOutput, LossSpec, loss
+from tinkerbell_core import LossFnOutput, loss
 from tinkerbell_core.functional import counted_rows, effective_mask, logsumexp, target_logprobs
-from tinkerbell_core.spec import LossFn
+from tinkerbell_core.hyperparameters import SHARE, at_least
 from tinkerbell_loss_distill.pieces import Rows, finite, jensen_shannon, kl, output, renormalised, with_tail
+from tinkerbell_loss_distill.vocabulary import distillation
 
+of_teacher = partial(
+    loss,
+    coupling="sequence",
+    inputs=("teacher_topk_ids", "teacher_topk_logprobs"),
+    optional_inputs=("weights",),
+    finite=("weights",),
+)
+"""Declares a loss on the teacher's top tokens."""
 
-def of_teacher() -> Callable[[LossFn], LossSpec]:
-    """Declares a loss on the teacher's top tokens, like @loss."""
-    return loss(
-        coupling="sequence",
-        inputs=("teacher_topk_ids", "teacher_topk_logprobs"),
-        optional_inputs=("weights",),
-        finite=("weights",),
-    )
-
-
-def of_student() -> Callable[[LossFn], LossSpec]:
-    """Declares a loss on the student's top tokens, like @loss."""
-    return loss(coupling="sequence", inputs=("teacher_logits",), optional_inputs=("weights",), finite=("weights",))
+of_student = partial(distillation, allowed={"k": at_least(1), "beta": SHARE})
+"""Declares a loss on the student's top tokens."""
 
 
 def _teachers_top(
@@ -71,7 +70,7 @@ def teacher_topk_partial_kl(
     return output(kl(finite(rows.teacher), rows.student), rows.mask, aggregation, masses)
 
 
-@of_teacher()
+@of_teacher(allowed={"beta": SHARE})
 def teacher_topk_renormalised_jsd(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -90,7 +89,7 @@ def teacher_topk_renormalised_jsd(
     return output(divergence, rows.mask, aggregation, masses)
 
 
-@of_teacher()
+@of_teacher(allowed={"beta": SHARE})
 def teacher_topk_tail_jsd(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinkerbell_core import LossFnOutput, LossSpec, loss
+from tinkerbell_core import LossFnOutput, loss
 from tinkerbell_core.functional import counted_rows, effective_mask, target_logprobs
-from tinkerbell_core.spec import LossFn
+from tinkerbell_core.hyperparameters import SHARE, above
 from tinkerbell_loss_distill.pieces import entropy_of, finite, jensen_shannon, kl, output, whole_vocabulary
 
-
-def distillation(**different: Any) -> Callable[[LossFn], LossSpec]:  # Any: what loss() takes
-    """Declares a divergence from teacher_logits, like @loss, with `different` over what these have in common."""
-    common = {
-        "coupling": "sequence",
-        "inputs": ("teacher_logits",),
-        "optional_inputs": ("weights",),
-        "finite": ("weights",),
-    }
-    return loss(**{**common, **different})
+distillation = partial(
+    loss, coupling="sequence", inputs=("teacher_logits",), optional_inputs=("weights",), finite=("weights",)
+)
+"""Declares a divergence from teacher_logits."""
 
 
-@distillation()
+@distillation(allowed={"temperature": above(0)})
 def forward_kl(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -44,7 +38,7 @@ def forward_kl(
     return output(kl(finite(rows.teacher), rows.student), rows.mask, aggregation, shown)
 
 
-@distillation()
+@distillation(allowed={"temperature": above(0)})
 def soft_cross_entropy(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -62,7 +56,7 @@ def soft_cross_entropy(
     return output(-(rows.teacher.exp() * rows.student).sum(-1), rows.mask, aggregation, shown)
 
 
-@distillation()
+@distillation(allowed={"temperature": above(0)})
 def reverse_kl(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -80,7 +74,7 @@ def reverse_kl(
     return output(kl(rows.student, rows.teacher), rows.mask, aggregation, shown)
 
 
-@distillation()
+@distillation(allowed={"alpha": SHARE, "temperature": above(0)})
 def symmetric_kl(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -100,7 +94,7 @@ def symmetric_kl(
     return output(alpha * forward + (1 - alpha) * reverse, rows.mask, aggregation, shown)
 
 
-@distillation()
+@distillation(allowed={"beta": SHARE, "temperature": above(0)})
 def jsd(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -120,11 +114,10 @@ def jsd(
     return output(jensen_shannon(rows.student, rows.teacher, beta), rows.mask, aggregation, shown)
 
 
-@loss(
-    coupling="sequence",
+@distillation(
     inputs=("target_tokens", "logprobs", "teacher_logits"),
-    optional_inputs=("weights",),
     finite=("logprobs", "weights"),
+    allowed={"beta": SHARE},
 )
 def sdft(
     model_outputs: Tensor,
@@ -150,7 +143,7 @@ def sdft(
     return LossFnOutput(found.loss, logprobs, found.diagnostics)
 
 
-@distillation()
+@distillation(allowed={"temperature": above(0)})
 def total_variation(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
-from tinkerbell_core.functional import pairs, sequence_sum
-from tinkerbell_loss_dpo.pieces import Inputs, Pairs, on_batches_of_pairs, read, smoothed
+from tinkerbell_core.functional import pairs, preferred, sequence_sum
+from tinkerbell_core.hyperparameters import SHARE
+from tinkerbell_loss_dpo.pieces import Inputs, Pairs, on_batches_of_pairs, read
 
 
-@on_batches_of_pairs
+@on_batches_of_pairs(allowed={"label_smoothing": SHARE})
 def aot(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -30,7 +30,7 @@ def aot(
     return _output(found, model, model.detach() - found.margin.detach(), beta, label_smoothing, aggregation)
 
 
-@on_batches_of_pairs
+@on_batches_of_pairs(allowed={"label_smoothing": SHARE})
 def aot_unpaired(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -53,6 +53,6 @@ def _output(
 ) -> LossFnOutput:
     count = found.count
     violation = beta * (above[count].sort().values - below[count].sort().values)  # [pairs that count]
-    per_rank = smoothed(-F.logsigmoid(violation), -F.logsigmoid(-violation), label_smoothing)
+    per_rank = preferred(violation, label_smoothing)
     per_pair = above.new_zeros(above.shape).masked_scatter(count, per_rank)  # [P]
     return found.output(per_pair, beta, aggregation)

@@ -15,7 +15,7 @@ _LARGEST = 80.0
 """Exponents end here: exp(80) is a float32, and a margin that wide has no gradient left."""
 
 
-@on_pairs
+@on_pairs()
 def dpo_forward_kl(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -29,7 +29,7 @@ def dpo_forward_kl(
     return _output(found, lambda log_ratio: _alpha(log_ratio, 1.0), beta, aggregation)
 
 
-@on_pairs
+@on_pairs()
 def dpo_js(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -43,7 +43,7 @@ def dpo_js(
     return _output(found, lambda log_ratio: math.log(2) + F.logsigmoid(log_ratio), beta, aggregation)
 
 
-@on_pairs
+@on_pairs()
 def dpo_alpha(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,

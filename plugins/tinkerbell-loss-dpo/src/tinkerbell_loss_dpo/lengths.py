@@ -9,10 +9,11 @@ from torch import Tensor
 from tinkerbell_core import LossFnOutput
 from tinkerbell_core.errors import BadData
 from tinkerbell_core.functional import counted_rows, logsumexp, pairs, sequence_mean, spread_rows
+from tinkerbell_core.hyperparameters import SHARE
 from tinkerbell_loss_dpo.pieces import Inputs, Pairs, on_pairs, read, under
 
 
-@on_pairs
+@on_pairs(allowed={"alpha": SHARE})
 def ld_dpo(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -38,7 +39,7 @@ def ld_dpo(
     return found.output(-F.logsigmoid(margin), beta, aggregation)
 
 
-@on_pairs
+@on_pairs()
 def wpo(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,

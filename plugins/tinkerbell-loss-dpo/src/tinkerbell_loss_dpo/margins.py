@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
-from tinkerbell_core.errors import BadHyperparameter
-from tinkerbell_loss_dpo.pieces import Inputs, on_pairs, read, smoothed
+from tinkerbell_core.functional import preferred
+from tinkerbell_core.hyperparameters import SHARE, Range, above
+from tinkerbell_loss_dpo.pieces import Inputs, on_pairs, read
 
 
-@on_pairs
+@on_pairs(allowed={"label_smoothing": SHARE})
 def dpo(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -30,10 +31,10 @@ def dpo(
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     margin = beta * found.margin  # [P]
-    return found.output(smoothed(-F.logsigmoid(margin), -F.logsigmoid(-margin), label_smoothing), beta, aggregation)
+    return found.output(preferred(margin, label_smoothing), beta, aggregation)
 
 
-@on_pairs
+@on_pairs(allowed={"label_smoothing": SHARE})
 def dpo_norm(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -46,10 +47,10 @@ def dpo_norm(
     """-log sigmoid(beta * margin) of log-ratios averaged over tokens: length-normalised DPO (arXiv:2411.15124)."""
     found = read(model_outputs, loss_fn_inputs, attention_mask).averaged()
     margin = beta * found.margin  # [P]
-    return found.output(smoothed(-F.logsigmoid(margin), -F.logsigmoid(-margin), label_smoothing), beta, aggregation)
+    return found.output(preferred(margin, label_smoothing), beta, aggregation)
 
 
-@on_pairs
+@on_pairs(allowed={"label_smoothing": Range(0, 0.5, high_open=True)})
 def robust_dpo(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -61,17 +62,15 @@ def robust_dpo(
 ) -> LossFnOutput:
     """(-(1 - e) log sigmoid(u) + e log sigmoid(-u)) / (1 - 2e), u = beta * margin: unbiased under noise (2403.00409).
 
-    label_smoothing, e, is the share of flipped labels, below 0.5. Raises BadHyperparameter for another.
+    label_smoothing, e, is the share of flipped labels, below 0.5.
     """
-    if not 0 <= label_smoothing < 0.5:
-        raise BadHyperparameter(f"robust_dpo: label_smoothing is {label_smoothing}, but must be at least 0, below 0.5")
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     margin = beta * found.margin  # [P]
     per_pair = -(1 - label_smoothing) * F.logsigmoid(margin) + label_smoothing * F.logsigmoid(-margin)
     return found.output(per_pair / (1 - 2 * label_smoothing), beta, aggregation)
 
 
-@on_pairs
+@on_pairs()
 def dpo_hinge(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -85,7 +84,7 @@ def dpo_hinge(
     return found.output(torch.relu(1 - beta * found.margin), beta, aggregation)
 
 
-@on_pairs
+@on_pairs(allowed={"beta": above(0)})
 def ipo(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -103,7 +102,7 @@ def ipo(
     return found.output((found.margin - 1 / (2 * beta)).square(), beta, aggregation)
 
 
-@on_pairs
+@on_pairs(allowed={"beta": above(0)})
 def ipo_norm(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -117,7 +116,7 @@ def ipo_norm(
     return found.output((found.margin - 1 / (2 * beta)).square(), beta, aggregation)
 
 
-@on_pairs
+@on_pairs(allowed={"label_smoothing": Range(0, 1, low_open=True, high_open=True)})
 def exo(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -129,10 +128,8 @@ def exo(
 ) -> LossFnOutput:
     """KL(sigmoid(beta * margin) || 1 - e), of two outcomes: efficient exact optimisation of pairs (arXiv:2402.00856).
 
-    label_smoothing, e, is between 0 and 1. Raises BadHyperparameter for another.
+    label_smoothing, e, is between 0 and 1.
     """
-    if not 0 < label_smoothing < 1:
-        raise BadHyperparameter(f"exo: label_smoothing is {label_smoothing}, but must be above 0, below 1")
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     margin = beta * found.margin  # [P]
     right = margin.sigmoid() * (F.logsigmoid(margin) - math.log(1 - label_smoothing))
@@ -140,7 +137,7 @@ def exo(
     return found.output(right + wrong, beta, aggregation)
 
 
-@on_pairs
+@on_pairs(allowed={"tau": above(0)})
 def discopop(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -162,7 +159,7 @@ def discopop(
     return found.output(-F.logsigmoid(margin) * (1 - gate) + exponential, beta, aggregation)
 
 
-@on_pairs
+@on_pairs()
 def dpop(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,

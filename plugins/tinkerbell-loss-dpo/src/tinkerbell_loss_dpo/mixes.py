@@ -10,7 +10,7 @@ from tinkerbell_core.functional import masked_mean, sequence_nll
 from tinkerbell_loss_dpo.pieces import Inputs, on_pairs, read
 
 
-@on_pairs
+@on_pairs()
 def mpo(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -12,13 +13,15 @@ from tinkerbell_core.functional import (
     aggregate_sequences,
     effective_mask,
     pairs,
+    reward_diagnostics,
     sequence_log_ratio,
     target_logprobs,
 )
 
 Inputs = Mapping[str, Tensor]
 
-on_pairs = loss(
+on_pairs = partial(
+    loss,
     coupling="sequence",
     group_size=2,
     inputs=("target_tokens", "ref_logprobs"),
@@ -27,13 +30,7 @@ on_pairs = loss(
 )
 """Declares a loss of pairs that do not see each other."""
 
-on_batches_of_pairs = loss(
-    coupling="batch",
-    group_size=2,
-    inputs=("target_tokens", "ref_logprobs"),
-    optional_inputs=("weights",),
-    finite=("ref_logprobs", "weights"),
-)
+on_batches_of_pairs = partial(on_pairs, coupling="batch")
 """Declares a loss in which every pair depends on the others."""
 
 
@@ -69,16 +66,8 @@ class Pairs:
     def output(self, per_pair: Tensor, beta: float, aggregation: str, plus: Tensor | None = None) -> LossFnOutput:
         """A loss `[P]` aggregated, `plus` a scalar; beta * log-ratio are shown as rewards."""
         loss = aggregate_sequences(per_pair, self.count, aggregation)
-        return LossFnOutput(loss if plus is None else loss + plus, self.logprobs, self._rewards(beta))
-
-    def _rewards(self, beta: float) -> dict[str, Tensor]:
-        chosen, rejected = beta * self.chosen.detach(), beta * self.rejected.detach()
-        return {
-            "reward_accuracy": (chosen > rejected).float().mean(),
-            "reward_margin": (chosen - rejected).mean(),
-            "chosen_reward": chosen.mean(),
-            "rejected_reward": rejected.mean(),
-        }
+        shown = reward_diagnostics(beta * self.chosen, beta * self.rejected)
+        return LossFnOutput(loss if plus is None else loss + plus, self.logprobs, shown)
 
 
 def read(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> Pairs:
@@ -93,8 +82,3 @@ def under(mask: Tensor, logprobs: Tensor, reference: Tensor) -> Pairs:
     """The pairs these numbers make under a mask `[B, T]`."""
     chosen, rejected = pairs(sequence_log_ratio(logprobs, reference, mask))  # [P]
     return Pairs(mask, logprobs, reference, chosen, rejected)
-
-
-def smoothed(positive: Tensor, negative: Tensor, share: float) -> Tensor:
-    """A loss where labels are right, mixed with the loss where they are not, for a share of flipped labels."""
-    return (1 - share) * positive + share * negative if share else positive

@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
+from tinkerbell_core.hyperparameters import above
 from tinkerbell_loss_dpo.pieces import Inputs, on_pairs, read
 
 
-@on_pairs
+@on_pairs()
 def nca(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -25,7 +26,7 @@ def nca(
     return found.output(per_pair, beta, aggregation)
 
 
-@on_pairs
+@on_pairs()
 def bco_pair(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -45,7 +46,7 @@ def bco_pair(
     return found.output(-F.logsigmoid(chosen) - F.logsigmoid(-rejected), beta, aggregation)
 
 
-@on_pairs
+@on_pairs(allowed={"beta": above(0)})
 def sppo_hard(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -63,7 +64,7 @@ def sppo_hard(
     return found.output((found.chosen - goal).square() + (found.rejected + goal).square(), beta, aggregation)
 
 
-@on_pairs
+@on_pairs()
 def apo_zero(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -82,7 +83,7 @@ def apo_zero(
     return found.output((-chosen).sigmoid() + rejected.sigmoid(), beta, aggregation)
 
 
-@on_pairs
+@on_pairs()
 def apo_down(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,

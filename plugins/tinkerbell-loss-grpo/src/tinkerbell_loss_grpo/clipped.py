@@ -10,24 +10,10 @@ from torch import Tensor
 from tinkerbell_core import LossFnOutput
 from tinkerbell_core.errors import BadData
 from tinkerbell_core.functional import aggregate, counted, entropy, masked_mean
+from tinkerbell_core.hyperparameters import SHARE, at_least
 from tinkerbell_loss_grpo.corrections import corrected
 from tinkerbell_loss_grpo.penalties import k3
-from tinkerbell_loss_grpo.pieces import (
-    Diagnostics,
-    Policy,
-    clip_diagnostics,
-    clipped_surrogate,
-    policy_loss,
-    ratio_diagnostics,
-    read_policy,
-)
-
-
-def _clip(policy: Policy, low: float, high: float, dual_clip: float | None) -> tuple[Tensor, Diagnostics]:
-    """The loss of each token `[B, T]`, and what to watch of it."""
-    ratio = policy.log_ratio.exp()
-    surrogate = clipped_surrogate(ratio, policy.advantages, low, high, dual_clip)
-    return -surrogate, ratio_diagnostics(policy, ratio) | clip_diagnostics(policy, ratio, low, high)
+from tinkerbell_loss_grpo.pieces import clipped, policy_loss, read_policy
 
 
 @policy_loss()
@@ -53,9 +39,9 @@ def grpo(
     correction: a factor from rollout_logprobs, see corrections.py.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
-    per_token, diagnostics = _clip(policy, clip_low_threshold, clip_high_threshold, dual_clip)
+    per_token, shown = clipped(policy, policy.log_ratio.exp(), clip_low_threshold, clip_high_threshold, dual_clip)
     per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
-    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics | more)
+    return policy.output(per_token, aggregation, shown | more)
 
 
 @policy_loss()
@@ -77,9 +63,9 @@ def bnpo(
     GRPO normalised by the batch's tokens, TRL's and Liger's `bnpo`; inputs and the rest as for grpo.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
-    per_token, diagnostics = _clip(policy, clip_low_threshold, clip_high_threshold, dual_clip)
+    per_token, shown = clipped(policy, policy.log_ratio.exp(), clip_low_threshold, clip_high_threshold, dual_clip)
     per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
-    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics | more)
+    return policy.output(per_token, aggregation, shown | more)
 
 
 @policy_loss()
@@ -102,12 +88,12 @@ def dapo(
     optim_step(normalize="tokens"). TRL's and Liger's `dapo` keep an upper clip of 1.2. Inputs and the rest as for grpo.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
-    per_token, diagnostics = _clip(policy, clip_low_threshold, clip_high_threshold, dual_clip)
+    per_token, shown = clipped(policy, policy.log_ratio.exp(), clip_low_threshold, clip_high_threshold, dual_clip)
     per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
-    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics | more)
+    return policy.output(per_token, aggregation, shown | more)
 
 
-@policy_loss()
+@policy_loss(allowed={"max_completion_length": at_least(1)})
 def dr_grpo(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -129,13 +115,12 @@ def dr_grpo(
     and leaves responses without a token out of the mean. Inputs and the rest as for grpo.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
-    per_token, diagnostics = _clip(policy, clip_low_threshold, clip_high_threshold, dual_clip)
+    per_token, shown = clipped(policy, policy.log_ratio.exp(), clip_low_threshold, clip_high_threshold, dual_clip)
     per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
-    total = aggregate(per_token, policy.mask, aggregation)
-    return LossFnOutput(total / max_completion_length, policy.logprobs, diagnostics | more)
+    return policy.output(per_token / max_completion_length, aggregation, shown | more)
 
 
-@policy_loss(coupling="batch")
+@policy_loss(coupling="batch", allowed={"responses_per_prompt": at_least(1)})
 def grpo_prompt_mean(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -160,11 +145,11 @@ def grpo_prompt_mean(
     if rows % responses_per_prompt:
         raise BadData(f"grpo_prompt_mean got {rows} rows, but they come in prompts of {responses_per_prompt} responses")
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
-    per_token, diagnostics = _clip(policy, clip_low_threshold, clip_high_threshold, dual_clip)
+    per_token, shown = clipped(policy, policy.log_ratio.exp(), clip_low_threshold, clip_high_threshold, dual_clip)
     per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
     prompts = (rows // responses_per_prompt, -1)
     total = aggregate(per_token.reshape(prompts), policy.mask.reshape(prompts), aggregation)
-    return LossFnOutput(total, policy.logprobs, diagnostics | more)
+    return LossFnOutput(total, policy.logprobs, shown | more)
 
 
 @policy_loss(
@@ -193,17 +178,16 @@ def grpo_kl(
     A correction does not touch the KL term. Inputs and the rest as for grpo.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
-    per_token, diagnostics = _clip(policy, clip_low_threshold, clip_high_threshold, dual_clip)
+    per_token, shown = clipped(policy, policy.log_ratio.exp(), clip_low_threshold, clip_high_threshold, dual_clip)
     per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
     divergence = k3(counted(policy.logprobs - loss_fn_inputs["ref_logprobs"], policy.mask))  # [B, T]
     more["ref_kl:mean"] = masked_mean(divergence, policy.mask)
     if ratio_weighted_kl:
         divergence = divergence * policy.log_ratio.exp()
-    total = aggregate(per_token + beta * divergence, policy.mask, aggregation)
-    return LossFnOutput(total, policy.logprobs, diagnostics | more)
+    return policy.output(per_token + beta * divergence, aggregation, shown | more)
 
 
-@policy_loss(coupling="batch")
+@policy_loss(coupling="batch", allowed={"top_entropy": SHARE})
 def high_entropy_dapo(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -224,7 +208,7 @@ def high_entropy_dapo(
     top_entropy_quantile does. Inputs and the rest as for grpo.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
-    per_token, diagnostics = _clip(policy, clip_low_threshold, clip_high_threshold, dual_clip)
+    per_token, shown = clipped(policy, policy.log_ratio.exp(), clip_low_threshold, clip_high_threshold, dual_clip)
     per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
     with torch.no_grad():
         entropies = entropy(model_outputs, where=policy.mask)  # [B, T]
@@ -232,4 +216,4 @@ def high_entropy_dapo(
         threshold = kept.float().quantile(1 - top_entropy) if len(kept) else 0.0
     more["entropy:mean"] = masked_mean(entropies, policy.mask)
     per_token = torch.where(entropies >= threshold, per_token, 0.0)
-    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics | more)
+    return policy.output(per_token, aggregation, shown | more)

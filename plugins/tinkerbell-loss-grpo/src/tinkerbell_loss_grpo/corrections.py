@@ -28,11 +28,6 @@ class Drift(NamedTuple):
     def log_ratio(self) -> Tensor:
         return (self.trainer - self.engine).clamp(-FURTHEST, FURTHEST)
 
-    def mean(self, x: Tensor) -> Tensor:
-        """Over each sequence's tokens that count, `[B, 1]`."""
-        keep = self.policy.mask != 0
-        return counted(x, keep).sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp(min=1)
-
 
 def token_ratio(drift: Drift) -> Tensor:
     """`[B, T]`."""
@@ -46,7 +41,7 @@ def sequence_ratio(drift: Drift) -> Tensor:
 
 def geometric_ratio(drift: Drift) -> Tensor:
     """The geometric mean of the tokens' ratios, `[B, 1]`."""
-    return drift.mean(drift.log_ratio).exp()
+    return drift.policy.mean(drift.log_ratio).exp()
 
 
 def binary_kl(drift: Drift) -> Tensor:
@@ -67,7 +62,7 @@ def inside(statistic: Tensor, low: float, high: float) -> Tensor:
 
 def off_policy_sequence(drift: Drift, low: float, high: float) -> Tensor:
     """OPSM (arXiv:2512.02556): drops negative advantages in a sequence the policy has left, mean KL > high."""
-    left = drift.mean(drift.engine - drift.policy.logprobs.detach())  # [B, 1]
+    left = drift.policy.mean(drift.engine - drift.policy.logprobs.detach())  # [B, 1]
     return ((drift.policy.advantages >= 0) | (left <= high)).to(left.dtype)
 
 
@@ -80,9 +75,9 @@ CORRECTIONS: Mapping[str, Callable[[Drift, float, float], Tensor]] = {
     "mask-sequence": lambda d, low, high: sequence_ratio(d) * inside(sequence_ratio(d), low, high),
     "mask-geometric": lambda d, low, high: token_ratio(d) * inside(geometric_ratio(d), low, high),
     "mask-token-kl": lambda d, low, high: token_ratio(d) * inside(binary_kl(d), low, high),
-    "mask-sequence-kl": lambda d, low, high: token_ratio(d) * inside(d.mean(binary_kl(d)), low, high),
+    "mask-sequence-kl": lambda d, low, high: token_ratio(d) * inside(d.policy.mean(binary_kl(d)), low, high),
     "mask-token-tv": lambda d, low, high: token_ratio(d) * inside(binary_tv(d), low, high),
-    "mask-sequence-tv": lambda d, low, high: token_ratio(d) * inside(d.mean(binary_tv(d)), low, high),
+    "mask-sequence-tv": lambda d, low, high: token_ratio(d) * inside(d.policy.mean(binary_tv(d)), low, high),
     # rejection: tokens or sequences dropped, the rest not weighted
     "reject-token": lambda d, low, high: inside(token_ratio(d), low, high),
     "reject-sequence": lambda d, low, high: inside(sequence_ratio(d), low, high),

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
-from tinkerbell_core.functional import aggregate, masked_mean
-from tinkerbell_loss_grpo.pieces import Policy, clip_diagnostics, policy_loss, ratio_diagnostics, read_policy
+from tinkerbell_core.functional import masked_mean
+from tinkerbell_core.hyperparameters import SHARE
+from tinkerbell_loss_grpo.pieces import (
+    Policy,
+    clip_diagnostics,
+    ratio_diagnostics,
+    read_policy,
+    uncorrected_policy_loss,
+)
 
 
 def _covariance(policy: Policy) -> Tensor:
@@ -22,7 +29,7 @@ def _covariance(policy: Policy) -> Tensor:
     return (advantages - masked_mean(advantages, policy.mask)) * (logprobs - masked_mean(logprobs, policy.mask))
 
 
-@policy_loss(coupling="batch", optional_inputs=("weights",), finite=("logprobs", "advantages", "weights"))
+@uncorrected_policy_loss(coupling="batch", allowed={"share": SHARE})
 def clip_cov(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -57,10 +64,10 @@ def clip_cov(
         | clip_diagnostics(policy, ratio, clip_low_threshold, clip_high_threshold)
         | {"held_back:mean": masked_mean(drawn.float(), policy.mask)}
     )
-    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics)
+    return policy.output(per_token, aggregation, diagnostics)
 
 
-@policy_loss(coupling="batch", optional_inputs=("weights",), finite=("logprobs", "advantages", "weights"))
+@uncorrected_policy_loss(coupling="batch", allowed={"share": SHARE})
 def kl_cov(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -83,4 +90,4 @@ def kl_cov(
     pays = counts & (rank < number)
     per_token = -ratio * policy.advantages + torch.where(pays, kl_coef * policy.log_ratio.abs(), 0.0)
     diagnostics = ratio_diagnostics(policy, ratio) | {"held_back:mean": masked_mean(pays.float(), policy.mask)}
-    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics)
+    return policy.output(per_token, aggregation, diagnostics)

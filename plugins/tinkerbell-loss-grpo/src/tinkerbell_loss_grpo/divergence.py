@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
-from tinkerbell_core.functional import aggregate, counted, masked_mean
-from tinkerbell_loss_grpo.pieces import Policy, policy_loss, ratio_diagnostics, read_policy
+from tinkerbell_core.functional import counted, masked_mean
+from tinkerbell_loss_grpo.pieces import Diagnostics, Policy, ratio_diagnostics, read_policy, uncorrected_policy_loss
 
 _SMALL = 1e-8
-
-UNCORRECTED: dict[str, Any] = {"optional_inputs": ("weights",), "finite": ("logprobs", "advantages", "weights")}
-"""What these declare: logprobs are the engine's already."""  # Any: what loss() takes
 
 
 def _probabilities(policy: Policy, sampler: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,38 +21,39 @@ def _probabilities(policy: Policy, sampler: Tensor) -> tuple[Tensor, Tensor]:
 def binary_tv_mask(policy: Policy, sampler: Tensor, low: float, high: float) -> Tensor:
     """1 but where the policy has moved by more than low or high, the way the advantage points (eq. 13)."""
     now, then = _probabilities(policy, sampler)
-    up = (policy.advantages > 0) & (now - then > high)
-    down = (policy.advantages < 0) & (then - now > low)
-    return (~(up | down)).to(now.dtype)
+    return _kept(policy, now - then > high, then - now > low)
 
 
 def binary_kl_mask(policy: Policy, sampler: Tensor, low: float, high: float) -> Tensor:
     """1 but where KL(sampler || policy) of "this token or another" is over low or high, the way A points (eq. 14)."""
     now, then = _probabilities(policy, sampler)
     kl = -then * policy.log_ratio.detach() + (1 - then) * ((1 - then + _SMALL) / (1 - now + _SMALL)).log()
-    up = (policy.advantages > 0) & (now > then) & (kl > high)
-    down = (policy.advantages < 0) & (now < then) & (kl > low)
-    return (~(up | down)).to(now.dtype)
+    return _kept(policy, (now > then) & (kl > high), (now < then) & (kl > low))
+
+
+def _kept(policy: Policy, up: Tensor, down: Tensor) -> Tensor:
+    """0 where the policy has gone too far up and A would have it go on, or too far down likewise; 1 elsewhere."""
+    gone = ((policy.advantages > 0) & up) | ((policy.advantages < 0) & down)
+    return (~gone).to(policy.advantages.dtype)
 
 
 def _surrogate(policy: Policy, kept: Tensor, aggregation: str) -> LossFnOutput:
     ratio = policy.log_ratio.exp()
-    per_token = -ratio * policy.advantages * kept
-    diagnostics = ratio_diagnostics(policy, ratio) | {"clip_fraction:mean": masked_mean(1 - kept, policy.mask)}
-    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics)
+    return policy.output(-ratio * policy.advantages * kept, aggregation, _shown(policy, ratio, kept))
 
 
 def _truncated(policy: Policy, kept: Tensor, cap: float, aggregation: str) -> LossFnOutput:
     ratio = policy.log_ratio.detach().exp()
     per_token = -ratio.clamp(max=cap) * policy.advantages * policy.logprobs * kept
-    diagnostics = ratio_diagnostics(policy, ratio) | {
-        "clip_fraction:mean": masked_mean(1 - kept, policy.mask),
-        "truncated_fraction:mean": masked_mean((ratio > cap) * kept, policy.mask),
-    }
-    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics)
+    truncated = {"truncated_fraction:mean": masked_mean((ratio > cap) * kept, policy.mask)}
+    return policy.output(per_token, aggregation, _shown(policy, ratio, kept) | truncated)
 
 
-@policy_loss(**UNCORRECTED)
+def _shown(policy: Policy, ratio: Tensor, kept: Tensor) -> Diagnostics:
+    return ratio_diagnostics(policy, ratio) | {"clip_fraction:mean": masked_mean(1 - kept, policy.mask)}
+
+
+@uncorrected_policy_loss()
 def dppo_tv(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -76,7 +73,7 @@ def dppo_tv(
     return _surrogate(policy, kept, aggregation)
 
 
-@policy_loss(**UNCORRECTED)
+@uncorrected_policy_loss()
 def dppo_kl(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -95,7 +92,7 @@ def dppo_kl(
     return _surrogate(policy, kept, aggregation)
 
 
-@policy_loss(**UNCORRECTED)
+@uncorrected_policy_loss()
 def dppo_tv_truncated(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -112,7 +109,7 @@ def dppo_tv_truncated(
     return _truncated(policy, kept, ratio_cap, aggregation)
 
 
-@policy_loss(**UNCORRECTED)
+@uncorrected_policy_loss()
 def dppo_kl_truncated(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from tinkerbell_core import LossFnOutput, loss
 from tinkerbell_core.functional import (
-    aggregate,
+    aggregate_sequences,
     effective_mask,
     masked_mean,
     sequence_log_ratio,
     target_logprobs,
 )
 from tinkerbell_loss_grpo.corrections import corrected
-from tinkerbell_loss_grpo.pieces import policy_loss, ratio_diagnostics, read_policy
+from tinkerbell_loss_grpo.pieces import policy_loss, ratio_diagnostics, read_policy, uncorrected_policy_loss
 
 
 @policy_loss()
@@ -39,10 +39,11 @@ def reinforce(
     per_token = -policy.logprobs * policy.advantages
     per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
     diagnostics = ratio_diagnostics(policy, policy.log_ratio.exp()) | more
-    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics)
+    return policy.output(per_token, aggregation, diagnostics)
 
 
-@policy_loss(optional_inputs=("weights",), finite=("logprobs", "advantages", "weights"))
+# of made-up log-probabilities hardly one is within the bounds that a real sampler keeps
+@uncorrected_policy_loss(example_hyperparameters={"clip_low_threshold": 1e-3, "clip_high_threshold": 1e3})
 def rollout_is(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -62,7 +63,7 @@ def rollout_is(
     within = (ratio > clip_low_threshold) & (ratio < clip_high_threshold)
     per_token = -torch.where(within, ratio, 0.0) * policy.advantages * policy.logprobs
     diagnostics = ratio_diagnostics(policy, ratio) | {"clip_fraction:mean": masked_mean((~within).float(), policy.mask)}
-    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics)
+    return policy.output(per_token, aggregation, diagnostics)
 
 
 @loss(
@@ -88,9 +89,9 @@ def a2po(
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)  # [B, T]
     implicit = beta * sequence_log_ratio(logprobs, loss_fn_inputs["ref_logprobs"], mask)  # [B]
     optimal = loss_fn_inputs["rewards"] - loss_fn_inputs["optimal_values"]  # [B]
-    counts = (mask != 0).any(-1, keepdim=True).to(logprobs.dtype)  # [B, 1]
+    counts = (mask != 0).any(-1)  # [B]
     diagnostics = {
-        "implicit_reward:mean": masked_mean(implicit[:, None], counts),
-        "optimal_advantage:mean": masked_mean(optimal[:, None], counts),
+        "implicit_reward:mean": masked_mean(implicit[:, None], counts[:, None]),
+        "optimal_advantage:mean": masked_mean(optimal[:, None], counts[:, None]),
     }
-    return LossFnOutput(aggregate((implicit - optimal).square()[:, None], counts, aggregation), logprobs, diagnostics)
+    return LossFnOutput(aggregate_sequences((implicit - optimal).square(), counts, aggregation), logprobs, diagnostics)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 
-from tinkerbell_core import LossFnOutput, LossSpec, loss
+from tinkerbell_core import LossFnOutput, loss
 from tinkerbell_core.functional import aggregate, counted, effective_mask, entropy, masked_mean, target_logprobs
-from tinkerbell_core.spec import LossFn
-from tinkerbell_loss_grpo.pieces import FURTHEST, Diagnostics, straight_through
+from tinkerbell_core.hyperparameters import above
+from tinkerbell_loss_grpo.pieces import FURTHEST, straight_through
 
-
-def penalty(**different: Any) -> Callable[[LossFn], LossSpec]:  # Any: what loss() takes
-    """Declares a penalty against a reference, like @loss, with `different` over what these have in common."""
-    common = {
-        "coupling": "sequence",
-        "inputs": ("target_tokens", "ref_logprobs"),
-        "optional_inputs": ("weights", "logprobs"),
-        "finite": ("ref_logprobs", "weights", "logprobs"),
-    }
-    return loss(**{**common, **different})
+penalty = partial(
+    loss,
+    coupling="sequence",
+    inputs=("target_tokens", "ref_logprobs"),
+    optional_inputs=("weights", "logprobs"),
+    finite=("ref_logprobs", "weights", "logprobs"),
+    allowed={"ratio_cap": above(0)},
+)
+"""Declares an estimator of the divergence from a reference, with or without the weights of a stale sampler."""
 
 
 def k2(log_ratio: Tensor) -> Tensor:
@@ -35,27 +35,34 @@ def k3(log_ratio: Tensor) -> Tensor:
     return (-log_ratio).exp() - 1 + log_ratio
 
 
-def _read(
-    model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask, log-probabilities and log-ratio to the reference, all `[B, T]`."""
+class Gap(NamedTuple):
+    """Policy and reference on the sampled tokens: mask, log-probabilities and log-ratio to it, all `[B, T]`."""
+
+    mask: Tensor
+    logprobs: Tensor
+    log_ratio: Tensor
+
+    def unbiased(self, value: Tensor, sampler: Tensor | None, cap: float) -> Tensor:
+        """`value` with the gradient of k2, weighted by the ratio to the policy that sampled where that is given."""
+        surrogate = k2(self.log_ratio)
+        if sampler is not None:
+            drift = counted(self.logprobs.detach() - sampler, self.mask).clamp(-FURTHEST, FURTHEST)
+            surrogate = surrogate * drift.exp().clamp(max=cap)
+        return straight_through(value, surrogate)
+
+    def output(self, per_token: Tensor, aggregation: str) -> LossFnOutput:
+        shown = {
+            "ref_kl:mean": masked_mean(self.log_ratio, self.mask),
+            "ref_kl_k3:mean": masked_mean(k3(self.log_ratio.detach()), self.mask),
+        }
+        return LossFnOutput(aggregate(per_token, self.mask, aggregation), self.logprobs, shown)
+
+
+def read_gap(model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor) -> Gap:
+    """The gap where `weights` times attention_mask is not 0."""
     mask = effective_mask(loss_fn_inputs, attention_mask)
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)
-    return mask, logprobs, counted(logprobs - loss_fn_inputs["ref_logprobs"], mask)
-
-
-def _diagnostics(mask: Tensor, log_ratio: Tensor) -> Diagnostics:
-    return {"ref_kl:mean": masked_mean(log_ratio, mask), "ref_kl_k3:mean": masked_mean(k3(log_ratio.detach()), mask)}
-
-
-def _unbiased(value: Tensor, log_ratio: Tensor, logprobs: Tensor, inputs: Mapping[str, Tensor], cap: float) -> Tensor:
-    """`value` with the gradient of k2, weighted by the ratio to the policy that sampled where `logprobs` are given."""
-    surrogate = k2(log_ratio)
-    sampler = inputs.get("logprobs")
-    if sampler is not None:
-        drift = (logprobs.detach() - sampler).clamp(-FURTHEST, FURTHEST)
-        surrogate = surrogate * drift.exp().clamp(max=cap)
-    return straight_through(value, surrogate)
+    return Gap(mask, logprobs, counted(logprobs - loss_fn_inputs["ref_logprobs"], mask))
 
 
 @penalty()
@@ -74,11 +81,11 @@ def kl_k1(
     OpenRLHF's unbiased_gradient), where `logprobs`, of the policy that sampled, weigh each token by the ratio, at most
     ratio_cap. Estimators: http://joschu.net/blog/kl-approx.html.
     """
-    mask, logprobs, log_ratio = _read(model_outputs, loss_fn_inputs, attention_mask)
-    value = log_ratio
+    gap = read_gap(model_outputs, loss_fn_inputs, attention_mask)
+    value = gap.log_ratio  # [B, T]
     if unbiased_gradient:
-        value = _unbiased(value, log_ratio, logprobs, loss_fn_inputs, ratio_cap)
-    return LossFnOutput(aggregate(value, mask, aggregation), logprobs, _diagnostics(mask, log_ratio))
+        value = gap.unbiased(value, loss_fn_inputs.get("logprobs"), ratio_cap)
+    return gap.output(value, aggregation)
 
 
 @penalty()
@@ -95,11 +102,11 @@ def kl_k2(
 
     unbiased_gradient: as for kl_k1, it adds the weights only.
     """
-    mask, logprobs, log_ratio = _read(model_outputs, loss_fn_inputs, attention_mask)
-    value = k2(log_ratio)
+    gap = read_gap(model_outputs, loss_fn_inputs, attention_mask)
+    value = k2(gap.log_ratio)  # [B, T]
     if unbiased_gradient:
-        value = _unbiased(value, log_ratio, logprobs, loss_fn_inputs, ratio_cap)
-    return LossFnOutput(aggregate(value, mask, aggregation), logprobs, _diagnostics(mask, log_ratio))
+        value = gap.unbiased(value, loss_fn_inputs.get("logprobs"), ratio_cap)
+    return gap.output(value, aggregation)
 
 
 @penalty()
@@ -117,20 +124,20 @@ def kl_k3(
     Its own gradient is that of KL(reference || policy) in expectation; unbiased_gradient as for kl_k1 (verl's `k3+`).
     verl and OpenRLHF hold it below 10.
     """
-    mask, logprobs, log_ratio = _read(model_outputs, loss_fn_inputs, attention_mask)
-    value = k3(log_ratio)
+    gap = read_gap(model_outputs, loss_fn_inputs, attention_mask)
+    value = k3(gap.log_ratio)  # [B, T]
     if unbiased_gradient:
-        value = _unbiased(value, log_ratio, logprobs, loss_fn_inputs, ratio_cap)
-    return LossFnOutput(aggregate(value, mask, aggregation), logprobs, _diagnostics(mask, log_ratio))
+        value = gap.unbiased(value, loss_fn_inputs.get("logprobs"), ratio_cap)
+    return gap.output(value, aggregation)
 
 
-@penalty(optional_inputs=("weights",), finite=("ref_logprobs", "weights"))
+@penalty(optional_inputs=("weights",), finite=("ref_logprobs", "weights"), allowed={})
 def kl_abs(
     model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, *, aggregation: str = "sum"
 ) -> LossFnOutput:
     """|log p - log p_ref| of the sampled tokens, summed; no estimator of a KL divergence, but bounded in gradient."""
-    mask, logprobs, log_ratio = _read(model_outputs, loss_fn_inputs, attention_mask)
-    return LossFnOutput(aggregate(log_ratio.abs(), mask, aggregation), logprobs, _diagnostics(mask, log_ratio))
+    gap = read_gap(model_outputs, loss_fn_inputs, attention_mask)
+    return gap.output(gap.log_ratio.abs(), aggregation)
 
 
 @loss(coupling="sequence", inputs=(), optional_inputs=("weights",), finite=("weights",))

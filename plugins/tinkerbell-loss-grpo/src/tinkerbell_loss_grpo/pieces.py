@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tinkerbell_core import LossSpec, loss
-from tinkerbell_core.functional import counted, effective_mask, masked_mean, target_logprobs
-from tinkerbell_core.spec import LossFn
+from tinkerbell_core import LossFnOutput, loss
+from tinkerbell_core.functional import (
+    aggregate,
+    aggregate_sequences,
+    counted,
+    effective_mask,
+    masked_mean,
+    sequence_mean,
+    target_logprobs,
+)
 
 FURTHEST = 20.0
 """Log-ratios are held within this of 0: exp(89) is infinite in float32, and its gradient NaN."""
@@ -18,15 +26,19 @@ FURTHEST = 20.0
 Diagnostics = dict[str, Tensor]
 
 
-def policy_loss(**different: Any) -> Callable[[LossFn], LossSpec]:  # Any: what loss() takes
-    """Declares a loss of a policy on sampled tokens, like @loss, with `different` over what these have in common."""
-    common = {
-        "coupling": "sequence",
-        "inputs": ("target_tokens", "logprobs", "advantages"),
-        "optional_inputs": ("weights", "rollout_logprobs"),
-        "finite": ("logprobs", "advantages", "weights", "rollout_logprobs"),
-    }
-    return loss(**{**common, **different})
+policy_loss = partial(
+    loss,
+    coupling="sequence",
+    inputs=("target_tokens", "logprobs", "advantages"),
+    optional_inputs=("weights", "rollout_logprobs"),
+    finite=("logprobs", "advantages", "weights", "rollout_logprobs"),
+)
+"""Declares a loss of a policy on sampled tokens."""
+
+uncorrected_policy_loss = partial(
+    policy_loss, optional_inputs=("weights",), finite=("logprobs", "advantages", "weights")
+)
+"""Declares one that takes no correction: where it matters, logprobs are the engine's already."""
 
 
 class Policy(NamedTuple):
@@ -40,6 +52,24 @@ class Policy(NamedTuple):
     log_ratio: Tensor
     advantages: Tensor
 
+    @property
+    def summed_log_ratio(self) -> Tensor:
+        """The log-ratio of each whole sequence, `[B, 1]`: the log of the ratios' product."""
+        return self.log_ratio.sum(-1, keepdim=True).clamp(-FURTHEST, FURTHEST)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Of x `[B, T]` over the tokens of each sequence that count, each once, `[B, 1]`; 0 for none."""
+        return sequence_mean(x, (self.mask != 0).to(x.dtype))[:, None]
+
+    def output(self, per_token: Tensor, aggregation: str, shown: Diagnostics) -> LossFnOutput:
+        """A loss of tokens, `[B, T]`, aggregated."""
+        return LossFnOutput(aggregate(per_token, self.mask, aggregation), self.logprobs, shown)
+
+    def output_of_sequences(self, per_sequence: Tensor, aggregation: str, shown: Diagnostics) -> LossFnOutput:
+        """A loss of sequences, `[B, 1]`, aggregated over those in which anything counts."""
+        counts = (self.mask != 0).any(-1)  # [B]
+        return LossFnOutput(aggregate_sequences(per_sequence[:, 0], counts, aggregation), self.logprobs, shown)
+
 
 def read_policy(model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor) -> Policy:
     """The policy where `weights` times attention_mask is not 0."""
@@ -49,41 +79,20 @@ def read_policy(model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], att
     return Policy(mask, logprobs, log_ratio, counted(loss_fn_inputs["advantages"], mask))
 
 
-def mean_log_ratio(policy: Policy) -> Tensor:
-    """The log-ratio of each sequence per token that counts, `[B, 1]`: the log of the ratios' geometric mean."""
-    keep = policy.mask != 0
-    return policy.log_ratio.sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp(min=1)
-
-
-def summed_log_ratio(policy: Policy) -> Tensor:
-    """The log-ratio of each whole sequence, `[B, 1]`: the log of the ratios' product."""
-    return policy.log_ratio.sum(-1, keepdim=True).clamp(-FURTHEST, FURTHEST)
-
-
-def sequence_advantages(policy: Policy) -> Tensor:
-    """One advantage a sequence, `[B, 1]`: the mean over the tokens that count."""
-    keep = policy.mask != 0
-    return policy.advantages.sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp(min=1)
-
-
-def sequence_mask(policy: Policy) -> Tensor:
-    """1 for a sequence in which anything counts, `[B, 1]`: the mask of a loss that has one number a sequence."""
-    return (policy.mask != 0).any(-1, keepdim=True).to(policy.logprobs.dtype)
-
-
 def straight_through(value: Tensor, gradient_of: Tensor) -> Tensor:
     """The number `value`, with the gradient of another expression."""
     return value.detach() + gradient_of - gradient_of.detach()
 
 
-def clipped_surrogate(
-    ratio: Tensor, advantages: Tensor, low: float, high: float, dual_clip: float | None = None
-) -> Tensor:
-    """min(ratio * A, clip(ratio, low, high) * A), and where A < 0 not below dual_clip * A."""
+def clipped(
+    policy: Policy, ratio: Tensor, low: float, high: float, dual_clip: float | None = None
+) -> tuple[Tensor, Diagnostics]:
+    """-min(ratio * A, clip(ratio, low, high) * A), where A < 0 no more than -dual_clip * A; and what to watch of it."""
+    advantages = policy.advantages
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
-    if dual_clip is None:
-        return surrogate
-    return torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
+    if dual_clip is not None:
+        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
+    return -surrogate, ratio_diagnostics(policy, ratio) | clip_diagnostics(policy, ratio, low, high)
 
 
 def ratio_diagnostics(policy: Policy, ratio: Tensor) -> Diagnostics:

@@ -9,27 +9,24 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
-from tinkerbell_core.functional import aggregate, masked_mean
+from tinkerbell_core.functional import masked_mean
 from tinkerbell_loss_grpo.corrections import corrected
 from tinkerbell_loss_grpo.pieces import (
     FURTHEST,
     Policy,
     clip_diagnostics,
-    clipped_surrogate,
-    mean_log_ratio,
+    clipped,
     policy_loss,
     ratio_diagnostics,
     read_policy,
-    sequence_advantages,
-    sequence_mask,
     straight_through,
-    summed_log_ratio,
+    uncorrected_policy_loss,
 )
 
 
 def _sequence_ratio_on_tokens(policy: Policy) -> Tensor:
     """GSPO's ratio, `[B, T]`: in value the geometric mean of the sequence, in gradient each token's own."""
-    return straight_through(mean_log_ratio(policy), policy.logprobs).clamp(max=FURTHEST).exp()
+    return straight_through(policy.mean(policy.log_ratio), policy.logprobs).clamp(max=FURTHEST).exp()
 
 
 @policy_loss()
@@ -54,11 +51,9 @@ def gspo(
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     ratio = _sequence_ratio_on_tokens(policy)
-    low, high = clip_low_threshold, clip_high_threshold
-    per_token = -clipped_surrogate(ratio, policy.advantages, low, high, dual_clip)
+    per_token, shown = clipped(policy, ratio, clip_low_threshold, clip_high_threshold, dual_clip)
     per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
-    diagnostics = ratio_diagnostics(policy, ratio) | clip_diagnostics(policy, ratio, low, high) | more
-    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics)
+    return policy.output(per_token, aggregation, shown | more)
 
 
 @policy_loss()
@@ -82,14 +77,12 @@ def luspo(
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     ratio = _sequence_ratio_on_tokens(policy)
-    low, high = clip_low_threshold, clip_high_threshold
-    per_token = -clipped_surrogate(ratio, policy.advantages, low, high, dual_clip)
+    per_token, shown = clipped(policy, ratio, clip_low_threshold, clip_high_threshold, dual_clip)
     per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
-    diagnostics = ratio_diagnostics(policy, ratio) | clip_diagnostics(policy, ratio, low, high) | more
-    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics)
+    return policy.output(per_token, aggregation, shown | more)
 
 
-@policy_loss(optional_inputs=("weights",), finite=("logprobs", "advantages", "weights"))
+@uncorrected_policy_loss()
 def rloo_ppo(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -105,14 +98,13 @@ def rloo_ppo(
     mean of the group's others; of `[B, T]` the mean over the response is taken. logprobs: `[B, T]`.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
-    ratio = summed_log_ratio(policy).exp()  # [B, 1]
-    low, high = clip_low_threshold, clip_high_threshold
-    per_sequence = -clipped_surrogate(ratio, sequence_advantages(policy), low, high)  # [B, 1]
-    diagnostics = ratio_diagnostics(policy, ratio) | clip_diagnostics(policy, ratio, low, high)
-    return LossFnOutput(aggregate(per_sequence, sequence_mask(policy), aggregation), policy.logprobs, diagnostics)
+    responses = policy._replace(advantages=policy.mean(policy.advantages))  # [B, 1]
+    ratio = policy.summed_log_ratio.exp()  # [B, 1]
+    per_sequence, shown = clipped(responses, ratio, clip_low_threshold, clip_high_threshold)  # [B, 1]
+    return policy.output_of_sequences(per_sequence, aggregation, shown)
 
 
-@policy_loss(optional_inputs=("weights",), finite=("logprobs", "advantages", "weights"))
+@uncorrected_policy_loss()
 def gmpo(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -130,18 +122,18 @@ def gmpo(
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     clipped = policy.log_ratio.clamp(-log_clip_low, log_clip_high)
-    advantage = sequence_advantages(policy)  # [B, 1]
+    advantage = policy.mean(policy.advantages)  # [B, 1]
     pays = torch.where(
         advantage > 0, torch.minimum(policy.log_ratio, clipped), torch.maximum(policy.log_ratio, clipped)
     )
-    ratio = mean_log_ratio(policy._replace(log_ratio=pays)).exp()  # [B, 1]
+    ratio = policy.mean(pays).exp()  # [B, 1]
     diagnostics = ratio_diagnostics(policy, ratio) | clip_diagnostics(
         policy, policy.log_ratio.exp(), math.exp(-log_clip_low), math.exp(log_clip_high)
     )
-    return LossFnOutput(aggregate(-advantage * ratio, sequence_mask(policy), aggregation), policy.logprobs, diagnostics)
+    return policy.output_of_sequences(-advantage * ratio, aggregation, diagnostics)
 
 
-@policy_loss(optional_inputs=("weights",), finite=("logprobs", "advantages", "weights"))
+@uncorrected_policy_loss()
 def vespo(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -167,4 +159,4 @@ def vespo(
         phi = (rate + k * log_w - rate * log_w.exp()).exp()  # [B, T]
     per_token = -phi * policy.advantages * policy.logprobs
     diagnostics = ratio_diagnostics(policy, log_w.exp()) | {"phi:mean": masked_mean(phi, policy.mask)}
-    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics)
+    return policy.output(per_token, aggregation, diagnostics)

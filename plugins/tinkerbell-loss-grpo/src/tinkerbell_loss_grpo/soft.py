@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
-from tinkerbell_core.functional import aggregate, masked_mean
+from tinkerbell_core.functional import masked_mean
+from tinkerbell_core.hyperparameters import above
 from tinkerbell_loss_grpo.corrections import corrected
 from tinkerbell_loss_grpo.pieces import policy_loss, ratio_diagnostics, read_policy
 
 
-@policy_loss()
+@policy_loss(allowed={"tau_positive": above(0), "tau_negative": above(0)})
 def sapo(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],
@@ -38,5 +39,5 @@ def sapo(
     per_token = -gate * policy.advantages
     per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
     slope = tau * gate.detach() * (1 - tau * gate.detach() / 4)  # of the gate in the ratio: 1 at ratio 1
-    diagnostics = ratio_diagnostics(policy, ratio) | {"gate_slope:mean": masked_mean(slope, policy.mask)} | more
-    return LossFnOutput(aggregate(per_token, policy.mask, aggregation), policy.logprobs, diagnostics)
+    shown = ratio_diagnostics(policy, ratio) | {"gate_slope:mean": masked_mean(slope, policy.mask)}
+    return policy.output(per_token, aggregation, shown | more)

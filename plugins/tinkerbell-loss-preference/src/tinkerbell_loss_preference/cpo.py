@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
+from tinkerbell_core.functional import preferred
+from tinkerbell_core.hyperparameters import SHARE, above
 from tinkerbell_loss_preference.pieces import Inputs, averaged, on_pairs, summed
 
 
-@on_pairs
+@on_pairs(allowed={"label_smoothing": SHARE})
 def cpo(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -28,7 +29,7 @@ def cpo(
     """
     found = summed(model_outputs, loss_fn_inputs, attention_mask)
     margin = beta * found.margin  # [P]
-    per_pair = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    per_pair = preferred(margin, label_smoothing)
     return found.output(
         per_pair,
         aggregation,
@@ -37,7 +38,7 @@ def cpo(
     )
 
 
-@on_pairs
+@on_pairs()
 def cpo_hinge(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -57,7 +58,7 @@ def cpo_hinge(
     )
 
 
-@on_pairs
+@on_pairs(allowed={"beta": above(0)})
 def cpo_ipo(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,

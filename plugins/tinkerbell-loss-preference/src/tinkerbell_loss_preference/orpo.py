@@ -11,7 +11,7 @@ from tinkerbell_core.functional import effective_mask, sequence_nll, target_logp
 from tinkerbell_loss_preference.pieces import Inputs, averaged, on_pairs
 
 
-@on_pairs
+@on_pairs()
 def orpo(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from tinkerbell_core.functional import (
     effective_mask,
     masked_mean,
     pairs,
+    reward_diagnostics,
     sequence_mean,
     sequence_nll,
     sequence_sum,
@@ -21,8 +23,13 @@ from tinkerbell_core.functional import (
 
 Inputs = Mapping[str, Tensor]
 
-on_pairs = loss(
-    coupling="sequence", group_size=2, inputs=("target_tokens",), optional_inputs=("weights",), finite=("weights",)
+on_pairs = partial(
+    loss,
+    coupling="sequence",
+    group_size=2,
+    inputs=("target_tokens",),
+    optional_inputs=("weights",),
+    finite=("weights",),
 )
 """Declares a loss of rows 2i, chosen, and 2i + 1, rejected."""
 
@@ -61,15 +68,8 @@ class Pairs:
         if likelihood_weight:
             nll = sequence_nll(logprobs, mask, aggregation) if likelihood is None else likelihood
             loss = loss + likelihood_weight * nll
-        chosen, rejected = rewards[0].detach(), rewards[1].detach()  # [P]
-        diagnostics = {
-            "reward_accuracy": (chosen > rejected).float().mean(),
-            "reward_margin": (chosen - rejected).mean(),
-            "chosen_reward": chosen.mean(),
-            "rejected_reward": rejected.mean(),
-            "nll": masked_mean(-logprobs, mask),
-        }
-        return LossFnOutput(loss, self.logprobs, diagnostics)
+        shown = reward_diagnostics(*rewards) | {"nll": masked_mean(-logprobs, mask)}
+        return LossFnOutput(loss, self.logprobs, shown)
 
 
 def summed(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> Pairs:

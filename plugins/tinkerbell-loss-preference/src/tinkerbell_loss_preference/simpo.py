@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
+from tinkerbell_core.functional import preferred
+from tinkerbell_core.hyperparameters import SHARE
 from tinkerbell_loss_preference.pieces import Inputs, averaged, on_pairs
 
 _LARGEST = 80.0
 """Exponents end here: exp(80) is a float32, and a reward that far down has no gradient left to lose."""
 
 
-@on_pairs
+@on_pairs(allowed={"label_smoothing": SHARE})
 def simpo(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -31,7 +32,7 @@ def simpo(
     """
     found = averaged(model_outputs, loss_fn_inputs, attention_mask)
     margin = beta * found.margin - gamma  # [P]
-    per_pair = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    per_pair = preferred(margin, label_smoothing)
     return found.output(
         per_pair,
         aggregation,
@@ -40,7 +41,7 @@ def simpo(
     )
 
 
-@on_pairs
+@on_pairs(allowed={"label_smoothing": SHARE})
 def alphapo(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -60,7 +61,7 @@ def alphapo(
     found = averaged(model_outputs, loss_fn_inputs, attention_mask)
     chosen, rejected = beta * _alpha(found.chosen, alpha), beta * _alpha(found.rejected, alpha)  # [P]
     margin = chosen - rejected - gamma
-    per_pair = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    per_pair = preferred(margin, label_smoothing)
     return found.output(per_pair, aggregation, rewards=(chosen, rejected), likelihood_weight=likelihood_weight)
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from functools import partial
+
 from torch import Tensor
 
-from tinkerbell_core import LossFnOutput, loss
+from tinkerbell_core import LossFnOutput
 from tinkerbell_core.errors import BadData
-from tinkerbell_core.functional import sequence_mean, sequence_sum
-from tinkerbell_loss_preference.pieces import Inputs, Pairs, score
+from tinkerbell_core.functional import preferred, sequence_mean, sequence_sum
+from tinkerbell_core.hyperparameters import SHARE
+from tinkerbell_loss_preference.pieces import Inputs, Pairs, on_pairs, score
 
-on_triples = loss(
-    coupling="sequence", group_size=3, inputs=("target_tokens",), optional_inputs=("weights",), finite=("weights",)
-)
+on_triples = partial(on_pairs, group_size=3, allowed={"label_smoothing": SHARE})
 """Declares a loss of rows 3i, chosen, 3i + 1, rejected, and 3i + 2, gold."""
 
 
-@on_triples
+@on_triples()
 def tpo(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -36,7 +36,7 @@ def tpo(
     return _output(found, beta, beta * found.margin, likelihood_weight, label_smoothing, aggregation)
 
 
-@on_triples
+@on_triples()
 def tpo_l(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -67,7 +67,7 @@ def _tripled(mask: Tensor, logprobs: Tensor, per_row: Tensor) -> Pairs:
 def _output(
     found: Pairs, beta: float, margin: Tensor, likelihood_weight: float, label_smoothing: float, aggregation: str
 ) -> LossFnOutput:
-    per_pair = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)  # [P]
+    per_pair = preferred(margin, label_smoothing)  # [P]
     return found.output(
         per_pair,
         aggregation,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput, loss
-from tinkerbell_core.functional import aggregate_sequences, effective_mask, pairs, per_sequence
+from tinkerbell_core.functional import (
+    aggregate_sequences,
+    effective_mask,
+    pairs,
+    per_sequence,
+    preferred,
+    reward_diagnostics,
+)
 from tinkerbell_loss_reward.pieces import Inputs, rewards
 
 
@@ -39,11 +45,7 @@ def bradley_terry(
     margin = loss_fn_inputs.get("margin")
     if margin is not None:
         ahead = ahead - per_sequence("margin", margin, mask)[0::2]
-    per_pair = -F.logsigmoid(ahead) + center_weight * (chosen + rejected).square()
-    diagnostics = {
-        "reward_accuracy": (chosen > rejected).float().mean(),
-        "reward_margin": (chosen - rejected).mean(),
-        "chosen_reward": chosen.mean(),
-        "rejected_reward": rejected.mean(),
-    }
-    return LossFnOutput(aggregate_sequences(per_pair, some | other, aggregation), None, diagnostics)
+    per_pair = preferred(ahead) + center_weight * (chosen + rejected).square()
+    return LossFnOutput(
+        aggregate_sequences(per_pair, some | other, aggregation), None, reward_diagnostics(chosen, rejected)
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,7 +11,8 @@ from tinkerbell_core import LossFnOutput, loss
 from tinkerbell_core.functional import aggregate, counted, effective_mask, masked_mean
 from tinkerbell_loss_reward.pieces import Inputs, scores
 
-on_steps = loss(
+on_steps = partial(
+    loss,
     coupling="sequence",
     inputs=("step_labels", "weights"),
     finite=("step_labels", "weights"),
@@ -17,7 +20,7 @@ on_steps = loss(
 """Declares a loss of positions where steps end: weights are not 0 there."""
 
 
-@on_steps
+@on_steps()
 def prm(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
@@ -35,7 +38,7 @@ def prm(
     return _output(scores(model_outputs, mask, reward_token), loss_fn_inputs, mask, aggregation)
 
 
-@on_steps
+@on_steps(example_hyperparameters={"good_token": 1, "bad_token": 2})
 def prm_tokens(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,

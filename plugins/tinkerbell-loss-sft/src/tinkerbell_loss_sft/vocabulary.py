@@ -16,9 +16,16 @@ from tinkerbell_core.functional import (
     spread_rows,
     target_logprobs,
 )
+from tinkerbell_core.hyperparameters import SHARE
 
 
-@loss(coupling="sequence", inputs=("target_tokens",), optional_inputs=("weights",), finite=("weights",))
+@loss(
+    coupling="sequence",
+    inputs=("target_tokens",),
+    optional_inputs=("weights",),
+    finite=("weights",),
+    allowed={"epsilon": SHARE},
+)
 def label_smoothing(
     model_outputs: Tensor,
     loss_fn_inputs: Mapping[str, Tensor],

@@ -20,6 +20,7 @@ from tinkerbell_core.functional import (
     sequence_nll,
     target_logprobs,
 )
+from tinkerbell_core.hyperparameters import above
 
 Inputs = Mapping[str, Tensor]
 
@@ -47,6 +48,7 @@ def gradient_ascent(
     inputs=("target_tokens", "ref_logprobs"),
     optional_inputs=("weights", "retain"),
     finite=("ref_logprobs", "weights"),
+    allowed={"beta": above(0)},
 )
 def npo(
     model_outputs: Tensor,
@@ -69,7 +71,13 @@ def npo(
     return _output(per_row, mask, logprobs, retain, retain_weight, aggregation, shown)
 
 
-@loss(coupling="sequence", inputs=("target_tokens",), optional_inputs=("weights", "retain"), finite=("weights",))
+@loss(
+    coupling="sequence",
+    inputs=("target_tokens",),
+    optional_inputs=("weights", "retain"),
+    finite=("weights",),
+    allowed={"beta": above(0)},
+)
 def simnpo(
     model_outputs: Tensor,
     loss_fn_inputs: Inputs,
