@@ -101,6 +101,20 @@ def test_anchors_may_be_rivals() -> None:
     assert more[0].loss > fewer[0].loss
 
 
+def test_positives_may_have_rivals_of_their_own() -> None:
+    logits, inputs = batch(**GROUPS)
+    inputs["weights"][:] = 1
+    output, gradient = run(info_nce_hard, logits, inputs, {"positive_other": True, "temperature": 0.5})
+    vectors = torch.nn.functional.normalize(logits[:, -1], dim=-1)
+    anchors, others = vectors[[0, 3]], vectors[[1, 2, 4, 5]]
+    documents = (vectors[[1, 4]] @ others.T).masked_fill(torch.tensor([[1, 0, 0, 0], [0, 0, 1, 0]]) > 0, -torch.inf)
+    scores = torch.cat([anchors @ others.T, documents], -1) / 0.5
+    torch.testing.assert_close(
+        output.loss, torch.nn.functional.cross_entropy(scores, torch.tensor([0, 2]), reduction="sum")
+    )
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("aggregation", ["sum", "token-mean", "seq-mean-token-mean"])
 def test_without_anchors_it_is_0_and_says_how_many(aggregation: str) -> None:
     logits, inputs = batch(**GROUPS)

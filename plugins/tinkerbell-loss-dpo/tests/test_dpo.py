@@ -12,6 +12,7 @@ from tinkerbell_loss_dpo import (
     aot,
     aot_unpaired,
     bco_pair,
+    cal_dpo,
     discopop,
     dpo,
     dpo_alpha,
@@ -202,6 +203,14 @@ def test_dpop_adds_its_penalty_only_where_a_chosen_completion_became_unlikelier(
         moved = {**inputs, "ref_logprobs": inputs["ref_logprobs"] + shift}
         penalised, plain = run(dpop, logits, moved, {})[0].loss, run(dpop, logits, moved, {"penalty": 0.0})[0].loss
         assert torch.isclose(penalised, plain).item() is same
+
+
+def test_cal_dpo_is_dpo_at_a_beta_of_1_and_what_its_rewards_miss() -> None:
+    logits, inputs = batch()
+    output, _ = run(cal_dpo, logits, inputs, {"beta": 0.25})
+    ratio = ((output.logprobs - inputs["ref_logprobs"]) * inputs["weights"]).sum(-1)
+    missed = (ratio - torch.tensor([2.0, -2.0] * 3)).square().sum()
+    torch.testing.assert_close(output.loss, run(dpo, logits, inputs, {"beta": 1.0})[0].loss + missed)
 
 
 def test_bco_pair_shifts_both_rewards() -> None:

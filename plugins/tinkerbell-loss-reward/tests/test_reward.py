@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tinkerbell_loss_reward as package
 import torch
-from tinkerbell_loss_reward import bradley_terry, prm, prm_tokens, register_losses, value_clip
+from tinkerbell_loss_reward import bradley_terry, mse, prm, prm_tokens, register_losses, value_clip
 
 from tests.batches import B, T, batch, check_extremes, check_masks, descend, run
 from tests.oracles.compare import difference
@@ -25,6 +25,7 @@ INPUTS = {
     "margin": torch.tensor([0.1, 0.1, 0.5, 0.5, 1.0, 1.0]),
     "step_labels": torch.tensor([[1.0, 0, 1, 0.25, 0, 1, 0]]).repeat(B, 1),
     "old_values": torch.linspace(-1, 1, B * T).view(B, T),
+    "labels": torch.linspace(-2, 1, B * T).view(B, T),
     "returns": torch.linspace(2, -1, B * T).view(B, T),
 }
 SETTINGS = {"prm_tokens": {"good_token": 3, "bad_token": 5}}
@@ -60,6 +61,7 @@ SHOWN = {
     "prm": ("step_accuracy:mean", 1),
     "prm_tokens": ("step_accuracy:mean", 1),
     "value_clip": ("value_error:mean", -1),
+    "mse": ("value_error:mean", -1),
 }
 
 
@@ -107,6 +109,13 @@ def test_two_tokens_are_one_score_when_one_is_silent() -> None:
         run(prm_tokens, logits, inputs, SETTINGS["prm_tokens"])[0].loss,
         run(prm, logits, inputs, {"reward_token": 3})[0].loss,
     )
+
+
+def test_regression_is_the_squared_error_of_the_scores() -> None:
+    logits, inputs = batch(**INPUTS)
+    counts = inputs["weights"] != 0
+    expected = (logits[..., 4] - INPUTS["labels"])[counts].square().sum()
+    torch.testing.assert_close(run(mse, logits, inputs, {"reward_token": 4})[0].loss, expected)
 
 
 def test_a_value_past_the_clip_has_no_gradient_towards_its_return() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tinkerbell_loss_sft as package
 import torch
-from tinkerbell_loss_sft import dft, focal, label_smoothing, register_losses, unlikelihood, z_loss
+from tinkerbell_loss_sft import dft, focal, label_smoothing, register_losses, softcap, unlikelihood, z_loss
 
 from tests.batches import B, T, V, batch, check_extremes, check_masks, descend, run
 from tests.oracles.compare import difference
@@ -61,9 +61,9 @@ def test_value_and_gradient_are_those_of_the_record(record: Record, entry: Entry
     assert difference(record, entry, REGISTRY) == ""
 
 
-@pytest.mark.parametrize(("spec", "watched"), [(label_smoothing, "nll:mean"), (focal, "nll:mean")])
-def test_training_makes_the_targets_likelier(spec: LossSpec, watched: str) -> None:
-    descend(spec, {}, lambda first, last: last.diagnostics[watched] < first.diagnostics[watched])
+@pytest.mark.parametrize("spec", [label_smoothing, softcap, focal], ids=lambda spec: spec.name)
+def test_training_makes_the_targets_likelier(spec: LossSpec) -> None:
+    descend(spec, {}, lambda first, last: last.diagnostics["nll:mean"] < first.diagnostics["nll:mean"])
 
 
 def test_training_with_dft_raises_their_probability() -> None:
@@ -94,6 +94,15 @@ def test_a_token_the_model_is_sure_of_has_a_finite_slope_for_any_gamma() -> None
         output, gradient = run(spec, sure, inputs, settings)
         assert output.loss.isfinite()
         assert gradient.isfinite().all()
+
+
+def test_a_high_cap_is_none_and_a_low_one_bounds_what_a_token_costs() -> None:
+    logits, inputs = batch()
+    plain = run(cross_entropy, logits, inputs, {})[0].loss
+    torch.testing.assert_close(run(softcap, logits, inputs, {"cap": 1e4})[0].loss, plain)
+    output, gradient = run(softcap, logits * 1e4, inputs, {"cap": 2.0})
+    assert output.loss / (inputs["weights"] != 0).sum() <= 4 + math.log(V)
+    assert gradient.isfinite().all()
 
 
 def test_label_smoothing_is_torchs() -> None:

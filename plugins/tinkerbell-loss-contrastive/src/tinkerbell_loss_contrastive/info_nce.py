@@ -50,6 +50,7 @@ def info_nce_hard(
     in_batch: bool = True,
     fake_negative_margin: float = -1.0,
     anchor_anchor: bool = False,
+    positive_other: bool = False,
     pooling: str = "last",
     normalize: bool = True,
     aggregation: str = "sum",
@@ -57,7 +58,8 @@ def info_nce_hard(
     """-log softmax of anchor * positive / temperature, hard negatives among the others: InfoNCE (arXiv:1807.03748).
 
     roles `[B]` are 0 for an anchor, 1 for a positive, 2 for a negative; group_ids `[B]` say whose they are. in_batch
-    contrasts an anchor with other groups' rows too, anchor_anchor with their anchors. fake_negative_margin of at least
+    contrasts an anchor with other groups' rows too, anchor_anchor with their anchors; positive_other, its first
+    positive with all rows that are no anchor (twinkle's include_qq, include_dd). fake_negative_margin of at least
     0 leaves out negatives that are nearer to the anchor than its positive by more than that: likely positives. An
     anchor without a positive costs nothing; the diagnostic `anchors:sum` counts the others.
     """
@@ -73,6 +75,7 @@ def info_nce_hard(
         in_batch=in_batch,
         fake_negative_margin=fake_negative_margin,
         anchor_anchor=anchor_anchor,
+        positive_other=positive_other,
     )
 
 
@@ -87,6 +90,7 @@ def _contrast(
     in_batch: bool,
     fake_negative_margin: float = -1.0,
     anchor_anchor: bool = False,
+    positive_other: bool = False,
 ) -> LossFnOutput:
     counts = (mask != 0).any(-1)  # [B]
     anchor, other = counts & (roles == 0), counts & (roles != 0)
@@ -101,7 +105,12 @@ def _contrast(
     if fake_negative_margin >= 0:
         rivals = rivals & (positive | (alike <= nearest + fake_negative_margin))
     scores, rivals, positive = alike[anchors] / temperature, rivals[anchors], positive[anchors]  # [A, B]
-    of_all = scores.masked_fill(~rivals, -torch.inf).logsumexp(-1)  # [A]
+    compared = scores.masked_fill(~rivals, -torch.inf)  # [A, B]
+    if positive_other:
+        first = positive.float().argmax(-1)  # [A]
+        apart = (own[first] | in_batch) & other & (torch.arange(len(mask), device=mask.device) != first[:, None])
+        compared = torch.cat([compared, (alike[first] / temperature).masked_fill(~apart, -torch.inf)], -1)
+    of_all = compared.logsumexp(-1)  # [A]
     of_positives = (scores * positive).sum(-1) / positive.sum(-1)
     per_anchor = of_all - of_positives
     with torch.no_grad():

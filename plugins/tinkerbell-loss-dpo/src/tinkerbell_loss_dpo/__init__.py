@@ -8,7 +8,7 @@ from tinkerbell_loss_dpo.divergences import dpo_alpha, dpo_forward_kl, dpo_js
 from tinkerbell_loss_dpo.lengths import ld_dpo, wpo
 from tinkerbell_loss_dpo.margins import discopop, dpo, dpo_hinge, dpo_norm, dpop, exo, ipo, ipo_norm, robust_dpo
 from tinkerbell_loss_dpo.mixes import mpo
-from tinkerbell_loss_dpo.rewards import apo_down, apo_zero, bco_pair, nca, sppo_hard
+from tinkerbell_loss_dpo.rewards import apo_down, apo_zero, bco_pair, cal_dpo, nca, sppo_hard
 
 __all__ = [
     "aot",
@@ -16,6 +16,7 @@ __all__ = [
     "apo_down",
     "apo_zero",
     "bco_pair",
+    "cal_dpo",
     "discopop",
     "dpo",
     "dpo_alpha",
@@ -41,7 +42,7 @@ __all__ = [
 def register_losses() -> list[LossSpec]:
     return [
         *(dpo, dpo_norm, robust_dpo, dpo_hinge, ipo, ipo_norm, exo, discopop, dpop),
-        *(nca, bco_pair, sppo_hard, apo_zero, apo_down),
+        *(nca, bco_pair, sppo_hard, cal_dpo, apo_zero, apo_down),
         *(dpo_forward_kl, dpo_js, dpo_alpha),
         *(ld_dpo, wpo),
         *(aot, aot_unpaired),

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
+from tinkerbell_core.functional import preferred
 from tinkerbell_core.hyperparameters import above
 from tinkerbell_loss_dpo.pieces import Inputs, on_pairs, read
 
@@ -62,6 +63,25 @@ def sppo_hard(
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     goal = 1 / (2 * beta)
     return found.output((found.chosen - goal).square() + (found.rejected + goal).square(), beta, aggregation)
+
+
+@on_pairs(allowed={"beta": above(0)})
+def cal_dpo(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    beta: float = 0.1,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """-log sigmoid(margin) + (chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2, log-ratios: Cal-DPO (2412.14516).
+
+    DPO that also pins the size of its rewards: beta sets that size, and does not multiply the margin.
+    """
+    found = read(model_outputs, loss_fn_inputs, attention_mask)
+    goal = 1 / (2 * beta)
+    calibration = (found.chosen - goal).square() + (found.rejected + goal).square()  # [P]
+    return found.output(preferred(found.margin) + calibration, beta, aggregation)
 
 
 @on_pairs()

@@ -1,4 +1,4 @@
-"""A critic's values, kept near those it had when the rollouts were made."""
+"""Scores that are to be numbers: a critic's values, kept near those the rollouts were made with, and regression."""
 
 from __future__ import annotations
 
@@ -40,3 +40,23 @@ def value_clip(
         "clip_fraction:mean": masked_mean((held > free).float(), mask),
     }
     return LossFnOutput(aggregate(0.5 * torch.maximum(free, held), mask, aggregation), None, diagnostics)
+
+
+@loss(coupling="sequence", inputs=("labels",), optional_inputs=("weights",), finite=("labels", "weights"))
+def mse(
+    model_outputs: Tensor,
+    loss_fn_inputs: Inputs,
+    attention_mask: Tensor,
+    *,
+    reward_token: int = 0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """(score - label)^2: regression of the scores, the logit of reward_token, on numbers.
+
+    labels `[B, T]` are read where weights are not 0: at the last token of a row, say, for one score a row.
+    """
+    mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
+    values = scores(model_outputs, mask, reward_token)  # [B, T]
+    error = (values - counted(loss_fn_inputs["labels"], mask)).square()
+    diagnostics = {"value:mean": masked_mean(values, mask), "value_error:mean": masked_mean(error, mask)}
+    return LossFnOutput(aggregate(error, mask, aggregation), None, diagnostics)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from tinkerbell_core import LossSpec, hookimpl
 from tinkerbell_loss_sft.likelihood import dft, focal
 from tinkerbell_loss_sft.unlikelihood import unlikelihood
-from tinkerbell_loss_sft.vocabulary import label_smoothing, z_loss
+from tinkerbell_loss_sft.vocabulary import label_smoothing, softcap, z_loss
 
-LOSSES: list[LossSpec] = [label_smoothing, z_loss, dft, focal, unlikelihood]
+LOSSES: list[LossSpec] = [label_smoothing, softcap, z_loss, dft, focal, unlikelihood]
 
 __all__ = ["LOSSES", "register_losses", *(spec.name for spec in LOSSES)]
 

@@ -16,7 +16,7 @@ from tinkerbell_core.functional import (
     spread_rows,
     target_logprobs,
 )
-from tinkerbell_core.hyperparameters import SHARE
+from tinkerbell_core.hyperparameters import SHARE, above
 
 
 @loss(
@@ -44,6 +44,33 @@ def label_smoothing(
     per_token = -(1 - epsilon) * logprobs - epsilon * evenly
     diagnostics = {"nll:mean": masked_mean(-logprobs, mask), "even_nll:mean": masked_mean(-evenly, mask)}
     return LossFnOutput(aggregate(per_token, mask, aggregation), logprobs, diagnostics)
+
+
+@loss(
+    coupling="sequence",
+    inputs=("target_tokens",),
+    optional_inputs=("weights",),
+    finite=("weights",),
+    allowed={"cap": above(0)},
+)
+def softcap(
+    model_outputs: Tensor,
+    loss_fn_inputs: Mapping[str, Tensor],
+    attention_mask: Tensor,
+    *,
+    cap: float = 30.0,
+    aggregation: str = "sum",
+) -> LossFnOutput:
+    """-log p(target) under logits cap * tanh(logits / cap), summed: cross-entropy with soft-capped logits (2408.00118).
+
+    For a model that is to be sampled with the same cap; one that caps its own logits wants cross_entropy. target_tokens
+    and weights `[B, T]`.
+    """
+    mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
+    capped = cap * (counted_rows(model_outputs, mask) / cap).tanh()  # [n, V]
+    targets = counted_rows(loss_fn_inputs["target_tokens"], mask)  # [n]
+    logprobs = spread_rows(target_logprobs(capped, targets), mask)  # [B, T]
+    return LossFnOutput(aggregate(-logprobs, mask, aggregation), logprobs, {"nll:mean": masked_mean(-logprobs, mask)})
 
 
 @loss(coupling="sequence", inputs=(), optional_inputs=("weights",), finite=("weights",))
