@@ -10,7 +10,7 @@ from types import TracebackType
 
 import msgspec
 
-from tinkerbell_core.errors import LossKilled
+from tinkerbell_core.errors import LossKilled, Problem
 from tinkerbell_server.tenancy import Caller
 
 FILE = "audit.jsonl"
@@ -65,9 +65,8 @@ class Watched:
     """One action of a caller, from now until `ended` writes its line; as a context manager, until the block ends."""
 
     def __init__(self, audit: Audit, caller: Caller, action: str, name: str | None, sha256: str | None) -> None:
-        self.sha256 = sha256
-        # what a caller calls a thing may be a megabyte long
-        self._audit, self._caller, self._action, self._name = audit, caller, action, name and name[:200]
+        self.name, self.sha256 = name, sha256
+        self._audit, self._caller, self._action = audit, caller, action
         self._began = time.monotonic()
 
     def __enter__(self) -> Watched:
@@ -76,12 +75,13 @@ class Watched:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.ended(error)
 
-    def ended(self, error: BaseException | None = None) -> None:
+    def ended(self, error: BaseException | Problem | None = None) -> None:
         self._audit.write(
             self._caller,
             self._action,
             "done" if error is None else getattr(error, "kind", type(error).__name__),
-            name=self._name,
+            # what a caller calls a thing may be a megabyte long
+            name=self.name and self.name[:200],
             sha256=self.sha256,
             seconds=round(time.monotonic() - self._began, 3),
             reason=error.message[:300] if isinstance(error, LossKilled) else None,

@@ -122,14 +122,22 @@ class Library:
         here = {loss.id for loss in losses}
         versions = self._versions(owner)
         same = [v for v in versions if (v.name, v.digest) == (upload.name, upload.digest)]
-        limit = self._settings.upload_limit
-        if not same and len(versions) >= limit:
-            raise BadUpload(
-                f"you keep {len(versions)} versions of uploaded losses, and {limit} are the most here: "
-                "delete some (tinkerbell loss delete NAME), or ask the operator for a larger --upload-limit"
-            )
+        if not same:
+            self._check_kept(len(versions))
         tried = [version.upload for version in same if version.id in here]
         return tried[0] if tried else upload
+
+    def check_kept(self, owner: str) -> None:
+        """Raise BadUpload where a tenant keeps as many versions as it may."""
+        self._check_kept(len(self._versions(owner)))
+
+    def _check_kept(self, kept: int) -> None:
+        limit = self._settings.upload_limit
+        if kept >= limit:
+            raise BadUpload(
+                f"you keep {kept} versions of uploaded losses, and {limit} are the most here: "
+                "delete some (tinkerbell loss delete NAME), or ask the operator for a larger --upload-limit"
+            )
 
     def _versions(self, owner: str) -> list[Version]:
         uploads = self._store.uploads()

@@ -12,6 +12,7 @@ import msgspec
 
 from tinkerbell_core.errors import BadRequest, Problem, TinkerbellError, UnknownLoss, UnknownModel, did_you_mean
 from tinkerbell_server.admission import Request
+from tinkerbell_server.audit import Watched
 from tinkerbell_server.engines.base import EngineDescription
 from tinkerbell_server.engines.wire import AnyCommand
 from tinkerbell_server.futures import KEEP_SECONDS, Call
@@ -45,6 +46,8 @@ class Desk:
         self.records = Records(service.settings.data_path)
         self.base = BaseModel.of(service.settings)
         self._accepted = 0
+        self._newest: str | None = None
+        self._watched: dict[str, tuple[Watched, bool]] = {}
 
     async def engine(self) -> EngineDescription:
         return await self.service.supervisor.described()
@@ -106,6 +109,7 @@ class Desk:
         request_id = self.service.futures.accept(call, qualified(tenant, parent), tenant).id
         self.records.put(Asked(id=request_id, tenant=tenant, parent=parent, kind=kind, digest=digest(body), **details))
         self._accepted += 1
+        self._newest = request_id
         if self._accepted % _FORGET_EVERY == 0:
             self.records.forget_asked(time.time() - 2 * KEEP_SECONDS)
         return request_id
@@ -157,11 +161,28 @@ class Desk:
             )
         )
 
+    def watch(self, request_id: str, watched: Watched, *, failures_only: bool = False) -> None:
+        """Tell the audit how the request ends that was just accepted; one that was sent again is told already."""
+        if request_id != self._newest:
+            return
+        self._newest = None
+        future = self.service.futures.future(request_id)
+        if future.state in ("queued", "running"):
+            self._watched[request_id] = watched, failures_only
+        elif future.problem is not None:
+            watched.ended(future.problem)
+
     def finish(self, request_id: str, result: bytes) -> None:
         self.service.futures.finish(request_id, result, None)
+        watched, failures_only = self._watched.pop(request_id, (None, True))
+        if watched is not None and not failures_only:
+            watched.ended()
 
     def fail(self, request_id: str, error: TinkerbellError) -> None:
         self.service.futures.finish(request_id, None, Problem.of(error))
+        watched, _ = self._watched.pop(request_id, (None, True))
+        if watched is not None:
+            watched.ended(error)
 
     async def retrieve(self, tenant: str, request_id: str, seconds: float) -> bytes | dict[str, Any] | None:
         """The answer of a request, when there is one within `seconds`; None: not yet. Raises Gone.

@@ -15,7 +15,7 @@ from tinkerbell_core.errors import BadRequest, UnknownLoss
 from tinkerbell_core.registry import resolve
 from tinkerbell_core.types import LossDescription, RegisterLossRequest
 from tinkerbell_server.engines.base import DeleteLosses, EngineDescription, RegisterLoss
-from tinkerbell_server.tenancy import Caller, owner_field, qualified, visible
+from tinkerbell_server.tenancy import owner_field, qualified, visible
 from tinkerbell_server.tinker import bodies, datums
 from tinkerbell_server.tinker.desk import Desk
 from tinkerbell_server.tinker.records import CustomLoss, Run, Session
@@ -29,9 +29,9 @@ class CustomLosses:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
 
-    async def create(self, caller: Caller, body: bytes) -> str:
+    async def create(self, tenant: str, body: bytes) -> str:
         """The request's id; its result is the loss's. Raises UploadsOff, BadUpload."""
-        desk, tenant = self._desk, caller.tenant
+        desk = self._desk
         sent = bodies.parse(body, bodies.CreateCustomLoss)
         engine = await desk.engine()
         session = desk.session(tenant, sent.session_id)
@@ -43,6 +43,7 @@ class CustomLosses:
         check_on(engine)
         upload = _upload(loss_id, sent)
         check_upload(upload, engine.losses)
+        desk.service.library.check_kept(tenant)
         ranks: dict[str, int] = {each.name: each.rank for each in sent.inputs}
         made = CustomLoss(id=loss_id, tenant=tenant, parent=session.id, digest=upload.digest, ranks=ranks)
         request_id = desk.accept(tenant, _KIND, key, body, parent=session.id, path=loss_id)

@@ -13,11 +13,13 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response, StreamingResponse
 
 from tinkerbell_core.errors import BadRequest
+from tinkerbell_server.routes.tinker.audited import at_once
 from tinkerbell_server.routes.tinker.caller import tenant_of
 from tinkerbell_server.routes.tinker.edge import body_of, front_of, said
 from tinkerbell_server.tinker import bodies
 from tinkerbell_server.tinker.downloads import SECONDS, write_archive
 from tinkerbell_server.tinker.records import Checkpoint
+from tinkerbell_server.tinker.searching import search
 
 _PIECE = 1 << 20
 
@@ -41,23 +43,27 @@ async def checkpoints(request: Request) -> Response:
 
 
 async def delete_checkpoint(request: Request) -> Response:
-    front_of(request).listing.delete(_own(request))
+    with at_once(request, "delete_checkpoint", _path(request)):
+        front_of(request).listing.delete(_own(request))
     return Response(status_code=204)
 
 
 async def publish(request: Request) -> Response:
-    front_of(request).listing.publish(_own(request), public=True)
+    with at_once(request, "publish_checkpoint", _path(request)):
+        front_of(request).listing.publish(_own(request), public=True)
     return Response(status_code=204)
 
 
 async def unpublish(request: Request) -> Response:
-    front_of(request).listing.publish(_own(request), public=False)
+    with at_once(request, "unpublish_checkpoint", _path(request)):
+        front_of(request).listing.publish(_own(request), public=False)
     return Response(status_code=204)
 
 
 async def ttl(request: Request) -> Response:
     sent = bodies.parse(await body_of(request), bodies.Ttl)
-    front_of(request).listing.expire(_own(request), sent.ttl_seconds)
+    with at_once(request, "expire_checkpoint", _path(request)):
+        front_of(request).listing.expire(_own(request), sent.ttl_seconds)
     return Response(status_code=204)
 
 
@@ -87,8 +93,20 @@ async def weights_info(request: Request) -> Response:
     return said(front_of(request).listing.weights_info(tenant_of(request), sent.tinker_path))
 
 
+async def copy_weights(request: Request) -> Response:
+    key = request.headers.get("x-idempotency-key")
+    body = await body_of(request)
+    with at_once(request, "copy_weights") as watched:
+        path = watched.name = front_of(request).copies.copy(tenant_of(request), body, key)
+    return said({"tinker_path": path})
+
+
 async def sessions(request: Request) -> Response:
     return said(front_of(request).listing.sessions(tenant_of(request), *_page(request)))
+
+
+async def search_sessions(request: Request) -> Response:
+    return said(search(front_of(request).desk.records, tenant_of(request), await body_of(request)))
 
 
 async def session(request: Request) -> Response:
@@ -104,6 +122,11 @@ async def move_session(request: Request) -> Response:
 def _own(request: Request) -> Checkpoint:
     parts = request.path_params
     return front_of(request).listing.own(tenant_of(request), parts["run_id"], parts["kind"], parts["name"])
+
+
+def _path(request: Request) -> str:
+    parts = request.path_params
+    return f"{parts['run_id']}/{parts['kind']}/{parts['name']}"
 
 
 def _base(request: Request) -> str:
