@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import PATIENT
 from tests.live import live_server
+from tests.tinker.hand import Wire
 from tinkerbell_server.engines.torch.embedded import write_tokenizer
 
 collect_ignore_glob = [] if find_spec("tinker") else ["test_*.py"]
@@ -78,3 +79,10 @@ def service(server: str) -> Any:  # Any: the SDK may not be there
     import tinker
 
     return tinker.ServiceClient(base_url=server)
+
+
+@pytest.fixture(scope="module")
+def wires(server: str, model_folder: Path) -> Iterator[Wire]:
+    made = Wire(server, model_folder)
+    yield made
+    made.http.close()

@@ -9,12 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tinker
 import torch
 from tinker import types
 
 LINEAR = types.AdamParams(learning_rate=1e4, beta1=0.9, beta2=0.999, eps=1e4)
 """A first step with these is the gradient itself, scaled: AdamW's own normalisation drowns in eps."""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def has(version: str) -> bool:
+    """Whether this SDK is of that release or a later one."""
+    return _numbers(tinker.__version__) >= _numbers(version)
+
+
+def since(version: str, what: str) -> pytest.MarkDecorator:
+    """Leaves a test to the SDKs that can ask for what it asks."""
+    return pytest.mark.skipif(
+        not has(version), reason=f"SDK {tinker.__version__} has no {what}: it came by release {version}"
+    )
 
 
 def now(value: Any) -> Any:  # Any: a client, or in later SDKs a future of one

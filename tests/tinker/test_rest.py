@@ -10,8 +10,10 @@ from typing import Any
 import httpx
 import pytest
 import tinker
+from tinker import types
 
-from tests.tinker.sdk import datum, new_model, now, text
+from tests.tinker.hand import Wire
+from tests.tinker.sdk import close, datum, new_model, now, since, text
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +122,88 @@ def test_a_run_of_nobody_is_not_found(rest: Any) -> None:
     for ask in (rest.get_training_run, rest.list_checkpoints):
         with pytest.raises(tinker.NotFoundError, match="no training run"):
             ask("nobody:train:0").result()
+
+
+@since("0.36", "RestClient.copy_weights")
+def test_a_copy_has_the_weights_and_outlives_what_it_was_made_of(
+    service: tinker.ServiceClient, rest: Any, run: Any
+) -> None:
+    source = run.save_state("to-copy").result().path
+    copy = rest.copy_weights(source, "archive", ttl_seconds=7200).result()
+    assert copy.endswith("/weights/to-copy")
+    assert copy != source
+    rest.delete_checkpoint(run.model_id, "weights/to-copy").result()
+    row = [datum(text(8), weights=[1.0] * 7)]
+    again = now(service.create_training_client_from_state_with_optimizer(copy))
+    assert close(*(m.forward(row, "cross_entropy").result().metrics["loss:sum"] for m in (run, again)))
+    told = rest.get_training_run(copy.removeprefix("tinker://").partition("/")[0]).result()
+    assert told.last_checkpoint.expires_at is not None
+    assert copy.split("/")[2] in [
+        one.training_run_id for one in rest.list_training_runs(project_id="archive").result().training_runs
+    ]
+    with pytest.raises(tinker.NotFoundError, match="no checkpoint"):
+        rest.copy_weights(source, "archive").result()
+    with pytest.raises(tinker.BadRequestError, match="ttl_seconds"):
+        rest.copy_weights(copy, "archive", ttl_seconds=5).result()
+
+
+def test_one_idempotency_key_makes_one_copy_and_a_session_may_have_it(run: Any, wires: Wire) -> None:
+    source = f"tinker://{run.model_id}/sampler_weights/sampler"
+    body = {"source_path": source, "destination_project_id": "archive"}
+    paths = [
+        wires.http.post("/copy_weights", json=body, headers={"x-idempotency-key": key}).json()["tinker_path"]
+        for key in ("one", "one", "other")
+    ]
+    assert (paths[0] == paths[1], paths[0] == paths[2]) == (True, False)
+    mine = wires.post("copy_weights", source_path=source, session_id=wires.session, model_seq_id=700).json()
+    assert mine["tinker_path"] == f"tinker://{wires.session}:train:700/sampler_weights/sampler"
+    trained = wires.forward_backward(f"{wires.session}:train:700", 1)
+    assert trained.status_code == 410
+    assert "load one of its checkpoints" in trained.json()["detail"]
+    refused = wires.post("copy_weights", source_path=source)
+    assert (refused.status_code, "destination_project_id" in refused.json()["detail"]) == (400, True)
+
+
+@since("0.36", "search_sessions")
+@pytest.mark.filterwarnings("ignore:RestClient.search_sessions is experimental")
+def test_sessions_are_found_by_what_they_were_called(server: str, rest: Any, model_folder: Path) -> None:
+    about = {"purpose": "a search"}
+    made = []
+    for name in ("Nightly run one", "nightly run two", "another"):
+        one = tinker.ServiceClient(base_url=server, display_name=name, user_metadata=about)
+        made.append(new_model(one, model_folder).model_id.partition(":")[0])
+
+    def found(**wanted: Any) -> list[str]:
+        request = types.SessionSearchRequest(user_metadata=about, **wanted)
+        ids: list[str] = []
+        while True:
+            page = rest.search_sessions(request).result()
+            ids += [session.session_id for session in page.sessions]
+            if page.next_cursor is None:
+                return ids
+            request = request.model_copy(update={"cursor": page.next_cursor})
+
+    assert found() == found(limit=1) == made[::-1]
+    assert found(display_name="RUN night") == made[1::-1]
+    assert found(display_name="two", session_id=made[2]) == [made[2], made[1]]
+    assert found(statuses=[{"type": "active"}]) == made[::-1]
+    assert found(statuses=[{"type": "client_finished"}]) == found(project_ids=["nobody's"]) == []
+    page = rest.search_sessions(types.SessionSearchRequest(session_id=made[0])).result()
+    assert (page.sessions[0].display_name, page.sessions[0].checkpoints_count) == ("Nightly run one", 0)
+
+
+def test_a_session_says_how_it_ended(wires: Wire) -> None:
+    session = wires.post("create_session", tags=[], sdk_version="test", display_name="to end").json()["session_id"]
+    said = wires.post(f"sessions/{session}/finish", reason={"type": "errored"}, detail="out of patience")
+    assert said.status_code == 204
+
+    def found(**status: Any) -> list[Any]:
+        answer = wires.post("sessions/search", session_id=session, statuses=[status])
+        return list(answer.json()["sessions"])
+
+    (one,) = found(type="client_finished", reasons=["errored"])
+    assert one["status"]["detail"] == "out of patience"
+    assert found(type="client_finished", reasons=["success"]) == found(type="active") == []
+    refused = wires.post("sessions/search", statuses=[{"type": "lost"}], session_id=session)
+    assert (refused.status_code, "client_finished" in refused.json()["detail"]) == (400, True)
+    assert wires.post("sessions/search", limit=0).status_code == 400

@@ -12,7 +12,7 @@ import tinker
 import torch
 from tinker import types
 
-from tests.tinker.sdk import datum, logprobs_of, new_model, now, text
+from tests.tinker.sdk import datum, logprobs_of, new_model, now, since, text
 
 PROMPT = text(9, 2)
 
@@ -63,6 +63,7 @@ def test_a_seed_makes_a_sample_again_and_each_of_several_differs(sampler: Any) -
     assert tokens(ask(sampler, num_samples=4, max_tokens=12, seed=99)) != one
 
 
+@since("0.30", "sequence_id")
 def test_each_sequence_has_an_id_of_its_own(sampler: Any) -> None:
     ids = [s.sequence_id for _ in range(2) for s in ask(sampler, num_samples=3).result().sequences]
     assert len(set(ids)) == 6
@@ -127,12 +128,7 @@ def test_samples_asked_for_at_once_are_what_they_are_alone(sampler: Any) -> None
     assert [tokens(future) for future in futures] == alone
 
 
-def newer_than(version: str) -> bool:
-    mine, theirs = (tuple(int(part) for part in v.split(".")[:2]) for v in (tinker.__version__, version))
-    return mine >= theirs
-
-
-@pytest.mark.skipif(not newer_than("0.38"), reason="this SDK cannot ask for it")
+@since("0.30", "target_prompt_logprobs")
 def test_given_tokens_of_the_prompt_are_scored(sampler: Any, table: torch.Tensor) -> None:
     asked = np.random.default_rng(0).integers(-1, 261, (len(PROMPT) - 1, 3))
     answer = ask(sampler, target_prompt_logprobs=types.TensorData.from_numpy(asked)).result()
@@ -142,7 +138,7 @@ def test_given_tokens_of_the_prompt_are_scored(sampler: Any, table: torch.Tensor
         assert found[place, column] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.skipif(not newer_than("0.38"), reason="this SDK cannot ask for it")
+@since("0.36", "prompt_logprobs_last_n")
 def test_only_the_end_of_a_prompt_is_scored_where_asked(sampler: Any, table: torch.Tensor) -> None:
     answer = ask(sampler, include_prompt_logprobs=True, prompt_logprobs_last_n=3).result()
     assert answer.prompt_logprobs[:-3] == [None] * (len(PROMPT) - 3)
@@ -150,7 +146,7 @@ def test_only_the_end_of_a_prompt_is_scored_where_asked(sampler: Any, table: tor
     assert answer.prompt_logprobs[-3:] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.skipif(not newer_than("0.38"), reason="this SDK cannot ask for it")
+@since("0.30", "target_prompt_logprobs")
 def test_sparse_targets_are_answered_sparse(sampler: Any, table: torch.Tensor) -> None:
     asked = torch.full((len(PROMPT) - 1, 4), -1)
     asked[2, 0], asked[2, 3], asked[5, 1] = 0, 7, 200
@@ -161,7 +157,7 @@ def test_sparse_targets_are_answered_sparse(sampler: Any, table: torch.Tensor) -
     assert list(found.data) == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.skipif(not newer_than("0.38"), reason="this SDK cannot ask for it")
+@since("0.36", "prompt_alt_tokens_k")
 def test_tokens_are_drawn_in_place_of_those_of_the_prompt(sampler: Any, table: torch.Tensor) -> None:
     answer = ask(sampler, prompt_alt_tokens_k=40, topk_sample_logprobs=3, temperature=0.5).result()
     drawn, logprobs = answer.prompt_alt_tokens.tokens.to_numpy(), answer.prompt_alt_tokens.logprobs.to_numpy()

@@ -3,88 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import httpx
-import numpy as np
 import pytest
 import zstandard
 
+from tests.tinker.hand import PROTOBUF, Wire, message
 from tinkerbell_server.tinker import order
-from tinkerbell_server.tinker import wire_pb2 as wire
 from tinkerbell_server.tinker.order import Line, Released
-
-PROTOBUF = {"content-type": "application/x-protobuf"}
-
-
-class Wire:
-    """Speaks to a server as the SDK does, one request at a time."""
-
-    def __init__(self, server: str, base: Path) -> None:
-        self.http = httpx.Client(base_url=f"{server}/api/v1", timeout=60, trust_env=False)
-        self.base = str(base)
-        self.session = self.post("create_session", tags=[], sdk_version="test").json()["session_id"]
-        self.models = 0
-
-    def post(self, path: str, /, **body: Any) -> httpx.Response:
-        return self.http.post(f"/{path}", json=body)
-
-    def model(self) -> str:
-        made = self.post(
-            "create_model",
-            session_id=self.session,
-            model_seq_id=self.models,
-            base_model=self.base,
-            lora_config={"rank": 4},
-        )
-        self.models += 1
-        return str(self.done(made)["model_id"])
-
-    def forward_backward(self, model: str, seq: int, loss_fn: str = "cross_entropy", **options: Any) -> httpx.Response:
-        headers = PROTOBUF | options.pop("headers", {})
-        content = options.pop("content", None) or message(model, seq, loss_fn, **options).SerializeToString()
-        return self.http.post("/forward_backward", content=content, headers=headers)
-
-    def step(self, model: str, seq: int) -> httpx.Response:
-        return self.post("optim_step", model_id=model, seq_id=seq, adam_params={"learning_rate": 1e-2})
-
-    def result(self, future: httpx.Response) -> httpx.Response:
-        assert future.status_code == 200, future.text
-        return self.post("retrieve_future", request_id=future.json()["request_id"], allow_metadata_only=True)
-
-    def done(self, future: httpx.Response) -> dict[str, Any]:
-        answer = self.result(future)
-        assert answer.status_code == 200, answer.text
-        return dict(answer.json())
-
-    def output(self, future: httpx.Response) -> wire.ForwardBackwardOutput:
-        answer = self.result(future)
-        assert answer.headers["content-type"] == "application/x-protobuf", answer.text
-        return wire.ForwardBackwardOutput.FromString(answer.content)
-
-
-def message(
-    model: str, seq: int, loss_fn: str, rows: int = 1, first: int = 0, config: dict[str, float] | None = None
-) -> Any:
-    sent = wire.ForwardBackwardRequest(model_id=model, seq_id=seq, loss_fn=loss_fn, loss_fn_config=config)
-    for row in range(first, first + rows):
-        datum = sent.data.add()
-        datum.model_input.add().encoded_text.tokens = np.arange(row, row + 6, dtype=np.int32).tobytes()
-        target = datum.loss_fn_inputs["target_tokens"]
-        target.dense, target.dtype = np.arange(row + 1, row + 7).tobytes(), wire.DTYPE_INT64
-        reference = datum.loss_fn_inputs["ref_logprobs"] if loss_fn == "dpo" else None
-        if reference is not None:
-            reference.dense, reference.dtype = np.full(6, -1, dtype=np.float32).tobytes(), wire.DTYPE_FLOAT32
-    return sent
-
-
-@pytest.fixture(scope="module")
-def wires(server: str, model_folder: Path) -> Iterator[Wire]:
-    made = Wire(server, model_folder)
-    yield made
-    made.http.close()
 
 
 def test_requests_run_in_the_order_of_their_numbers(wires: Wire) -> None:
@@ -126,25 +53,6 @@ def test_a_body_may_be_zstd(wires: Wire) -> None:
     squeezed = zstandard.compress(plain)
     future = wires.forward_backward(model, 1, content=squeezed, headers={"content-encoding": "zstd"})
     assert wires.output(future).metrics["loss:sum"] > 0
-
-
-def test_chunks_of_a_loss_that_couples_its_rows_are_one_call(wires: Wire) -> None:
-    whole, cut = wires.model(), wires.model()
-    config = {"beta": 0.3}
-    expected = wires.output(wires.forward_backward(whole, 1, rows=6, loss_fn="dpo", config=config))
-    last = wires.forward_backward(cut, 2, rows=3, first=3, loss_fn="dpo", config=config)
-    first = wires.forward_backward(cut, 1, rows=3, loss_fn="dpo", config=config)
-    outputs = [wires.output(future) for future in (first, last)]
-    assert sum(output.metrics["loss:sum"] for output in outputs) == expected.metrics["loss:sum"] > 0
-    assert [output.loss_fn_outputs[0].num_datums for output in outputs] == [3, 3]
-    norms = [wires.done(wires.step(model, seq))["metrics"]["optim/grad_norm"] for model, seq in ((whole, 2), (cut, 3))]
-    assert norms[0] == norms[1]
-
-
-def test_half_a_pair_alone_is_refused_by_name(wires: Wire) -> None:
-    failed = wires.done(wires.forward_backward(wires.model(), 1, rows=3, loss_fn="dpo"))
-    assert failed["category"] == "user"
-    assert "'dpo' takes rows in groups of 2" in failed["error"]
 
 
 def test_an_old_sdk_sends_json(wires: Wire) -> None:
