@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from tests.oracles.form import Entry, Record, Their, Value
+from tests.oracles.form import Entry, Part, Record, Their, Value
 
 PAIRS = {"target_tokens": "target_tokens", "weights": "weights", "ref_logprobs": "ref_logprobs"}
 BETA: dict[str, Value | Their] = {"beta": Their("beta"), "aggregation": "seq-mean-token-sum"}
 """The peers' losses are means over pairs."""
 SMOOTHED = {**BETA, "label_smoothing": Their("label_smoothing", default=0.0)}
+LIKELIHOOD: dict[str, Value | Their] = {
+    **BETA,
+    "preference_weight": 0.0,
+    "quality_weight": 0.0,
+    "aggregation": "token-mean",
+}
+"""Of mpo: the likelihood of the chosen alone."""
 FOLLOWING = ("trl", "liger-kernel")
 """Liger's losses are TRL's, fused."""
 
@@ -29,6 +36,24 @@ def part(loss_type: str) -> Callable[[Record], float]:
 
     return weight
 
+
+OTHERS: dict[str, tuple[str, Mapping[str, Value | Their]]] = {
+    "hinge": ("dpo_hinge", BETA),
+    "ipo": ("ipo_norm", BETA),
+    "exo_pair": ("exo", SMOOTHED),
+    "nca_pair": ("nca", BETA),
+    "robust": ("robust_dpo", SMOOTHED),
+    "bco_pair": ("bco_pair", BETA),
+    "sppo_hard": ("sppo_hard", BETA),
+    "aot": ("aot", SMOOTHED),
+    "aot_unpaired": ("aot_unpaired", SMOOTHED),
+    "apo_zero": ("apo_zero", BETA),
+    "apo_down": ("apo_down", BETA),
+    "discopop": ("discopop", {**BETA, "tau": Their("discopop_tau", default=0.05)}),
+    "sigmoid_norm": ("dpo_norm", BETA),
+    "sft": ("mpo", LIKELIHOOD),
+}
+"""TRL's loss_type but "sigmoid": ours, with its hyperparameters."""
 
 MAPPING = [
     # TRL and Liger read no label_smoothing under "sigmoid"
@@ -63,7 +88,7 @@ MAPPING = [
         "trl",
         "dpo_sft",
         "mpo",
-        {**BETA, "preference_weight": 0.0, "quality_weight": 0.0, "aggregation": "token-mean"},
+        LIKELIHOOD,
         PAIRS,
         note="the likelihood of the chosen alone",
     ),
@@ -81,6 +106,17 @@ MAPPING = [
         PAIRS,
         where=lambda record: set(record["hyperparams"]["loss_type"]) <= {"sigmoid", "bco_pair", "sft"},
         note="a list of loss_type with loss_weights",
+    ),
+    Entry(
+        "trl",
+        "dpo_*mix",
+        "dpo",
+        BETA,
+        PAIRS,
+        where=lambda record: set(record["hyperparams"]["loss_type"]) <= {"sigmoid", *OTHERS},
+        scale=part("sigmoid"),
+        plus=[Part(ours, part(theirs), config) for theirs, (ours, config) in OTHERS.items()],
+        note="any list of loss_type is a weighted sum",
     ),
     named("dpo_sigmoid_f_reverse_kl", "dpo"),
     named("dpo_sigmoid_f_forward_kl", "dpo_forward_kl"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 Record = dict[str, Any]  # Any: JSON, see `docs` of the file's own `meta`
 Tensors = dict[str, Tensor]
-Value = bool | int | float | str
+Value = bool | int | float | str | None
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,12 @@ class Entry:
         return _values(self.config, record)
 
     def parts(self, record: Record) -> Iterator[tuple[str, float, dict[str, Value]]]:
-        """Our loss and those added to it: name, weight, hyperparameters."""
+        """Our loss and those added to it, but for those of weight 0: name, weight, hyperparameters."""
         yield self.ours, self.scale(record), self.config_of(record)
         for part in self.plus:
-            yield part.ours, float(_value(part.weight, record)), _values(part.config, record)
+            weight = float(_value(part.weight, record) or 0.0)
+            if weight:
+                yield part.ours, weight, _values(part.config, record)
 
     def inputs_of(self, tensors: Tensors) -> Tensors:
         """Our inputs for this record's tensors."""

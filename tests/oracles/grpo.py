@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from torch import Tensor
 
 from tests.oracles.form import Entry, Part, Record, Tensors, Their, Value
-
-Config = dict[str, Value | Their]
 
 
 def _advantages(tensors: Tensors) -> Tensor:
@@ -25,6 +26,8 @@ def _aggregation(record: Record) -> str:
         "sequence_mean": "seq-mean-token-mean",
         "seq-mean-token-sum": "seq-mean-token-sum",
         "seq-mean": "seq-mean-token-sum",
+        "seq-mean-token-sum-norm": "seq-mean-token-sum",
+        "seq_mean_token_sum_norm": "seq-mean-token-sum",
     }[record["reduction"]]
 
 
@@ -49,6 +52,13 @@ def _high(record: Record) -> float:
 def _length(record: Record) -> int:
     """verl divides by the width of the batch."""
     return int(record["inputs"]["target_tokens"]["shape"][1])
+
+
+def _over_length(record: Record) -> float:
+    """What the sum over a sequence is multiplied by: one over a constant length, where the peer divides by one."""
+    if record["reduction"] not in ("seq-mean-token-sum-norm", "seq_mean_token_sum_norm"):
+        return 1.0
+    return 1 / float(record["hyperparams"].get("max_seq_len") or _length(record))
 
 
 def _openrlhf_correction(record: Record) -> str:
@@ -80,9 +90,15 @@ def _skyrl(record: Record) -> tuple[str, float, float]:
     return "reject-token", given["token_mask_is_threshold_low"], given["token_mask_is_threshold_high"]
 
 
-def _delta(record: Record) -> float:
+def _delta(record: Record) -> float | None:
     """TRL holds the ratio under delta before it takes the smaller of two, so delta under the clip does nothing."""
-    return max(float(record["hyperparams"]["delta"]), _high(record))
+    delta = record["hyperparams"].get("delta")
+    return None if delta is None else max(float(delta), _high(record))
+
+
+def _kl(record: Record) -> float:
+    """The weight of the term that TRL and Liger add to any of their losses."""
+    return float(record["hyperparams"].get("beta") or 0.0)
 
 
 ROWS = {"target_tokens": "target_tokens", "weights": "weights"}
@@ -101,6 +117,19 @@ SKYRL = {
     "correction_low": lambda record: _skyrl(record)[1],
     "correction_high": lambda record: _skyrl(record)[2],
 }
+
+
+def _trls(loss: str, ours: str, **config: Value | Their | Callable[[Record], Value]) -> Entry:
+    """TRL's and Liger's loss, which is one of ours; with beta, plus k3; TRL's delta is a dual clip."""
+    return Entry(
+        ("trl", "liger-kernel"),
+        loss,
+        ours,
+        {**CLIPPED, "dual_clip": _delta, **config},
+        REFERENCE,
+        plus=[Part("kl_k3", _kl, AGGREGATION)],
+    )
+
 
 CLIPPED_SURROGATES = [
     Entry("*", "importance_sampling", "importance_sampling", {"aggregation": "sum"}, POLICY),
@@ -135,6 +164,9 @@ CLIPPED_SURROGATES = [
     Entry("skyrl", "ppo_prompt_mean", "grpo_prompt_mean", {**CLIP, "responses_per_prompt": 2}, POLICY),
     Entry("openrlhf", "ppo_dualclip", "grpo", {**CLIPPED, "dual_clip": Their("dual_clip")}, POLICY),
     Entry(("verl", "skyrl"), "ppo_dualclip*", "grpo", DUAL, POLICY, note="verl always clips twice"),
+    _trls("bnpo", "bnpo"),
+    _trls("dapo", "dapo"),
+    _trls("grpo", "grpo"),
     Entry("*", "bnpo", "bnpo", CLIPPED, POLICY),
     Entry(
         "trl",
@@ -324,14 +356,20 @@ PENALTIES = [
     Entry("verl", "entropy", "entropy_bonus", AGGREGATION, ROWS, scale=lambda record: -1.0, note="the entropy itself"),
     *(
         Entry(peers, theirs, ours, {"unbiased_gradient": unbiased, "aggregation": "sum"}, KL)
-        for ours in ("kl_k1", "kl_k2", "kl_k3")
+        for ours, named in (("kl_k1", "kl_kl"), ("kl_k2", "kl_mse"), ("kl_k3", "kl_low_var_kl"))
         for peers, theirs, unbiased in (
-            ("verl", f"{ours}+", True),
+            ("verl", (f"{ours}+", f"{named}+"), True),
             ("openrlhf", f"{ours}_unbiased", True),
-            ("*", ours, False),
+            ("*", (ours, named), False),
         )
     ),
     Entry("*", "kl_abs", "kl_abs", {"aggregation": "sum"}, KL),
 ]
 
-MAPPING = [*CLIPPED_SURROGATES, *CORRECTED, *SEQUENCES, *WITHOUT_A_CLIP, *PENALTIES]
+SAMPLED = [*CLIPPED_SURROGATES, *CORRECTED, *SEQUENCES, *WITHOUT_A_CLIP]
+"""Each may be averaged in any of the peers' ways."""
+
+MAPPING = [
+    *(entry if entry.ours == "dr_grpo" else replace(entry, scale=_over_length) for entry in SAMPLED),
+    *PENALTIES,
+]

@@ -24,8 +24,8 @@ MAPPING = [
     Entry("twinkle", "cpo", "cpo", {**BETA, "likelihood_weight": Their("bc_coef")}, ROWS),
     Entry("trl", "cpo_hinge", "cpo_hinge", CPO, ROWS),
     Entry("trl", "cpo_ipo", "cpo_ipo", CPO, ROWS),
-    Entry("trl", ("simpo", "cposimpo"), "simpo", SIMPO, ROWS),
-    Entry("trl", "alphapo", "alphapo", {**SIMPO, "alpha": Their("alpha")}, ROWS),
+    Entry("trl", ("simpo", "cposimpo"), "simpo", SIMPO, ROWS, where=lambda record: not record["hyperparams"]["alpha"]),
+    Entry("trl", ("simpo", "cposimpo", "alphapo"), "alphapo", {**SIMPO, "alpha": Their("alpha")}, ROWS),
     Entry(
         "liger-kernel",
         ("simpo", "simpo_nll"),

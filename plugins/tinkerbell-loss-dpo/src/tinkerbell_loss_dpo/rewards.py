@@ -77,6 +77,7 @@ def cal_dpo(
     """-log sigmoid(margin) + (chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2, log-ratios: Cal-DPO (2412.14516).
 
     DPO that also pins the size of its rewards: beta sets that size, and does not multiply the margin.
+    The authors' code halves the squares.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     goal = 1 / (2 * beta)
