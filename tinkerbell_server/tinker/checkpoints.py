@@ -16,7 +16,7 @@ from tinkerbell_server.saves import models_folder
 from tinkerbell_server.tenancy import qualified
 from tinkerbell_server.tinker import bodies
 from tinkerbell_server.tinker.desk import Desk, NotHere
-from tinkerbell_server.tinker.names import TinkerPath, check_save_name
+from tinkerbell_server.tinker.names import TinkerPath, check_save_name, expiry
 from tinkerbell_server.tinker.records import Checkpoint, Kind, Run, Sampler
 from tinkerbell_server.tinker.training import ALPHA, Training, check_optimizer, model_id_of, target_modules
 
@@ -71,7 +71,7 @@ class Checkpoints:
             run = self._desk.run(tenant, sent.model_id)
 
             def start(request_id: str) -> None:
-                checkpoint = self.find(tenant, sent.path)
+                checkpoint = self.find(tenant, sent.path, sent.weights_access_token)
                 _check_loadable(checkpoint, optimizer=sent.optimizer)
                 load = Load(model_id=run.model_id, path=checkpoint.folder, optimizer=sent.optimizer)
                 self._desk.queue(tenant, request_id, "load", run.model_id, lambda: load)
@@ -86,7 +86,7 @@ class Checkpoints:
         if sent.base_model is not None:
             self._desk.base.check(sent.base_model)
         check_optimizer(sent.optimizer_config)
-        checkpoint = self.find(tenant, sent.path)
+        checkpoint = self.find(tenant, sent.path, sent.weights_access_token)
         _check_loadable(checkpoint, optimizer=sent.optimizer)
         self._desk.base.check(checkpoint.base_model)
         parts = bodies.LoraConfig(
@@ -121,12 +121,13 @@ class Checkpoints:
         self._create_and_load(run, request_id, create, load)
         return request_id, model_id
 
-    def find(self, tenant: str, path: str) -> Checkpoint:
-        """One's own, or one that is public. Raises BadCheckpoint, NotHere."""
+    def find(self, tenant: str, path: str, token: str | None = None) -> Checkpoint:
+        """One's own, or one that is public. token: opens nothing here. Raises BadCheckpoint, NotHere."""
         parsed = TinkerPath.parse(path)
         checkpoint = self._desk.records.get(Checkpoint, str(parsed))
         if checkpoint is None or not (checkpoint.tenant == tenant or checkpoint.public):
-            raise NotHere(f"no checkpoint {path[:200]!r} on this server")
+            hint = "" if token is None else "; it takes no weights_access_token: have its owner publish the checkpoint"
+            raise NotHere(f"no checkpoint {path[:200]!r} on this server{hint}")
         if checkpoint.expires is not None and checkpoint.expires < time.time():
             raise NotHere(f"checkpoint {path!r} has expired")
         return checkpoint
@@ -157,8 +158,7 @@ class Checkpoints:
     def _save_named(self, run: Run, sent: bodies.SaveWeights, path: TinkerPath, request_id: str) -> None:
         check_save_name(path.name)
         folder = self._folder(run) / path.folder_name
-        if sent.ttl_seconds is not None and sent.ttl_seconds < 1:
-            raise BadRequest(f"ttl_seconds is {sent.ttl_seconds}, but must be at least 1")
+        expiry(sent.ttl_seconds)  # refused before anything is saved; it lives from when it is
 
         def command() -> Save:
             if folder.exists():
@@ -169,7 +169,7 @@ class Checkpoints:
             return Save(model_id=run.model_id, path=str(folder), optimizer=path.kind == "weights")
 
         def then(_: bytes) -> None:
-            expires = None if sent.ttl_seconds is None else time.time() + sent.ttl_seconds
+            expires = expiry(sent.ttl_seconds)
             self._desk.records.put(_checkpoint(run, path, folder, expires=expires, user_metadata=sent.user_metadata))
 
         self._desk.queue(run.tenant, request_id, "save", run.model_id, command, then)

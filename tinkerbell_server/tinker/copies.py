@@ -16,27 +16,25 @@ from tinkerbell_server.saves import models_folder
 from tinkerbell_server.tinker import bodies
 from tinkerbell_server.tinker.checkpoints import Checkpoints
 from tinkerbell_server.tinker.desk import Desk
-from tinkerbell_server.tinker.names import TinkerPath
+from tinkerbell_server.tinker.names import TinkerPath, expiry
 from tinkerbell_server.tinker.records import Checkpoint, Run, Session
 from tinkerbell_server.tinker.training import model_id_of
 
-_LEAST_TTL, _MOST_TTL = 3600, 10 * 365 * 24 * 3600
+_LEAST_TTL = 3600
 
 
 class Copies:
     def __init__(self, desk: Desk, checkpoints: Checkpoints) -> None:
         self._desk, self._checkpoints = desk, checkpoints
 
-    def copy(self, tenant: str, body: bytes, key: str | None) -> str:
+    def copy(self, tenant: str, body: bytes, key: str | None, token: str | None) -> str:
         """copy_weights: the copy's path, of a new run that cannot be trained. key: the same one makes one copy.
 
         Raises BadRequest, BadCheckpoint, NotHere.
         """
         sent = bodies.parse(body, bodies.CopyWeights)
-        ttl = sent.ttl_seconds
-        if ttl is not None and not _LEAST_TTL <= ttl <= _MOST_TTL:
-            raise BadRequest(f"ttl_seconds is {ttl}, but of a copy must be from {_LEAST_TTL} to {_MOST_TTL}")
-        source = self._checkpoints.find(tenant, sent.source_path)
+        expires = expiry(sent.ttl_seconds, _LEAST_TTL)
+        source = self._checkpoints.find(tenant, sent.source_path, token or sent.weights_access_token)
         run = self._run(tenant, sent, source, key)
         path = TinkerPath(run.id, source.kind, source.name)
         records = self._desk.records
@@ -56,7 +54,7 @@ class Copies:
             parent=run.id,
             created=time.time(),
             folder=str(folder),
-            expires=None if ttl is None else time.time() + ttl,
+            expires=expires,
             public=False,
         )
         records.put(copy)

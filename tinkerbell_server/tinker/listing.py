@@ -13,7 +13,7 @@ import msgspec
 from tinkerbell_core.errors import BadRequest
 from tinkerbell_server.tinker.checkpoints import Checkpoints
 from tinkerbell_server.tinker.desk import Desk, NotHere
-from tinkerbell_server.tinker.names import KINDS, TinkerPath
+from tinkerbell_server.tinker.names import KINDS, TinkerPath, expiry
 from tinkerbell_server.tinker.records import Checkpoint, Kind, Run, Sampler, Session
 
 Json = dict[str, Any]  # Any: JSON values of several types
@@ -97,10 +97,7 @@ class Listing:
         self._records.put(msgspec.structs.replace(checkpoint, public=public))
 
     def expire(self, checkpoint: Checkpoint, ttl_seconds: int | None) -> None:
-        if ttl_seconds is not None and ttl_seconds < 1:
-            raise BadRequest(f"ttl_seconds is {ttl_seconds}, but must be at least 1, or null for ever")
-        expires = None if ttl_seconds is None else time.time() + ttl_seconds
-        self._records.put(msgspec.structs.replace(checkpoint, expires=expires))
+        self._records.put(msgspec.structs.replace(checkpoint, expires=expiry(ttl_seconds)))
 
     def sweep(self) -> None:
         """Delete what has expired."""

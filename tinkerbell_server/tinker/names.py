@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -12,6 +13,8 @@ from tinkerbell_server.config import Settings
 from tinkerbell_server.tinker.records import Kind
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,100}")
+
+_MOST_TTL = 10 * 365 * 24 * 3600
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -72,6 +75,15 @@ class TinkerPath:
                 f"kind one of {', '.join(KINDS)}, as save_state and save_weights_for_sampler answer it"
             )
         return cls(parts[0], parts[1], parts[2])
+
+
+def expiry(ttl_seconds: int | None, least: int = 1) -> float | None:
+    """When a checkpoint that is to live so long will be gone; None for never. Raises BadRequest."""
+    if ttl_seconds is None:
+        return None
+    if not least <= ttl_seconds <= _MOST_TTL:
+        raise BadRequest(f"ttl_seconds is {ttl_seconds}, but must be from {least} to {_MOST_TTL}, or null for ever")
+    return time.time() + ttl_seconds
 
 
 def check_save_name(name: str) -> None:
