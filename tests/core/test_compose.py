@@ -14,7 +14,7 @@ from tinkerbell_core.dryrun import discover, dry_run, run_loss
 from tinkerbell_core.errors import BadHyperparameter, BadLoss
 from tinkerbell_core.functional import effective_mask, pairs, sequence_sum, target_logprobs
 from tinkerbell_core.guesses import ragged_mask
-from tinkerbell_core.logits import plain_logits
+from tinkerbell_core.logits import Head, LocalSource, Logits, plain_logits
 from tinkerbell_core.losses.cross_entropy import cross_entropy
 from tinkerbell_core.losses.ppo import ppo
 from tinkerbell_core.parts import flat_config
@@ -35,7 +35,7 @@ def contrast(
     return LossFnOutput(-torch.nn.functional.logsigmoid(margin).sum(), None, {"margin:mean": margin.mean()})
 
 
-def gradient(spec: LossSpec, **settings: object) -> tuple[LossFnOutput, Tensor]:
+def gradient(spec: LossSpec, *, lazy: bool = False, **settings: object) -> tuple[LossFnOutput, Tensor]:
     """On one float64 batch, the same for all."""
     inputs = discover(combine({cross_entropy: 1, ppo: 1}), 11)[1]
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
@@ -44,14 +44,17 @@ def gradient(spec: LossSpec, **settings: object) -> tuple[LossFnOutput, Tensor]:
         torch.manual_seed(0)
         hidden = torch.randn(*mask.shape, 6, dtype=torch.float64).requires_grad_()
         head = torch.randn(6, 11, dtype=torch.float64)
-    output = run_loss(spec, plain_logits(hidden, lambda x: x @ head), inputs, mask, spec.bind(settings))
+    source = LocalSource(hidden.flatten(0, 1), Head(head.T), chunk_bytes=3 * 11 * 8)
+    logits = Logits.over(source, mask.shape) if lazy else plain_logits(hidden, lambda x: x @ head)
+    output = run_loss(spec, logits, inputs, mask, spec.bind(settings))
     return output, torch.autograd.grad(output.loss, hidden)[0]
 
 
-def test_the_gradient_is_the_weighted_sum_of_the_gradients_of_the_parts() -> None:
+@pytest.mark.parametrize("lazy", [False, True], ids=["stored", "lazy"])
+def test_the_gradient_is_the_weighted_sum_of_the_gradients_of_the_parts(lazy: bool) -> None:
     terms = {contrast: 1.0, cross_entropy: 0.1, ppo: -0.7}
-    whole, found = gradient(combine(terms))
-    alone = [(weight, *gradient(spec)) for spec, weight in terms.items()]
+    whole, found = gradient(combine(terms), lazy=lazy)
+    alone = [(weight, *gradient(spec, lazy=lazy)) for spec, weight in terms.items()]
     expected = sum(weight * grad for weight, _, grad in alone)
     assert float((found - expected).abs().max()) < 1e-10
     assert whole.loss.item() == pytest.approx(sum(weight * out.loss.item() for weight, out, _ in alone), rel=1e-12)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ from tinkerbell_core.losses.cross_entropy import cross_entropy
 from tinkerbell_core.losses.ppo import ppo
 from tinkerbell_core.registry import build_registry
 from tinkerbell_core.testing import CHECKS, CheckResult, run_checks
-from tinkerbell_server.sandbox import kit as sandboxes
+from tinkerbell_core.testing.case import make_case
+from tinkerbell_server.sandbox import mechanisms
 from tinkerbell_server.sandbox.kit import KitSandbox
-from tinkerbell_server.sandbox.mechanisms import enough, examine
+from tinkerbell_server.sandbox.mechanisms import Mechanism, enough, examine
 from tinkerbell_server.sandbox.paths import readable
-from tinkerbell_server.sandbox.sandbox import NoSandbox
+from tinkerbell_server.sandbox.sandbox import NoSandbox, Sandbox
 
 Inputs = dict[str, Tensor]
 
@@ -98,15 +100,36 @@ def test_a_right_loss_is_the_same_there(spec: LossSpec, sandbox: KitSandbox) -> 
     assert last_of(spec, sandbox) == CheckResult("sandbox", True)
 
 
-def test_where_nothing_confines_it_is_not_run_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(**_: object) -> None:
-        raise NoSandbox("no uploaded loss can be confined here (seccomp: not installed)")
+@confined
+def test_a_sum_with_a_part_in_the_sandbox_is_the_weighted_sum_of_its_parts(sandbox: KitSandbox) -> None:
+    case = make_case(right, {}, {}, 23)
+    there = sandbox(right, 23, case.inputs)
+    whole, one, other = (
+        replace(case, spec=spec).run(lazy=True).gradient
+        for spec in (combine({there: 2.0, cross_entropy: 0.1}), there, cross_entropy)
+    )
+    assert float((whole - 2.0 * one - 0.1 * other).abs().max()) < 1e-10
 
-    monkeypatch.setattr(sandboxes, "Sandbox", none)
+
+def test_where_nothing_confines_it_is_not_run_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = Mechanism("seccomp", False, "libseccomp.so.2 is not installed")
+    monkeypatch.setattr(mechanisms, "examine", lambda readable: [missing])
+    monkeypatch.setattr(mechanisms, "enough", lambda found: False)
     found = last_of(right, KitSandbox())
     assert (found.ok, found.ran) == (True, False)
-    assert "seccomp: not installed" in found.message
+    assert "libseccomp.so.2 is not installed" in found.message
     assert "tinkerbell doctor" in found.message
+
+
+@confined
+def test_a_sandbox_that_does_not_hold_is_no_fault_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Sandbox) -> None:
+        raise NoSandbox("a confined process can still open a socket")
+
+    monkeypatch.setattr(Sandbox, "prove", fails)
+    found = last_of(right, KitSandbox())
+    assert (found.ok, found.ran) == (True, False)
+    assert "can still open a socket" in found.message
 
 
 @confined

@@ -15,7 +15,7 @@ import cloudpickle
 import torch
 from torch import Tensor
 
-from tinkerbell_core.errors import BadUpload
+from tinkerbell_core.errors import BadUpload, TinkerbellError
 from tinkerbell_core.source import is_installed
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.testing import NotRun
@@ -52,10 +52,20 @@ class KitSandbox:
             except (NoSandbox, OSError) as error:
                 self._refusal = str(error)
             else:
-                self._losses = SandboxedLosses(sandbox, _PATIENCE, _MEMORY // 4, contextlib.nullcontext)
+                self._prove(sandbox)
         if self._losses is None:
             raise NotRun(f"{self._refusal}; `tinkerbell doctor` says what helps")
         return self._losses
+
+    def _prove(self, sandbox: Sandbox) -> None:
+        # as an engine does before it takes uploads: what fails here is this machine's fault, and no loss's
+        try:
+            sandbox.prove()
+        except (TinkerbellError, OSError, EOFError) as error:
+            sandbox.close()
+            self._refusal = str(error)
+        else:
+            self._losses = SandboxedLosses(sandbox, _PATIENCE, _MEMORY // 4, contextlib.nullcontext)
 
 
 def _envelope(spec: LossSpec) -> RegisterLossRequest:
