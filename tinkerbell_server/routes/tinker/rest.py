@@ -94,10 +94,10 @@ async def weights_info(request: Request) -> Response:
 
 
 async def copy_weights(request: Request) -> Response:
-    key = request.headers.get("x-idempotency-key")
+    key, token = (request.headers.get(f"x-{name}") for name in ("idempotency-key", "tinker-weights-access-token"))
     body = await body_of(request)
     with at_once(request, "copy_weights") as watched:
-        path = watched.name = front_of(request).copies.copy(tenant_of(request), body, key)
+        path = watched.name = front_of(request).copies.copy(tenant_of(request), body, key, token)
     return said({"tinker_path": path})
 
 
