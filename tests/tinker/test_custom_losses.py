@@ -19,12 +19,9 @@ from tinker import types
 from torch import Tensor
 
 from tests.live import live_server
-from tests.tinker.sdk import LINEAR, close, datum, logprobs_of, new_model, tensor, text
+from tests.tinker.sdk import LINEAR, close, datum, logprobs_of, new_model, since, tensor, text
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(tinker.ServiceClient, "create_custom_loss"),
-    reason=f"tinker {tinker.__version__} has no create_custom_loss, which came with 0.36",
-)
+TRACED = since("0.36", "create_custom_loss")
 
 Metrics = dict[str, Tensor]
 
@@ -107,6 +104,7 @@ def stepped(service: tinker.ServiceClient, folder: Path) -> Any:
     return model
 
 
+@TRACED
 @pytest.mark.parametrize("what", LOSSES)
 def test_one_pass_on_the_server_equals_two_passes(
     services: list[tinker.ServiceClient], model_folder: Path, what: str
@@ -144,6 +142,7 @@ def test_one_pass_on_the_server_equals_two_passes(
     assert torch.allclose(after[0], after[1], atol=1e-5)
 
 
+@TRACED
 def test_chunks_of_a_call_add_up(services: list[tinker.ServiceClient], model_folder: Path) -> None:
     service = services[0]
     whole, cut = (new_model(service, model_folder, seed=7) for _ in range(2))
@@ -161,6 +160,7 @@ def test_chunks_of_a_call_add_up(services: list[tinker.ServiceClient], model_fol
     assert dict(output.metrics) == pytest.approx(dict(expected.metrics), rel=1e-5)
 
 
+@TRACED
 def test_a_callable_that_does_not_trace_goes_two_passes(service: tinker.ServiceClient, model_folder: Path) -> None:
     def branches(logprobs: Any, weights: Any) -> tuple[Any, Metrics]:
         return (-logprobs * weights).sum() if logprobs.sum() < 0 else logprobs.sum(), {}
@@ -178,6 +178,7 @@ def test_a_callable_that_does_not_trace_goes_two_passes(service: tinker.ServiceC
     assert close(metrics["loss:sum"], model.forward(data, "cross_entropy").result().metrics["loss:sum"])
 
 
+@TRACED
 def test_operations_off_the_list_are_named(service: tinker.ServiceClient, model_folder: Path) -> None:
     def odd(logprobs: Any) -> tuple[Any, Metrics]:
         return torch.lgamma(-logprobs).sum() + logprobs.sinc().sum(), {}
@@ -191,6 +192,7 @@ def test_operations_off_the_list_are_named(service: tinker.ServiceClient, model_
     assert model.forward_backward_custom(data_for({"logprobs": 1}), handle).result().metrics["loss:sum"]
 
 
+@TRACED
 def test_a_loss_is_its_sessions_alone(services: list[tinker.ServiceClient], model_folder: Path) -> None:
     handle = services[0].create_custom_loss(lambda logprobs: (-logprobs.sum() * 3, {}), {"logprobs": 1}).result()
     data = data_for({"logprobs": 1})
@@ -202,6 +204,7 @@ def test_a_loss_is_its_sessions_alone(services: list[tinker.ServiceClient], mode
     assert own.forward_backward(data, "custom", {"loss_id": handle.loss_id}).result().metrics["loss:sum"] > 0
 
 
+@TRACED
 def test_rows_of_several_widths_are_refused_by_name(services: list[tinker.ServiceClient], model_folder: Path) -> None:
     handle = services[0].create_custom_loss(lambda logprobs: (-logprobs.sum() * 5, {}), {"logprobs": 2}).result()
     model = new_model(services[0], model_folder)
@@ -323,6 +326,7 @@ def test_a_malformed_loss_is_refused_at_once(hand: Hand, changes: dict[str, Any]
     assert says in answer.json()["detail"]
 
 
+@TRACED
 def test_a_server_without_uploads_leaves_losses_to_the_client(tmp_path: Path) -> None:
     ranks = {"logprobs": 1, "weights": 1}
     with live_server(tmp_path, "--engine", "fake", "--uploads", "off") as url:
