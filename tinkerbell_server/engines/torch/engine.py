@@ -18,8 +18,6 @@ from tinkerbell_core.errors import (
     BadRequest,
     OutOfMemory,
     PlainLogitsNeeded,
-    Problem,
-    TinkerbellError,
 )
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.types import (
@@ -29,17 +27,15 @@ from tinkerbell_core.types import (
     LoadOutput,
     LossDescription,
     OptimStepOutput,
-    SampleOutput,
     SaveOutput,
 )
-from tinkerbell_server.chats import chat_ids, rows_from_text
+from tinkerbell_server.chats import rows_from_text
 from tinkerbell_server.checks import check_rows
 from tinkerbell_server.engines.base import (
     Command,
     CreateModel,
     DeleteLosses,
     DeleteModel,
-    Drawn,
     EngineConfig,
     EngineDescription,
     ImportLoss,
@@ -55,7 +51,7 @@ from tinkerbell_server.engines.base import (
     Save,
     TextData,
 )
-from tinkerbell_server.engines.torch import checkpoints, memory, sampling
+from tinkerbell_server.engines.torch import checkpoints, memory
 from tinkerbell_server.engines.torch.batching import data_of
 from tinkerbell_server.engines.torch.baton import Baton
 from tinkerbell_server.engines.torch.embedded import embedded_model
@@ -72,6 +68,7 @@ from tinkerbell_server.engines.torch.models import Models
 from tinkerbell_server.engines.torch.optimizer import optim_step
 from tinkerbell_server.engines.torch.outputs import AGAIN, stored_because
 from tinkerbell_server.engines.torch.references import KEY, ReferenceCache, with_references
+from tinkerbell_server.engines.torch.sampler import Sampler
 from tinkerbell_server.engines.torch.step import Step, StepResult, run_step
 from tinkerbell_server.engines.torch.trained import TrainedModel
 from tinkerbell_server.engines.torch.uploads import Uploads
@@ -115,6 +112,7 @@ class TorchEngine:
 
         self._base = load(source, dtype)
         self._models = Models(self._base, load)
+        self._sampler = Sampler(self._models, self._tokenizer)
         self._budgets = memory.budgets(self._base, config)
         self._losses = Losses(
             self._base.vocab_size,
@@ -178,9 +176,9 @@ class TorchEngine:
             case OptimStep():
                 return self._optim_step(command)
             case Sample():
-                return self._sample(command)
+                return self._sampler.one(command)
             case Samples():
-                return SamplesOutput(drawn=self._sample_many(command.samples))
+                return SamplesOutput(drawn=self._sampler.many(command.samples))
             case Save():
                 model = self._models.get(command.model_id)
                 path = Path(command.path)
@@ -281,54 +279,6 @@ class TorchEngine:
             sequences=accumulated.sequences,
             seconds=time.perf_counter() - start,
         )
-
-    def _sample(self, command: Sample) -> SampleOutput:
-        (drawn,) = self._sample_many([command])
-        if drawn.problem is not None:
-            raise drawn.problem.error()
-        assert drawn.output is not None
-        return drawn.output
-
-    def _sample_many(self, commands: Sequence[Sample]) -> list[Drawn]:
-        """Each by itself where one cannot be had; those of one network in batches."""
-        drawn: dict[int, Drawn] = {}
-        prompts: dict[tuple[str | None, str | None], dict[int, sampling.Prompt]] = {}
-        for index, command in enumerate(commands):
-            try:
-                prompt = sampling.Prompt(self._prompt_ids(command), command)
-                sampling.check(prompt, self._network_of(command))
-                prompts.setdefault((command.path, command.model_id), {})[index] = prompt
-            except TinkerbellError as error:
-                drawn[index] = Drawn(problem=Problem.of(error))
-        for same in prompts.values():
-            network = self._network_of(commands[next(iter(same))])
-            network.mode(train=False)
-            for index, continued in zip(
-                same, sampling.sample_many(network, self._tokenizer, list(same.values())), strict=True
-            ):
-                output = SampleOutput(
-                    model_id=commands[index].model_id,
-                    prompt_tokens=len(same[index].ids),
-                    sequences=continued.sequences,
-                    prompt=continued.prompt,
-                )
-                drawn[index] = Drawn(output=output)
-        return [drawn[index] for index in range(len(commands))]
-
-    def _network_of(self, command: Sample) -> Network:
-        if command.path is not None:
-            return self._models.snapshot(Path(command.path))
-        return self._models.activate(None if command.model_id is None else self._models.get(command.model_id))
-
-    def _prompt_ids(self, command: Sample) -> list[int]:
-        match command.prompt:
-            case str(text):
-                return list(self._tokenizer(text)["input_ids"])
-            case [dict(), *_]:
-                chat = [message for message in command.prompt if isinstance(message, dict)]
-                return chat_ids("the prompt", chat, self._tokenizer, add_generation_prompt=True)
-            case _:
-                return [token for token in command.prompt if isinstance(token, int)]
 
     def _load(self, command: Load) -> LoadOutput:
         model, created = self._models.get_or_create(command.model_id, command.create)
