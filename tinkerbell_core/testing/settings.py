@@ -14,7 +14,7 @@ _NO_SUCH_WORD = "no-such-word"
 
 
 def hyperparameters(case: Case, whole: Ran) -> str:
-    """Zero, negative, small and large numbers give a finite loss and gradient, or BadHyperparameter."""
+    """Zero, negative, small and large numbers, and the ends of its range, give a finite loss, or BadHyperparameter."""
     wrong = [line for hyper in case.spec.hyperparameters for line in _wrong(case, hyper)]
     require(not wrong, "; ".join(wrong))
     return "" if case.spec.hyperparameters else "has none"
@@ -29,7 +29,8 @@ def _wrong(case: Case, hyper: Hyperparameter) -> list[str]:
         except Failed as failed:
             if not isinstance(failed.__cause__, BadHyperparameter | BadData):
                 told.append(
-                    f"{_brief(failed)} (raise BadHyperparameter for a value it cannot compute with, naming the limit)"
+                    f"{_brief(failed)} (say which numbers it may be, @loss(allowed={{{hyper.name!r}: above(0)}}), or "
+                    "raise BadHyperparameter naming the limit)"
                 )
             continue
         if value == _NO_SUCH_WORD:
@@ -57,4 +58,5 @@ def _limits(hyper: Hyperparameter) -> list[Any]:  # Any: a number, a word or Non
         values += [0, 1, 10_000, -1]
     if "str" in kinds:
         values.append(_NO_SUCH_WORD)
-    return values
+    ends = (hyper.allowed.low, hyper.allowed.high) if hyper.allowed else ()
+    return values + [end for end in ends if end is not None and end not in values]
