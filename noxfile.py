@@ -50,6 +50,11 @@ def check_style(session: nox.Session) -> None:
     session.run("lint-imports")
 
 
+def check_types(session: nox.Session) -> None:
+    session.run("mypy")
+    session.run("mypy", *(word for plugin in PLUGINS for word in ("-p", plugin.name.replace("-", "_"))))
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """ruff, its formatter, and who may import whom."""
@@ -61,7 +66,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy, strict."""
     install_working_tree(session, "mypy", "types-protobuf", *TEST_TOOLS)
-    session.run("mypy")
+    check_types(session)
 
 
 @nox.session(tags=["ci"])
@@ -69,7 +74,7 @@ def tests(session: nox.Session) -> None:
     """Lint, types, and every test but the slow ones: in one environment, since torch is large."""
     install_working_tree(session, "mypy", "types-protobuf", *LINT_TOOLS, *TEST_TOOLS)
     check_style(session)
-    session.run("mypy")
+    check_types(session)
     session.run("pytest", "-m", "not slow", "-n", "2", *session.posargs, env=OFFLINE)
 
 

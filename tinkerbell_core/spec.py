@@ -180,3 +180,12 @@ def loss(
         )
 
     return decorate(fn) if fn is not None else decorate
+
+
+def family(**common: Any) -> Callable[..., Callable[[LossFn], LossSpec]]:  # Any: what loss() takes
+    """A `@loss` for a family of losses: what they declare alike is said once, and each may say otherwise."""
+
+    def declared(**different: Any) -> Callable[[LossFn], LossSpec]:  # Any: as above
+        return loss(**{**common, **different})
+
+    return declared

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 from torch import Tensor
 
-from tinkerbell_core import LossFnOutput, loss
+from tinkerbell_core import LossFnOutput
 from tinkerbell_core.functional import aggregate, counted, effective_mask, masked_mean, target_logprobs
 from tinkerbell_core.hyperparameters import above
+from tinkerbell_core.spec import family
 
-on_samples = partial(
-    loss,
+on_samples = family(
     coupling="sequence",
     inputs=("target_tokens", "teacher_logprobs", "logprobs"),
     optional_inputs=("weights",),

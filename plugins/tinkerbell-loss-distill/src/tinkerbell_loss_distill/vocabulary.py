@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinkerbell_core import LossFnOutput, loss
+from tinkerbell_core import LossFnOutput
 from tinkerbell_core.functional import counted_rows, effective_mask, target_logprobs
 from tinkerbell_core.hyperparameters import SHARE, above
+from tinkerbell_core.spec import family
 from tinkerbell_loss_distill.pieces import entropy_of, finite, jensen_shannon, kl, output, whole_vocabulary
 
-distillation = partial(
-    loss, coupling="sequence", inputs=("teacher_logits",), optional_inputs=("weights",), finite=("weights",)
+distillation = family(
+    coupling="sequence", inputs=("teacher_logits",), optional_inputs=("weights",), finite=("weights",)
 )
 """Declares a divergence from teacher_logits."""
 

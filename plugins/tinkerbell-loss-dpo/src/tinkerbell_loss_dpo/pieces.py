@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from tinkerbell_core import LossFnOutput, loss
+from tinkerbell_core import LossFnOutput
 from tinkerbell_core.functional import (
     aggregate_sequences,
     effective_mask,
@@ -17,11 +17,11 @@ from tinkerbell_core.functional import (
     sequence_log_ratio,
     target_logprobs,
 )
+from tinkerbell_core.spec import family
 
 Inputs = Mapping[str, Tensor]
 
-on_pairs = partial(
-    loss,
+on_pairs = family(
     coupling="sequence",
     group_size=2,
     inputs=("target_tokens", "ref_logprobs"),

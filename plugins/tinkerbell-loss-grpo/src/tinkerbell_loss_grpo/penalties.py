@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -11,10 +10,10 @@ from torch import Tensor
 from tinkerbell_core import LossFnOutput, loss
 from tinkerbell_core.functional import aggregate, counted, effective_mask, entropy, masked_mean, target_logprobs
 from tinkerbell_core.hyperparameters import above
+from tinkerbell_core.spec import family
 from tinkerbell_loss_grpo.pieces import FURTHEST, straight_through
 
-penalty = partial(
-    loss,
+penalty = family(
     coupling="sequence",
     inputs=("target_tokens", "ref_logprobs"),
     optional_inputs=("weights", "logprobs"),

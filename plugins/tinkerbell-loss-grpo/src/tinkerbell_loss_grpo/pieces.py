@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinkerbell_core import LossFnOutput, loss
+from tinkerbell_core import LossFnOutput
 from tinkerbell_core.functional import (
     aggregate,
     aggregate_sequences,
@@ -19,15 +19,14 @@ from tinkerbell_core.functional import (
     sequence_mean,
     target_logprobs,
 )
+from tinkerbell_core.spec import family
 
 FURTHEST = 20.0
 """Log-ratios are held within this of 0: exp(89) is infinite in float32, and its gradient NaN."""
 
 Diagnostics = dict[str, Tensor]
 
-
-policy_loss = partial(
-    loss,
+policy_loss = family(
     coupling="sequence",
     inputs=("target_tokens", "logprobs", "advantages"),
     optional_inputs=("weights", "rollout_logprobs"),

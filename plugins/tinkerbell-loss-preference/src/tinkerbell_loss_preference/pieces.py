@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 
-from tinkerbell_core import LossFnOutput, loss
+from tinkerbell_core import LossFnOutput
 from tinkerbell_core.functional import (
     aggregate_sequences,
     effective_mask,
@@ -20,11 +19,11 @@ from tinkerbell_core.functional import (
     sequence_sum,
     target_logprobs,
 )
+from tinkerbell_core.spec import family
 
 Inputs = Mapping[str, Tensor]
 
-on_pairs = partial(
-    loss,
+on_pairs = family(
     coupling="sequence",
     group_size=2,
     inputs=("target_tokens",),

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinkerbell_core import LossFnOutput, loss
+from tinkerbell_core import LossFnOutput
 from tinkerbell_core.functional import aggregate, counted, effective_mask, masked_mean
+from tinkerbell_core.spec import family
 from tinkerbell_loss_reward.pieces import Inputs, scores
 
-on_steps = partial(
-    loss,
+on_steps = family(
     coupling="sequence",
     inputs=("step_labels", "weights"),
     finite=("step_labels", "weights"),
