@@ -45,7 +45,7 @@ def run(settings: Settings, sock: socket.socket | None = None) -> int:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     if settings.ssl_certfile is not None:
         _check_tls(settings.ssl_certfile, settings.ssl_keyfile)
-    with sock or _listen(settings) as listening:
+    with sock or listen(settings) as listening:
         app = create_app(settings)
         config = uvicorn.Config(
             app,
@@ -130,9 +130,11 @@ async def _greet(server: _Server, service: Service, url: str) -> None:
     _say(f"  in a shell: curl {url}/list_loss_functions")
 
 
-def _listen(settings: Settings) -> socket.socket:
+def listen(settings: Settings) -> socket.socket:
+    """A socket at the settings' address. Raises BadRequest where it cannot be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    sock = socket.socket(family)
+    # of a socket that does not say it is TCP, asyncio leaves Nagle's algorithm on: 40 ms for each answer
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((settings.host, settings.port))
