@@ -1,4 +1,4 @@
-"""Traced losses as the Tinker SDK writes them down."""
+"""Traced losses as the Tinker SDK writes them down, and graphs that no tracer would write."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch.fx
 from torch.fx.node import _get_qualified_name
+
+LP = {"ref": "logprobs"}
 
 
 def payload_of(loss: Callable[..., Any], ranks: Mapping[str, int]) -> bytes:
@@ -49,3 +51,15 @@ def _plain(arg: Any) -> Any:
         case torch.dtype():
             return {"dtype": str(arg).removeprefix("torch.")}
     return {"ellipsis": True} if arg is ... else arg
+
+
+def graph(*nodes: dict[str, Any], loss: str = "x", **changes: Any) -> bytes:
+    """A payload: logprobs, these nodes, and an output."""
+    first = {"op": "placeholder", "name": "logprobs", "target": "logprobs"}
+    last = {"op": "output", "name": "output", "target": "output", "args": [{"tuple": [{"ref": loss}, {"dict": {}}]}]}
+    whole = {"inputs": [{"name": "logprobs", "rank": 1}], "graph": {"format": 1, "nodes": [first, *nodes, last]}}
+    return json.dumps({**whole, **changes}).encode()
+
+
+def call(target: str, *args: Any, name: str = "x", op: str = "call_function", **kwargs: Any) -> dict[str, Any]:
+    return {"op": op, "name": name, "target": target, "args": list(args), "kwargs": kwargs}

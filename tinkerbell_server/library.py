@@ -27,7 +27,7 @@ from tinkerbell_server.store import Store
 from tinkerbell_server.supervisor import Supervisor
 from tinkerbell_server.tenancy import PUBLIC, Caller, owner_field, owner_of_loss, qualified, visible
 from tinkerbell_server.turns import Job, Turns
-from tinkerbell_server.uploads import check_on, check_upload, job_id, known
+from tinkerbell_server.uploads import check_on, check_upload, job_id, known, readable
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,7 @@ class Library:
         engine = await self._supervisor.described()
         check_on(engine)
         check_upload(upload, engine.losses)
+        upload = readable(upload)
         there = known(upload, [loss for loss in engine.losses if owner_of_loss(loss) == owner])
         if there is not None:
             return there

@@ -8,8 +8,12 @@ import platform
 import re
 from collections.abc import Sequence
 
+import msgspec
+
 from tinkerbell_core.errors import BadUpload, UnknownLoss, UploadsOff, UploadTooLarge
 from tinkerbell_core.registry import check_upload_name, resolve
+from tinkerbell_core.travel.graph import parse
+from tinkerbell_core.travel.text import text_of
 from tinkerbell_core.types import UPLOAD_LIMIT, LossDescription, RegisterLossRequest
 from tinkerbell_server.engines.base import EngineDescription
 
@@ -54,6 +58,17 @@ def check_upload(upload: RegisterLossRequest, losses: Sequence[LossDescription])
     if upload.kind == "graph" and upload.group_size != 1:
         raise BadUpload(f"group_size is {upload.group_size}, but a graph sees one sequence at a time: it must be 1")
     check_upload_name(upload.name, [loss.name for loss in losses if loss.provenance.kind == "entry_point"])
+
+
+def readable(upload: RegisterLossRequest) -> RegisterLossRequest:
+    """A graph with its text, unless it came with one; any other upload as it is. Raises BadUpload for no such graph.
+
+    The process that rebuilds a graph checks it again, and believes nothing of this.
+    """
+    if upload.kind != "graph":
+        return upload
+    graph = parse(upload.payload)
+    return upload if upload.source else msgspec.structs.replace(upload, source=text_of(graph))
 
 
 def known(upload: RegisterLossRequest, losses: Sequence[LossDescription]) -> LossDescription | None:

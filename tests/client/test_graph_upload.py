@@ -31,6 +31,7 @@ def test_a_graph_trains_as_the_built_in_loss_it_writes_out(torch_server: str) ->
     with TinkerClient(torch_server) as client:
         assert client.healthz()["uploads"] == "sandboxed"
         described = client._register(envelope(payload))
+        assert "mul = operator.mul(logprobs, weights)" in client.get_loss_source("graphed")
         assert (described.coupling, described.inputs) == ("sequence", ("target_tokens", "weights"))
         results = []
         for model, loss in (("by-graph", "graphed"), ("by-name", "cross_entropy")):

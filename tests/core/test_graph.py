@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.graphs import payload_of
+from tests.graphs import LP, call, graph, payload_of
 from tinkerbell_core.errors import BadData, BadLoss, BadUpload
 from tinkerbell_core.travel.graph import MAX_NODES, parse
-from tinkerbell_core.travel.operations import FUNCTIONS, METHODS, function, method
+from tinkerbell_core.travel.lookups import function, method
+from tinkerbell_core.travel.operations import FUNCTIONS, METHODS
 from tinkerbell_core.travel.replay import rebuild_graph
 
 T, V = 6, 11
@@ -111,19 +112,6 @@ def test_every_operation_of_the_list_is_there() -> None:
     assert not [name for name in (*FUNCTIONS, *METHODS) if "__" in name or name.endswith("load")]
 
 
-def graph(*nodes: dict[str, Any], loss: str = "x", **changes: Any) -> bytes:
-    """A payload: logprobs, these nodes, and an output."""
-    first = {"op": "placeholder", "name": "logprobs", "target": "logprobs"}
-    last = {"op": "output", "name": "output", "target": "output", "args": [{"tuple": [{"ref": loss}, {"dict": {}}]}]}
-    whole = {"inputs": [{"name": "logprobs", "rank": 1}], "graph": {"format": 1, "nodes": [first, *nodes, last]}}
-    return json.dumps({**whole, **changes}).encode()
-
-
-def call(target: str, *args: Any, name: str = "x", op: str = "call_function", **kwargs: Any) -> dict[str, Any]:
-    return {"op": op, "name": name, "target": target, "args": list(args), "kwargs": kwargs}
-
-
-LP = {"ref": "logprobs"}
 BIG = [call("torch.neg", {"ref": "logprobs"}, name=f"n{index}") for index in range(MAX_NODES)]
 
 

@@ -1,12 +1,9 @@
-"""The operations that a graph may use, and what each takes. A list of words: no name outside it is ever looked up."""
+"""The operations that a graph may use, and what each takes: a list of words. What they mean is in `lookups`."""
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Kind = Literal["operand", "node", "nodes", "dims", "flag", "number", "dtype", "word", "index", "attribute", "unset"]
 
@@ -194,40 +191,3 @@ def spelled(target: str) -> str:
         if target.startswith(theirs):
             return ours + target.removeprefix(theirs)
     return target
-
-
-def function(name: str) -> Callable[..., Any]:  # Any: each operation's own
-    """What a name of FUNCTIONS stands for."""
-    import torch
-
-    assert name in FUNCTIONS
-    home, _, word = name.rpartition(".")
-    if home == "builtins":
-        return _attribute
-    homes = {
-        "torch": torch,
-        "torch.nn.functional": torch.nn.functional,
-        "torch.special": torch.special,
-        "operator": operator,
-        "math": math,
-    }
-    return getattr(homes[home], word)  # type: ignore[no-any-return]
-
-
-def method(name: str) -> Callable[..., Any]:  # Any: as above
-    """What a name of METHODS stands for; it takes nothing but a tensor as its first argument."""
-    import torch
-
-    assert name in METHODS
-    return getattr(torch.Tensor, name)  # type: ignore[no-any-return]
-
-
-def _attribute(value: Any, name: str) -> Any:  # Any: a tensor, or the named tuple of max, sort and topk
-    import torch
-
-    of_tensor = isinstance(value, torch.Tensor)
-    if name not in ATTRIBUTES or of_tensor == (name in ("values", "indices")):
-        raise TypeError(f"a {type(value).__name__} has no {name!r} in a graph")
-    if not of_tensor and not isinstance(value, tuple):
-        raise TypeError(f"a {type(value).__name__} has no {name!r} in a graph")
-    return getattr(value, name)

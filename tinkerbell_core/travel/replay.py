@@ -14,7 +14,7 @@ from tinkerbell_core.guesses import LENGTHS, guess
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.travel.arguments import Dtype, Ref, Slice, Value
 from tinkerbell_core.travel.graph import Graph, parse
-from tinkerbell_core.travel.operations import function, method
+from tinkerbell_core.travel.lookups import function, method
 
 _K = 3  # targets a position of a made-up batch
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import msgspec
 
-from tinkerbell_core.errors import BadRequest, UnknownLoss
+from tinkerbell_core.errors import BadRequest, BadUpload, UnknownLoss
 from tinkerbell_core.registry import resolve
 from tinkerbell_core.types import LossDescription, RegisterLossRequest
 from tinkerbell_server.engines.base import DeleteLosses, EngineDescription, RegisterLoss
@@ -19,7 +19,7 @@ from tinkerbell_server.tenancy import owner_field, qualified, visible
 from tinkerbell_server.tinker import bodies, datums
 from tinkerbell_server.tinker.desk import Desk
 from tinkerbell_server.tinker.records import CustomLoss, Run, Session
-from tinkerbell_server.uploads import check_on, check_upload
+from tinkerbell_server.uploads import check_on, check_upload, readable
 
 _KIND = "create_custom_loss"
 _MOST = 1_000_000  # numbers of losses of one session
@@ -47,7 +47,11 @@ class CustomLosses:
         ranks: dict[str, int] = {each.name: each.rank for each in sent.inputs}
         made = CustomLoss(id=loss_id, tenant=tenant, parent=session.id, digest=upload.digest, ranks=ranks)
         request_id = desk.accept(tenant, _KIND, key, body, parent=session.id, path=loss_id)
-        command = RegisterLoss(upload=upload, owner=owner_field(tenant))
+        try:
+            command = RegisterLoss(upload=readable(upload), owner=owner_field(tenant))
+        except BadUpload as error:
+            desk.fail(request_id, error)
+            return request_id
 
         def keep(_: bytes) -> None:
             desk.records.put(made)
