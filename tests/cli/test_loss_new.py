@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner, Result
 
+from tests.conftest import PATIENT
 from tests.live import live_server
 from tinker_client import TinkerClient, custom_loss
 from tinkerbell_core import LossFnOutput, loss
@@ -61,26 +63,100 @@ def installed(package: Path, into: Path) -> None:
     subprocess.run([*pip, str(into), str(package)], check=True)
 
 
-@pytest.mark.slow
-def test_a_new_package_installs_passes_its_tests_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run("loss", "new", "wendy", "--dir", tmp_path).exit_code == 0
-    package, site = tmp_path / "tinkerbell-loss-wendy", tmp_path / "site"
-    installed(package, site)
+@pytest.fixture(scope="module")
+def wendy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a package that `loss new` made."""
+    folder = tmp_path_factory.mktemp("made")
+    assert run("loss", "new", "wendy", "--dir", folder).exit_code == 0
+    return folder / "tinkerbell-loss-wendy"
+
+
+@pytest.fixture(scope="module")
+def site(wendy: Path) -> Iterator[Path]:
+    """Where it is installed, for processes that are started from now on."""
+    folder = wendy.parent / "site"
+    installed(wendy, folder)
     root = str(Path(__file__).parents[2])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), root, os.environ.get("PYTHONPATH", "")]))
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"], cwd=package, check=True)
-    with live_server(tmp_path, "--device", "cpu", seconds=400) as url, TinkerClient(url) as client:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), root, os.environ.get("PYTHONPATH", "")]))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def server(site: Path) -> Iterator[str]:
+    with live_server(site.parent, *PATIENT, "--device", "cpu", seconds=400) as url:
+        yield url
+
+
+@pytest.fixture
+def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TINKERBELL_API_KEY", "TINKER_API_KEY", "TINKERBELL_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.slow
+def test_a_new_package_installs_and_passes_its_tests(wendy: Path, site: Path) -> None:
+    pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    subprocess.run(pytest_, cwd=wendy, check=True)
+    # a process of its own, which finds the package by its entry point
+    tested = "from tinkerbell_server.cli import main; main(['loss', 'test', 'wendy'])"
+    done = subprocess.run([sys.executable, "-c", tested], cwd=wendy, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "checks hold" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_keys")
+def test_it_trains_on_a_server_that_says_what_it_is(server: str) -> None:
+    with TinkerClient(server) as client:
         steps = []
         for _ in range(3):
             result = client.hf_backend.forward_backward("m", ["Second star to the right"], loss_fn="wendy")
-            client.hf_backend.optim_step("m", learning_rate=1e-2)
+            client.hf_backend.optim_step("m", learning_rate=3e-3)
             steps.append(result.loss)
         assert steps == sorted(steps, reverse=True)
-        # an upload, back from the server as a package
+        custom_loss(client, name="shown", coupling="sequence", via="source")(softened)
+    for name, *says in [
+        ("ppo", "tinkerbell-core:ppo", "inputs           target_tokens, logprobs, advantages"),
+        ("wendy", "entry_point tinkerbell-loss-wendy 0.1.0", "hyperparameter   strength: float = 0.1"),
+        ("shown", "upload:shown@", "formula          softplus(-log p(target)) * strength", "def softened("),
+    ]:
+        shown = run("loss", "show", name, "--url", server)
+        assert shown.exit_code == 0, shown.output
+        for line in says:
+            assert line in shown.output
+    assert "did you mean 'wendy'" in run("loss", "show", "wendi", "--url", server).output
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_keys")
+def test_an_upload_comes_back_as_a_package_to_its_owner_alone(
+    server: str, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last of this server's: from the first key on it asks for one."""
+
+    def again(name: str) -> Result:
+        return run("loss", "new", name, "--dir", tmp_path, "--from-upload", "soft", "--url", server)
+
+    with TinkerClient(server) as client:
         custom_loss(client, name="soft", coupling="sequence", via="source")(softened)
-        assert run("loss", "new", "slightly", "--dir", tmp_path, "--from-upload", "soft", "--url", url).exit_code == 0
+    assert again("slightly").exit_code == 0
     [spec] = find_specs(str(tmp_path / "tinkerbell-loss-slightly"))
     assert same(spec)
+    ann, ben = (run("key", "create", who, "--data-dir", site.parent / "data").stdout.strip() for who in ("ann", "ben"))
+    assert "asks for an API key" in again("nobody").output
+    monkeypatch.setenv("TINKERBELL_API_KEY", ann)
+    with TinkerClient(server) as client:
+        custom_loss(client, name="soft", coupling="sequence", via="source")(softened)
+    assert again("tootles").exit_code == 0
+    [spec] = find_specs(str(tmp_path / "tinkerbell-loss-tootles"))
+    assert same(spec)
+    assert "upload:ann/soft@" in run("loss", "show", "soft", "--url", server).output
+    monkeypatch.setenv("TINKERBELL_API_KEY", ben)
+    refused = again("nibs")
+    assert refused.exit_code == 1
+    assert "no loss named 'soft'" in refused.output
+    assert not (tmp_path / "tinkerbell-loss-nibs").exists()
 
 
 def same(spec: object) -> bool:
@@ -95,6 +171,7 @@ def test_an_upload_becomes_a_package_that_gives_the_same(tmp_path: Path) -> None
     new_package(names_for("hook"), tmp_path / "made", upload)
     text = (tmp_path / "made/src/tinkerbell_loss_hook/losses.py").read_text()
     assert "strength: float = 0.25" in text
+    assert "import torch\n" in text  # for SCALES
     assert "  # [B, T]" in text
     assert not (tmp_path / "made/tests/test_losses.py").exists()
     [spec] = find_specs(str(tmp_path / "made"))

@@ -61,6 +61,7 @@ class _Module:
     def __init__(self, upload: RegisterLossRequest, baggage: Baggage, name: str) -> None:
         self._upload, self._functions, self._name = upload, baggage.functions, name
         self._known: dict[str, str] = {}  # name → the line that binds it
+        self._defaults: list[str] = []
         self._called = [name if number == 0 else f.name for number, f in enumerate(self._functions)]
         if len(set(self._called)) < len(self._called) or "<lambda>" in self._called:
             raise BadUpload(f"two functions of {upload.name!r} have one name, or none: name each, and upload it again")
@@ -69,13 +70,13 @@ class _Module:
     def text(self) -> str:
         imports = {line for line in self._known.values() if line.startswith(("import ", "from "))}
         imports |= {"from tinkerbell_core import loss"}
-        if any("torch." in line for line in self._known.values()) and "torch" not in self._known:
+        values = [line for line in self._known.values() if line not in imports]
+        if "torch" not in self._known and any("torch." in line for line in [*values, *self._defaults]):
             imports.add("import torch")
         spelt = {annotation for f in self._functions for annotation in f.annotations.values()}
         for word, line in _ANNOTATIONS.items():
             if word not in self._known and any(word in annotation for annotation in spelt):
                 imports.add(line)
-        values = [line for line in self._known.values() if line not in imports]
         doc = f'"""{self._name}, made of an upload called {self._upload.name}."""'
         head = [doc, "from __future__ import annotations", "\n".join(sorted(imports)), "\n".join(values)]
         # the loss last: what it calls stands above it
@@ -113,7 +114,8 @@ class _Module:
         pairs += [(default, function.keywords[name]) for name, default in keywords if default is not None]
         for expression, value in pairs:
             if not isinstance(expression, ast.Constant):
-                text.replace(expression, literal("a default", value))
+                self._defaults.append(literal("a default", value))
+                text.replace(expression, self._defaults[-1])
         return str(text).rstrip()
 
 
