@@ -45,12 +45,17 @@ FORWARD: dict[str, tuple[types.Datum, str, dict[str, Any] | None, str]] = {
     "NaN weights": (datum(ROW, weights=[math.nan] * 7), "cross_entropy", None, "NaN"),
     "infinite logprobs": (datum(ROW, **{**RL, "logprobs": [-math.inf] * 7}), "ppo", None, "infinity"),
     "NaN advantages": (datum(ROW, **{**RL, "advantages": [math.nan] * 7}), "importance_sampling", None, "NaN"),
+    "infinite weights": (datum(ROW, weights=[math.inf] * 7), "cross_entropy", None, "infinity"),
+    "NaN logprobs": (datum(ROW, **{**RL, "logprobs": [math.nan] * 7}), "dro", {"beta": 0.1}, "NaN"),
+    "infinite advantages": (datum(ROW, **{**RL, "advantages": [math.inf] * 7}), "cispo", None, "infinity"),
+    "logprobs too short": (datum(ROW, **{**RL, "logprobs": [-1.0] * 4}), "importance_sampling", None, "length 4"),
     "an empty input": (raw([], target_tokens=tensor([]).to_numpy().astype(int)), "cross_entropy", None, "no tokens"),
     "an input that is missing": (datum(ROW, logprobs=[-1.0] * 7), "ppo", None, "advantages"),
     "an input that is not read": (datum(ROW, mask=[1.0] * 7, **RL), "ppo", None, "'mask'"),
     "an unknown loss": (GOOD, "croos_entropy", None, "did you mean 'cross_entropy'"),
     "an unknown config key": (datum(ROW, **RL), "ppo", {"clip_lo": 0.5}, "clip_lo"),
     "a loss without its setting": (datum(ROW, **RL), "dro", None, "beta"),
+    "NaN in the config": (datum(ROW, **RL), "ppo", {"clip_low_threshold": math.nan}, "clip_low_threshold"),
     "text for a number": (datum(ROW, **RL), "ppo", {"clip_low_threshold": "low"}, "clip_low_threshold"),
     "a row too long": (raw([1] * 129, target_tokens=[1] * 129), "cross_entropy", None, "128"),
     "a custom loss of nobody": (GOOD, "custom", {"loss_id": "none"}, "no custom loss 'none'"),
@@ -105,6 +110,7 @@ def test_an_unknown_base_model_is_refused(service: tinker.ServiceClient) -> None
 
 def test_rank_0_is_refused(service: tinker.ServiceClient, model_folder: Path) -> None:
     refused_at_once(lambda: service.create_lora_training_client(base_model=str(model_folder), rank=0), "rank")
+    assert new_model(service, model_folder).forward([GOOD], "cross_entropy").result().metrics
 
 
 PATHS = {
@@ -119,6 +125,7 @@ PATHS = {
 def test_a_bad_path_is_refused(service: tinker.ServiceClient, model: Any, what: str) -> None:
     path, says = PATHS[what]
     refused_at_once(lambda: service.create_training_client_from_state(path), says)
+    refused_at_once(lambda: service.create_sampling_client(model_path=path), says)
     refused_at_once(lambda: model.load_state(path), says)
     assert model.forward([GOOD], "cross_entropy").result().metrics
 

@@ -81,6 +81,12 @@ BROKEN: dict[str, Callable[[Wire], httpx.Response]] = {
     "an unknown sampler": lambda w: w.http.get("/samplers/nobody"),
     "an unknown future": lambda w: w.post("retrieve_future", request_id="nobody"),
     "a dead heartbeat": lambda w: w.post("session_heartbeat", session_id="nobody"),
+    "a path that is not there": lambda w: w.http.get("/billing/usage/events"),
+    "a checkpoint of another, with a token": lambda w: w.http.post(
+        "/copy_weights",
+        json={"source_path": "tinker://nobody:train:0/weights/x", "destination_project_id": "mine"},
+        headers={"x-tinker-weights-access-token": "secret"},
+    ),
     "seq_id 0": lambda w: w.forward_backward(w.model(), 0),
     "an adapter of nothing": lambda w: w.post(
         "create_model",
@@ -104,6 +110,13 @@ def test_a_refusal_is_json_and_has_no_status_that_is_sent_again(wires: Wire, wha
     answer = BROKEN[what](wires)
     assert answer.status_code in (400, 404, 410), answer.text
     assert len(answer.json()["detail"]) > 10
+
+
+def test_a_call_without_rows_is_refused(wires: Wire) -> None:
+    model = wires.model()
+    failed = wires.done(wires.forward_backward(model, 1, rows=0))
+    assert (failed["category"], "data is empty" in failed["error"]) == ("user", True)
+    wires.output(wires.forward_backward(model, 2))
 
 
 def test_a_zstd_bomb_is_refused(wires: Wire) -> None:

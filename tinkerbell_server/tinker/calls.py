@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinkerbell_core.errors import BadData, BadRequest
-from tinkerbell_core.types import LossDescription
+from tinkerbell_core.types import ForwardRequest, LossDescription
 from tinkerbell_server.engines.base import EngineDescription
 from tinkerbell_server.tensors import as_array
-from tinkerbell_server.tinker.datums import ForwardCall
+from tinkerbell_server.tinker.datums import ForwardCall, config_of
 from tinkerbell_server.tinker.records import Run
 
 GROUP_ID = "group_id"
@@ -57,6 +57,16 @@ def take_groups(loss: LossDescription, call: ForwardCall) -> tuple[int, ...] | N
             raise BadData(f"data[{index}]: {GROUP_ID!r} must be one integer, and of every row where one row has it")
         groups.append(int(ids[0]))
     return tuple(groups)
+
+
+def forward_request(run: Run, calls: Sequence[ForwardCall], loss: LossDescription) -> ForwardRequest:
+    """The rows of all these chunks, as one request."""
+    return ForwardRequest(
+        model_id=run.model_id,
+        data=[datum for call in calls for datum in call.data],
+        loss_fn=loss.id,
+        loss_fn_config={**config_of(loss, calls[0].config)},
+    )
 
 
 def calls_of(chunks: Sequence[Chunk], doubt: str | None) -> list[int]:

@@ -16,16 +16,17 @@ from tinkerbell_server.saves import models_folder
 from tinkerbell_server.tenancy import qualified
 from tinkerbell_server.tinker import bodies
 from tinkerbell_server.tinker.desk import Desk, NotHere
+from tinkerbell_server.tinker.lines import Lines
 from tinkerbell_server.tinker.names import TinkerPath, check_save_name, expiry
 from tinkerbell_server.tinker.records import Checkpoint, Kind, Run, Sampler
-from tinkerbell_server.tinker.training import ALPHA, Training, check_optimizer, model_id_of, target_modules
+from tinkerbell_server.tinker.training import ALPHA, check_optimizer, model_id_of, target_modules
 
 
 class Checkpoints:
     """Folders `<run>/<kind>.<name>` under the tenant's models, each with a record that says what it is."""
 
-    def __init__(self, desk: Desk, training: Training) -> None:
-        self._desk, self._training = desk, training
+    def __init__(self, desk: Desk, lines: Lines) -> None:
+        self._desk, self._lines = desk, lines
 
     async def save(self, tenant: str, body: bytes, kind: Kind) -> tuple[str, str]:
         """save_weights and save_weights_external: the request's id and the model's."""
@@ -42,7 +43,7 @@ class Checkpoints:
         name = f"{kind}-{sent.seq_id or time.time_ns()}" if sent.path is None else sent.path
         path = TinkerPath(run.id, kind, name)
         start = partial(self._save_named, run, sent, path)
-        return self._training.take_command(run, sent.seq_id, request_kind, body, start, path=str(path)), run.id
+        return self._lines.take(run, sent.seq_id, request_kind, body, start, path=str(path)), run.id
 
     async def save_for_sampler(self, tenant: str, body: bytes) -> tuple[str, str]:
         """save_weights_for_sampler, named or for one sampling session."""
@@ -53,12 +54,12 @@ class Checkpoints:
         if sent.path is not None:
             path = TinkerPath(run.id, "sampler_weights", sent.path)
             start = partial(self._save_named, run, sent, path)
-            return self._training.take_command(run, sent.seq_id, kind, body, start, path=str(path)), run.id
+            return self._lines.take(run, sent.seq_id, kind, body, start, path=str(path)), run.id
         if sent.sampling_session_seq_id is None:
             raise BadRequest("save_weights_for_sampler needs a path, or a sampling_session_seq_id")
         sampler_id = sampler_id_of(run.parent, sent.sampling_session_seq_id)
         start = partial(self._save_unnamed, run, sampler_id, follows=sent.kind == "inflight")
-        request_id = self._training.take_command(run, sent.seq_id, kind, body, start, sampling_session_id=sampler_id)
+        request_id = self._lines.take(run, sent.seq_id, kind, body, start, sampling_session_id=sampler_id)
         return request_id, run.id
 
     async def load(self, tenant: str, body: bytes) -> tuple[str, str]:
@@ -76,7 +77,7 @@ class Checkpoints:
                 load = Load(model_id=run.model_id, path=checkpoint.folder, optimizer=sent.optimizer)
                 self._desk.queue(tenant, request_id, "load", run.model_id, lambda: load)
 
-            return self._training.take_command(run, sent.seq_id, "load_weights", body, start, path=sent.path), run.id
+            return self._lines.take(run, sent.seq_id, "load_weights", body, start, path=sent.path), run.id
         session = self._desk.session(tenant, sent.session_id)
         model_id = model_id_of(session.id, sent.model_seq_id or 0)
         key = f"{model_id}/create"

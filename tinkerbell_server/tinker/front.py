@@ -10,6 +10,7 @@ from tinkerbell_server.tinker.checkpoints import Checkpoints
 from tinkerbell_server.tinker.copies import Copies
 from tinkerbell_server.tinker.desk import Desk
 from tinkerbell_server.tinker.downloads import Downloads
+from tinkerbell_server.tinker.lines import Lines
 from tinkerbell_server.tinker.listing import Listing
 from tinkerbell_server.tinker.losses import CustomLosses
 from tinkerbell_server.tinker.sampling import Sampling
@@ -23,8 +24,9 @@ class Front:
         self.desk = Desk(service)
         self.sessions = Sessions(self.desk)
         self.losses = CustomLosses(self.desk)
-        self.training = Training(self.desk, self.losses)
-        self.checkpoints = Checkpoints(self.desk, self.training)
+        self.lines = Lines(self.desk)
+        self.training = Training(self.desk, self.lines, self.losses)
+        self.checkpoints = Checkpoints(self.desk, self.lines)
         self.copies = Copies(self.desk, self.checkpoints)
         self.sampling = Sampling(self.desk, self.checkpoints)
         self.completions = Completions(self.desk, self.checkpoints)
@@ -39,5 +41,5 @@ class Front:
     def close(self) -> None:
         if self._upkeep is not None:
             self._upkeep.cancel()
-        self.training.close()
+        self.lines.close()
         self.desk.records.close()

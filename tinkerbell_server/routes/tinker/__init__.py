@@ -64,6 +64,8 @@ _TRAIN: tuple[tuple[str, str, Endpoint], ...] = (
 
 _UPLOAD: tuple[tuple[str, str, Endpoint], ...] = (("POST", "create_custom_loss", training.create_custom_loss),)
 
+_METHODS = ("GET", "POST", "PUT", "DELETE")
+
 
 def routes() -> list[Route]:
     """Every path of the Tinker wire; a link to a download is a secret of its own, and needs no key."""
@@ -72,6 +74,7 @@ def routes() -> list[Route]:
         *(_route(method, path, allowed("read", endpoint)) for method, path, endpoint in _READ),
         *(_route(method, path, allowed("train", endpoint)) for method, path, endpoint in _TRAIN),
         *(_route(method, path, allowed("upload", endpoint)) for method, path, endpoint in _UPLOAD),
+        *(_route(method, "{path:path}", allowed("read", sessions.nothing)) for method in _METHODS),
     ]
 
 

@@ -8,6 +8,7 @@ from starlette.responses import Response
 from tinkerbell_server.auth import caller_of
 from tinkerbell_server.routes.tinker.caller import tenant_of
 from tinkerbell_server.routes.tinker.edge import body_of, front_of, said
+from tinkerbell_server.tinker.desk import NotHere
 from tinkerbell_server.tinker.sessions import client_config as config_of
 
 
@@ -61,3 +62,8 @@ async def telemetry(request: Request) -> Response:
     """Taken and forgotten: it carries stack traces and texts of the user's."""
     await body_of(request)
     return said({"status": "accepted"})
+
+
+async def nothing(request: Request) -> Response:
+    """What the hosted service has and this one has not."""
+    raise NotHere(f"{request.method} {request.url.path[:200]} is not on this server: see its page 'Coming from Tinker'")

@@ -102,5 +102,5 @@ def _numbered(request: Request, number: Callable[[], tuple[str, int | None]]) ->
         yield
     except BadRequest as error:
         if not isinstance(error, TooManyRequests):
-            front_of(request).training.pass_over(tenant_of(request), *number())
+            front_of(request).lines.pass_over(tenant_of(request), *number())
         raise
