@@ -1,7 +1,7 @@
 """tinker-cookbook's own loops against a server on the embedded model: `python .ci/cookbook.py` runs all four.
 
 The cookbook's code is as it was installed. Given to it are a local model with its renderer, small batches, local
-data, and loss_fn="importance_sampling" where its default is stable_reinforce. Each program must end.
+data, and loss_fn="importance_sampling" where its default is stable_reinforce. Each program must end, and get better.
 """
 
 from __future__ import annotations
@@ -9,23 +9,25 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 RENDERER = "qwen3_instruct"
 METRICS = {
-    "arithmetic": ("env/all/reward/total", "up"),
-    "guess_number": ("env/all/ac_tokens_per_turn", "down"),
     "supervised": ("train_mean_nll", "down"),
     "dpo": ("dpo_loss", "down"),
+    "arithmetic": ("env/all/reward/total", "up"),
+    "guess_number": ("env/all/reward/total", "up"),
 }
-"""What is read of each program's metrics.jsonl, and where it should go."""
+"""What is read of each program's metrics.jsonl, and where it must go."""
 
 
 def arithmetic(model: str, log: str) -> None:
@@ -49,42 +51,28 @@ def arithmetic(model: str, log: str) -> None:
     asyncio.run(train.cli_main(config))
 
 
-def guess_number(model: str, log: str) -> None:
-    """Several turns, each an answer to what the environment said."""
-    import chz
-    from tinker_cookbook.recipes.multiplayer_rl.guess_number import train as recipe
-    from tinker_cookbook.rl import train
-
-    config = recipe.build_config(
-        recipe.CLIConfig(
-            model_name=model,
-            renderer_name=RENDERER,
-            group_size=4,
-            batch_size=4,
-            learning_rate=3e-3,
-            max_tokens=6,
-            eval_every=0,
-            save_every=0,
-            max_steps=5,
-            log_path=log,
-        )
-    )
-    asyncio.run(train.main(chz.replace(config, loss_fn="importance_sampling")))
-
-
 def supervised(model: str, log: str) -> None:
-    """Conversations of a local file."""
+    """Conversations of a local file: turns of guess-number, a third of them in words its environment cannot read."""
+    from tinker_cookbook.recipes.multiplayer_rl.guess_number.env import FAIL_TO_PARSE, SYSTEM_PROMPT
     from tinker_cookbook.renderers import TrainOnWhat
     from tinker_cookbook.supervised import train
     from tinker_cookbook.supervised.data import FromConversationFileBuilder
 
+    chance = random.Random(0)
+
+    def said() -> str:
+        return chance.choice(("Guess: {}", "Guess: {}", "Maybe {}")).format(chance.randrange(1024))
+
     file = Path(log).parent / "conversations.jsonl"
     with file.open("w") as out:
-        for number in range(48):
-            turns = [("user", f"Count from {number}."), ("assistant", f"{number}, {number + 1}, {number + 2}.")]
+        for index in range(3200):
+            told = chance.choice(("Too low", "Too high", FAIL_TO_PARSE))
+            # one in eight begins as the environment does, with 230 tokens more
+            begin = [("system", SYSTEM_PROMPT)] if index % 8 == 0 else [("player", said()), ("user", told)]
+            turns = [*begin, ("assistant", said())]
             out.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
     builder = FromConversationFileBuilder(
-        common_config=_common(model, 8, train_on_what=TrainOnWhat.ALL_ASSISTANT_MESSAGES), file_path=str(file)
+        common_config=_common(model, 32, train_on_what=TrainOnWhat.ALL_ASSISTANT_MESSAGES), file_path=str(file)
     )
     config = train.Config(
         log_path=log,
@@ -93,11 +81,38 @@ def supervised(model: str, log: str) -> None:
         renderer_name=RENDERER,
         dataset_builder=builder,
         learning_rate=3e-3,
-        num_epochs=2,
+        num_epochs=1,
         lora_rank=16,
         eval_every=0,
-        save_every=5,
+        save_every=20,
     )
+    asyncio.run(train.main(config))
+
+
+def guess_number(model: str, log: str) -> None:
+    """Ten turns at most, from the weights that `supervised` left. Reward: -1 for each turn that cannot be read."""
+    import chz
+    from tinker_cookbook.checkpoint_utils import get_last_checkpoint
+    from tinker_cookbook.recipes.multiplayer_rl.guess_number import train as recipe
+    from tinker_cookbook.rl import train
+
+    start = get_last_checkpoint(str(Path(log).parent / "supervised"))
+    assert start is not None
+    config = recipe.build_config(
+        recipe.CLIConfig(
+            model_name=model,
+            renderer_name=RENDERER,
+            group_size=8,
+            batch_size=1,
+            learning_rate=4e-4,
+            max_tokens=12,
+            eval_every=0,
+            save_every=0,
+            max_steps=10,
+            log_path=log,
+        )
+    )
+    config = chz.replace(config, loss_fn="importance_sampling", load_checkpoint_path=start.state_path)
     asyncio.run(train.main(config))
 
 
@@ -135,10 +150,10 @@ def dpo(model: str, log: str) -> None:
 
 
 PROGRAMS: dict[str, Callable[[str, str], None]] = {
-    "arithmetic": arithmetic,
-    "guess_number": guess_number,
     "supervised": supervised,
     "dpo": dpo,
+    "arithmetic": arithmetic,
+    "guess_number": guess_number,
 }
 
 
@@ -148,7 +163,7 @@ def _common(
     from tinker_cookbook.supervised.types import ChatDatasetBuilderCommonConfig
 
     return ChatDatasetBuilderCommonConfig(
-        model_name_for_tokenizer=model, renderer_name=RENDERER, max_length=256, batch_size=batch_size, **options
+        model_name_for_tokenizer=model, renderer_name=RENDERER, max_length=512, batch_size=batch_size, **options
     )
 
 
@@ -165,15 +180,41 @@ def run_all(names: list[str], folder: Path) -> int:
             with (folder / f"{name}.log").open("wb") as out:
                 command = [sys.executable, __file__, "--program", name, model, str(log)]
                 status = subprocess.call(command, env={**os.environ, **given}, stdout=out, stderr=out)
-            key, _ = METRICS[name]
-            steps = (log / "metrics.jsonl").read_text().splitlines() if (log / "metrics.jsonl").exists() else []
-            numbers = [step[key] for step in map(json.loads, steps) if key in step]
-            moved = f"{key} {numbers[0]:.4f} -> {numbers[-1]:.4f} in {len(numbers)} steps" if numbers else f"no {key}"
-            print(f"{name}: {'ended' if status == 0 else f'failed ({status})'}; {moved}", flush=True)
-            wrong += status != 0 or not numbers
+            key, way = METRICS[name]
+            numbers = _numbers(log / "metrics.jsonl", key)
+            better = _better(numbers, way)
+            end = "ended" if status == 0 else f"failed ({status})"
+            print(f"{name}: {end}; {_told(key, numbers)}{'' if better else '; NOT better'}", flush=True)
+            wrong += status != 0 or not better
             if status != 0:
                 print((folder / f"{name}.log").read_text(errors="replace")[-3000:])
     return int(wrong > 0)
+
+
+def _numbers(metrics: Path, key: str) -> list[float]:
+    """What a program logged under this name, step by step."""
+    steps = map(json.loads, metrics.read_text().splitlines() if metrics.exists() else [])
+    return [step[key] for step in steps if key in step]
+
+
+def _ends(numbers: list[float]) -> tuple[float, float]:
+    """Means of the first and of the last quarter: a reward jumps from step to step."""
+    quarter = max(len(numbers) // 4, 1)
+    return fmean(numbers[:quarter]), fmean(numbers[-quarter:])
+
+
+def _better(numbers: list[float], way: str) -> bool:
+    if len(numbers) < 2:
+        return False
+    before, after = _ends(numbers)
+    return after > before if way == "up" else after < before
+
+
+def _told(key: str, numbers: list[float]) -> str:
+    if not numbers:
+        return f"no {key}"
+    before, after = _ends(numbers)
+    return f"{key} {before:.4f} -> {after:.4f} (first and last quarter of {len(numbers)} steps)"
 
 
 def main() -> int:
