@@ -139,23 +139,32 @@ def test_an_engine_that_refuses_ends_the_server_with_its_reason(serve: Any, capf
     assert "error: there is no model in 'refuses'" in capfd.readouterr().err
 
 
+WAITER = """
+import sys, http.client, urllib.parse
+connection = http.client.HTTPConnection(urllib.parse.urlsplit(sys.argv[1]).netloc)
+connection.request("GET", sys.argv[2])
+print("asked", flush=True)
+connection.getresponse().read()
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_no_process_even_while_somebody_waits(serve: Any, number: signal.Signals) -> None:
     with serve() as caller:
         engine = caller.engine_pid()
         for _ in range(20):
             waited_for = caller.accepted("/forward", model_id="slow-m", data=ROWS)
-        waiter = subprocess.Popen(
-            [sys.executable, "-c", "import sys, urllib.request as u; u.urlopen(sys.argv[1]).read()",
-             f"{caller.server}/futures/{waited_for}?wait=30"]
-        )  # fmt: skip
-        time.sleep(0.4)
-        began = time.monotonic()
-        caller.server.process.send_signal(number)
-        assert caller.server.process.wait(10) == 0
-        assert time.monotonic() - began < 4
-        _gone(engine)
-        assert waiter.wait(5) == 0
+        asked = [sys.executable, "-c", WAITER, str(caller.server), f"/futures/{waited_for}?wait=30"]
+        with subprocess.Popen(asked, stdout=subprocess.PIPE) as waiter:
+            assert waiter.stdout is not None
+            assert waiter.stdout.readline() == b"asked\n"
+            time.sleep(0.2)
+            began = time.monotonic()
+            caller.server.process.send_signal(number)
+            assert caller.server.process.wait(10) == 0
+            assert time.monotonic() - began < 4
+            _gone(engine)
+            assert waiter.wait(10) == 0
 
 
 def test_port_0_prints_the_url_it_took(tmp_path: Path) -> None:
