@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "ignore:Sparse CSR tensor support is in beta state:UserWarning",
     ):
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_unconfigure() -> None:
+    """What is collected at the very end is so under no test's filters."""
+    warnings.simplefilter("ignore")
 
 
 @pytest.fixture(scope="session")

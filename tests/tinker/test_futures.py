@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -110,17 +111,24 @@ def test_the_sdk_cancels_what_it_dropped(
 ) -> None:
     sampler = now(tinker.ServiceClient(base_url=server).create_sampling_client(base_model=str(model_folder)))
     tokens([sample(sampler, 1)])
-    dropped: list[str] = []
-    cancel = sampler.holder._send_cancel_request
+    taken, dropped = threading.Event(), list[str]()
+    cancel, ask = sampler.holder._send_cancel_request, sampler._send_asample_request
 
     async def sent(request_id: str) -> None:
         await cancel(request_id)
         dropped.append(request_id)
 
+    async def asked(*args: Any) -> Any:
+        future = await ask(*args)
+        taken.set()
+        return future
+
     monkeypatch.setattr(sampler.holder, "_send_cancel_request", sent)
+    monkeypatch.setattr(sampler, "_send_asample_request", asked)
     working = busy(wires)
     future = sample(sampler, 2)
-    time.sleep(0.3)
+    assert taken.wait(20)
+    time.sleep(0.1)
     (future.future() if hasattr(future, "future") else future).cancel()
     deadline = time.monotonic() + 20
     while not dropped and time.monotonic() < deadline:

@@ -168,7 +168,8 @@ def test_a_step_is_that_of_the_same_loss_computed_by_the_client(
 
     served = ours.forward_backward(data, name, config or None).result()
     carried = theirs.forward_backward_custom(data if has("0.36") else bare(data), two_passes).result()
-    assert close(served.metrics["loss:sum"], carried.metrics["loss:sum"])
+    if has("0.30"):  # before, the SDK tells the sum of its second pass by this name
+        assert close(served.metrics["loss:sum"], carried.metrics["loss:sum"])
     probe = [datum(text(25, 11), weights=[1.0] * 24)]
     before = logprobs_of(ours.forward(probe, "cross_entropy").result())[0]
     for model in (ours, theirs):
