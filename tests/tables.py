@@ -36,10 +36,10 @@ def losses() -> str:
             said = anatomy(spec.summary, spec.source)
             reads = [f"`{key}`" for key in spec.inputs or () if key not in IMPLIED]
             reads += [f"`{key}`?" for key in spec.optional_inputs if key not in IMPLIED]
-            formula = said.formula.replace("|", r"\|") + (f": {said.called}" if said.called else "")
+            formula = said.formula + (f": {said.called}" if said.called else "")
             papers = ", ".join(f"[{n}]({link})" for n, link in zip(said.papers, said.links, strict=True))
             name = f"`{spec.name}`" + (f" (groups of {spec.group_size})" if spec.group_size > 1 else "")
-            rows.append(f"| {name} | {formula} | {', '.join(reads)} | {papers} |")
+            rows.append(f"| {name} | {formula.replace('|', chr(92) + '|')} | {', '.join(reads)} | {papers} |")
         parts.append(f"### {distribution}\n\n" + "\n".join(rows))
     return "\n\n".join(parts)
 
