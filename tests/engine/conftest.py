@@ -63,13 +63,24 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
+@pytest.fixture(scope="session")
+def engine_maker(bases: dict[str, Path], device: str) -> Callable[[Path], MakeEngine]:
+    """Makes engines on one of the bases, whose data is in a folder.
+
+    float64 and with the built-in losses alone, unless told: to try a hundred others takes a second.
+    """
+
+    def maker(folder: Path) -> MakeEngine:
+        def make(base: str = "llama", dtype: str = "float64", **settings: Any) -> TorchEngine:
+            model = str(bases[base]) if base in bases else None
+            settings = {"uploads": "trusted", "plugins": False} | settings
+            return create(EngineConfig(model=model, data_dir=str(folder), device=device, dtype=dtype, **settings))
+
+        return make
+
+    return maker
+
+
 @pytest.fixture
-def make_engine(bases: dict[str, Path], device: str, tmp_path: Path) -> MakeEngine:
-    """An engine on one of the bases, float64 unless told."""
-
-    def make(base: str = "llama", dtype: str = "float64", **settings: Any) -> TorchEngine:
-        model = str(bases[base]) if base in bases else None
-        settings = {"uploads": "trusted"} | settings
-        return create(EngineConfig(model=model, data_dir=str(tmp_path), device=device, dtype=dtype, **settings))
-
-    return make
+def make_engine(engine_maker: Callable[[Path], MakeEngine], tmp_path: Path) -> MakeEngine:
+    return engine_maker(tmp_path)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +21,13 @@ from tinkerbell_server.engines.torch.engine import TorchEngine
 AT_ONCE = {"seconds": data_of(torch.zeros(4))}
 
 
-@pytest.fixture
-def engine(make_engine: MakeEngine) -> Iterator[TorchEngine]:
-    made = make_engine(uploads="sandboxed", dry_run_seconds=60.0, sandbox_seconds=60.0)
+@pytest.fixture(scope="module")
+def engine(
+    engine_maker: Callable[[Path], MakeEngine], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TorchEngine]:
+    """One for the tests that leave it as it was."""
+    make = engine_maker(tmp_path_factory.mktemp("sandboxed"))
+    made = make(uploads="sandboxed", dry_run_seconds=60.0, sandbox_seconds=60.0)
     yield made
     made.close()
 
@@ -91,9 +96,12 @@ def test_a_neighbour_trains_while_a_sandbox_computes(engine: TorchEngine) -> Non
     assert same(gradients(engine, "away-first"), gradients(engine, "away"))
 
 
-def test_a_loss_that_takes_too_long_is_killed_and_the_next_call_works(engine: TorchEngine) -> None:
+def test_a_loss_that_takes_too_long_is_killed_and_the_next_call_works(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow = upload(engine, sleeps, "slow", example_inputs=AT_ONCE)
-    engine._uploads._losses._patience = type(engine._uploads._losses._patience)(call=0.5)
+    losses = engine._uploads._losses
+    monkeypatch.setattr(losses, "_patience", type(losses._patience)(call=0.5))
     start = time.monotonic()
     with pytest.raises(LossKilled, match=r"loss 'slow': timed out after 0\.5\d* seconds"):
         run(engine, rows([3], seconds=[30.0]), slow)
