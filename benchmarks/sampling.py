@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +19,21 @@ VOCAB, PROMPT, SAMPLES = 4096, 16, 32
 TARGETS = {2: ">= 6", 8: ">= 4"}
 """Layers of the model, and the least the ratio should be."""
 
+Loop = Callable[[], list[list[int]]]
 
-def loop(backend: HFBackend, prompts: list[list[int]], tokens: int, *, at_once: bool) -> _common.Run:
-    """Every prompt continued by so many tokens."""
+
+def loop(backend: HFBackend, prompts: list[list[int]], tokens: int, *, at_once: bool) -> Loop:
+    """Every prompt continued by so many tokens; what is run gives the tokens of each."""
 
     def submit(seed: int, prompt: list[int]) -> Any:  # Any: a future of a sample
         return backend.submit("sample", model_id="bench", prompt=prompt, max_tokens=tokens, seed=seed)
 
-    def run() -> None:
+    def run() -> list[list[int]]:
         if at_once:
-            for future in [submit(seed, prompt) for seed, prompt in enumerate(prompts)]:
-                future.result()
+            outputs = [future.result() for future in [submit(seed, prompt) for seed, prompt in enumerate(prompts)]]
         else:
-            for seed, prompt in enumerate(prompts):
-                submit(seed, prompt).result()
+            outputs = [submit(seed, prompt).result() for seed, prompt in enumerate(prompts)]
+        return [output.sequences[0].tokens for output in outputs]
 
     return run
 
@@ -48,10 +51,11 @@ def measure(device: str, pairs: int, tokens: int) -> tuple[list[dict[str, object
             with running_server(folder, "--device", device) as client:
                 backend = client.hf_backend
                 backend.create_model("bench", rank=16)
-                loop(backend, prompts[:2], tokens, at_once=True)()
                 runs = [loop(backend, prompts, tokens, at_once=at_once) for at_once in (False, True)]
+                alone, together = (run() for run in runs)
                 times = _common.in_turns(runs, pairs)
         rows.append(_common.row(f"{layers} layers, one by one / at once", [one / all for one, all in times], target))
+        details[f"{layers} layers, samples that differ"] = sum(map(operator.ne, alone, together))
         for side, seconds in zip(("one by one", "at once"), zip(*times, strict=True), strict=True):
             details[f"{layers} layers, {side}, tokens/s"] = round(SAMPLES * tokens / statistics.median(seconds))
     return rows, details
