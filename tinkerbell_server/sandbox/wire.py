@@ -74,6 +74,9 @@ class Info(msgspec.Struct, frozen=True, array_like=True):
         return cls(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
+_AT_ONCE = 1 << 18  # bytes
+
+
 class Header(msgspec.Struct, frozen=True, array_like=True):
     message: msgspec.Raw
     tensors: list[Info | None]
@@ -96,10 +99,10 @@ class Channel(Generic[T]):
 
     def send(self, message: msgspec.Struct, tensors: Sequence[Tensor | None] = (), fds: Sequence[int] = ()) -> None:
         """Raises Late, or OSError where nobody listens. fds are lent: they stay open here."""
-        self._head_out(message, [None if tensor is None else Info.of(tensor) for tensor in tensors], False, fds)
-        for tensor in tensors:
-            if tensor is not None and tensor.numel():
-                self._write(bytes_of(tensor.detach().cpu().contiguous()))
+        infos = [None if tensor is None else Info.of(tensor) for tensor in tensors]
+        present = [tensor for tensor in tensors if tensor is not None and tensor.numel()]
+        pieces = [bytes_of(tensor.detach().cpu().contiguous()) for tensor in present]
+        self._write(_head(message, infos, False), pieces, fds)
 
     def send_shared(
         self, message: msgspec.Struct, tensors: Sequence[Tensor | None], arena: memory.Arena, fds: Sequence[int] = ()
@@ -107,12 +110,7 @@ class Channel(Generic[T]):
         """As `send`, the tensors by way of an arena with room for them: what the engine does with large ones."""
         arena.put([tensor for tensor in tensors if tensor is not None and tensor.numel()])
         infos = [None if tensor is None else Info.of(tensor) for tensor in tensors]
-        self._head_out(message, infos, True, [arena.fd, *fds])
-
-    def _head_out(self, message: msgspec.Struct, infos: list[Info | None], shared: bool, fds: Sequence[int]) -> None:
-        header = msgspec.msgpack.encode(Header(msgspec.Raw(msgspec.msgpack.encode(message)), infos, shared))
-        self._write(struct.pack("<I", len(header)), fds)
-        self._write(header)
+        self._write(_head(message, infos, True), (), [arena.fd, *fds])
 
     def receive(self, check: Check | None = None) -> tuple[T, list[Tensor | None]]:
         """The next message, for one who takes no descriptors. Raises Late, BadMessage, EOFError."""
@@ -188,14 +186,17 @@ class Channel(Generic[T]):
                 raise EOFError
             view = view[got:]
 
-    def _write(self, data: bytes | memoryview, fds: Sequence[int] = ()) -> None:
-        self._wait()
+    def _write(self, head: bytes, pieces: Sequence[memoryview], fds: Sequence[int] = ()) -> None:
+        # in one go where that is not much to copy: each write wakes the reader, which costs more
+        if sum(map(len, pieces)) <= _AT_ONCE:
+            head, pieces = b"".join([head, *pieces]), ()
         try:
-            if fds:
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-                sent = self._sock.sendmsg([data], rights)
-                data = memoryview(data)[sent:]
-            self._sock.sendall(data)
+            for data in (memoryview(head), *pieces):
+                self._wait()
+                if fds:
+                    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+                    data, fds = data[self._sock.sendmsg([data], rights) :], ()
+                self._sock.sendall(data)
         except TimeoutError:
             raise Late from None
 
@@ -212,3 +213,8 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor of at least one element, to read or to write."""
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # Any: numpy's stubs know no buffers
     return memoryview(array)
+
+
+def _head(message: msgspec.Struct, infos: list[Info | None], shared: bool) -> bytes:
+    header = msgspec.msgpack.encode(Header(msgspec.Raw(msgspec.msgpack.encode(message)), infos, shared))
+    return struct.pack("<I", len(header)) + header
