@@ -97,7 +97,8 @@ def guess_number(model: str, log: str) -> None:
     from tinker_cookbook.rl import train
 
     start = get_last_checkpoint(str(Path(log).parent / "supervised"))
-    assert start is not None
+    if start is None:
+        raise SystemExit("guess_number goes on from what `supervised` saved: run that before it")
     config = recipe.build_config(
         recipe.CLIConfig(
             model_name=model,
