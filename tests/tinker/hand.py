@@ -86,9 +86,9 @@ def message(
     sent = wire.ForwardBackwardRequest(model_id=model, seq_id=seq, loss_fn=loss_fn, loss_fn_config=config)
     for row in range(first, first + rows):
         datum = sent.data.add()
-        datum.model_input.add().encoded_text.tokens = np.arange(row, row + 6, dtype=np.int32).tobytes()
+        datum.model_input.add().encoded_text.tokens = (np.arange(row, row + 6, dtype=np.int32) % 256).tobytes()
         target = datum.loss_fn_inputs["target_tokens"]
-        target.dense, target.dtype = np.arange(row + 1, row + 7).tobytes(), wire.DTYPE_INT64
+        target.dense, target.dtype = (np.arange(row + 1, row + 7) % 256).tobytes(), wire.DTYPE_INT64
         reference = datum.loss_fn_inputs["ref_logprobs"] if loss_fn == "dpo" else None
         if reference is not None:
             reference.dense, reference.dtype = np.full(6, -1, dtype=np.float32).tobytes(), wire.DTYPE_FLOAT32

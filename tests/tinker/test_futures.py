@@ -85,7 +85,7 @@ def test_a_client_that_was_pickled_is_a_clone_with_numbers_of_its_own(server: st
 
 def busy(wires: Wire) -> httpx.Response:
     """Something that takes the engine a while."""
-    return wires.forward_backward(wires.model(), 1, rows=240)
+    return wires.forward_backward(wires.model(), 1, rows=2400)
 
 
 def test_a_sample_that_nobody_wants_is_taken_out_of_the_queue(wires: Wire) -> None:
