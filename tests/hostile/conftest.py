@@ -1,4 +1,4 @@
-"""A server under attack that runs uploads in the sandbox."""
+"""A server under attack that runs uploads in the sandbox: one a module, since its neighbour works all the time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.hostile.world import World, world
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sandboxed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with world(tmp_path_factory.mktemp("sandboxed"), "sandboxed") as made:
         health = made.client.healthz()
