@@ -16,10 +16,10 @@ from tinkerbell_core.functional import sequence_sum, target_logprobs
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.spec import loss
 from tinkerbell_core.types import CreateModelRequest
-from tinkerbell_server.engines.base import Row
+from tinkerbell_server.commands import Row
 from tinkerbell_server.engines.torch.adapters import Adapters
 from tinkerbell_server.engines.torch.batching import collate, data_of
-from tinkerbell_server.engines.torch.model import Network, choose_device, load_network
+from tinkerbell_server.engines.torch.network import Network, choose_device, load_network
 from tinkerbell_server.engines.torch.step import Step, run_step
 
 ROWS, LENGTH, VOCAB, LAYERS = 16, 128, 8_000, 12

@@ -25,11 +25,11 @@ from tinkerbell_core.errors import LossKilled
 from tinkerbell_core.functional import target_logprobs
 from tinkerbell_core.logits import Head, LocalSource, Logits, plain_logits
 from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.serialization import pack
 from tinkerbell_core.spec import LossSpec
-from tinkerbell_core.travel import pack
 from tinkerbell_core.types import RegisterLossRequest
-from tinkerbell_server.sandbox.losses import Patience, SandboxedLosses
-from tinkerbell_server.sandbox.sandbox import Sandbox
+from tinkerbell_server.sandbox.losses import SandboxedLosses, TimeLimits
+from tinkerbell_server.sandbox.processes import Sandbox
 
 
 def likelihood(model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor) -> LossFnOutput:
@@ -128,11 +128,11 @@ def decorate(folder: Path, times: int) -> list[float]:
     """Seconds from the decorator to a loss that can be used, on a warm server over HTTP."""
     from tinker_client import TinkerClient
     from tinkerbell_server.config import Settings
-    from tinkerbell_server.running import running
+    from tinkerbell_server.launch import running_server
 
     found = []
     with (
-        running(Settings(data_dir=str(folder)), log=(folder / "log").open("wb")) as server,
+        running_server(Settings(data_dir=str(folder)), log=(folder / "log").open("wb")) as server,
         TinkerClient(server.url) as client,
     ):
         custom_loss(client, name="warm")(guides)
@@ -145,7 +145,7 @@ def decorate(folder: Path, times: int) -> list[float]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     sandbox = Sandbox(memory=8 << 30)
-    losses = SandboxedLosses(sandbox, Patience(dry_run=60, call=120, per_token=0), 2 << 30, contextlib.nullcontext)
+    losses = SandboxedLosses(sandbox, TimeLimits(dry_run=60, call=120, per_token=0), 2 << 30, contextlib.nullcontext)
     sandbox.prove()
     try:
         found: dict[str, Any] = {"mechanisms": list(sandbox.mechanisms), "threads": torch.get_num_threads()}
@@ -155,7 +155,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         shape = (options.batch, options.length, options.vocab)
         found["full logits"] = pair(takes, whole, shape, options.hidden, False, options.pairs)
         hanging = losses.spec(upload(hangs), 16, {})
-        losses._patience = Patience(call=0.5, per_token=0)
+        losses._patience = TimeLimits(call=0.5, per_token=0)
         found["kill"] = kill(losses, hanging, options.pairs)
     finally:
         losses.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.oracles.__main__ import mapping, outcome, peer
 from tests.oracles.records import read
-from tinkerbell_core.anatomy import anatomy
+from tinkerbell_core.loss_docstring import parse_docstring
 from tinkerbell_core.registry import LossRegistry, build_registry
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +33,7 @@ def losses() -> str:
         for spec in registry:
             if spec.provenance.distribution != distribution:
                 continue
-            said = anatomy(spec.summary, spec.source)
+            said = parse_docstring(spec.summary, spec.source)
             reads = [f"`{key}`" for key in spec.inputs or () if key not in IMPLIED]
             reads += [f"`{key}`?" for key in spec.optional_inputs if key not in IMPLIED]
             formula = said.formula + (f": {said.called}" if said.called else "")

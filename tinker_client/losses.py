@@ -15,8 +15,8 @@ from tinker_client.captures import Fn, captures, modules_by_value
 from tinker_client.client import TinkerClient
 from tinker_client.encoding import tensor_data
 from tinker_client.futures import TrainingFuture
+from tinker_client.serialize import Via, as_source
 from tinker_client.transport import Transport
-from tinker_client.travelling import Via, as_source
 from tinkerbell_core.errors import BadUpload, UploadTooLarge
 from tinkerbell_core.spec import Coupling, LossSpec, loss
 from tinkerbell_core.types import UPLOAD_LIMIT, RegisterLossRequest

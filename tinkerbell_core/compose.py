@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tinkerbell_core.dryrun import run_loss
 from tinkerbell_core.output import LossFnOutput
-from tinkerbell_core.parts import sum_of
 from tinkerbell_core.spec import LossSpec
+from tinkerbell_core.weighted_sum import sum_of
 
 
 def combine(weighted: Mapping[LossSpec, float] | Sequence[tuple[LossSpec, float]], name: str | None = None) -> LossSpec:

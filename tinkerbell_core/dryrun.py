@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinkerbell_core.contract import check_output
 from tinkerbell_core.errors import BadData, BadLoss, PlainLogitsNeeded, TinkerbellError
-from tinkerbell_core.guesses import MadeUpInputs, ragged_mask
+from tinkerbell_core.example_inputs import ExampleInputs, ragged_mask
 from tinkerbell_core.logits import Head, LocalSource, Logits, plain_logits
 from tinkerbell_core.logits.recorded import RecordedSource
 from tinkerbell_core.output import LossFnOutput
@@ -90,11 +90,11 @@ def discover(
     """What `dry_run` gives, and the batch of inputs the loss ran on."""
     given = dict(example_inputs or spec.example_inputs)
     mask = ragged_mask(spec.group_size, given, device)
-    failed: dict[frozenset[str], tuple[BadLoss, MadeUpInputs]] = {}
+    failed: dict[frozenset[str], tuple[BadLoss, ExampleInputs]] = {}
     todo: list[frozenset[str]] = [frozenset()]  # which keys to guess as [B]; fewest first
     while todo and len(failed) < _ATTEMPTS:
         per_sequence = todo.pop(0)
-        inputs = MadeUpInputs(mask, vocab_size, given, per_sequence)
+        inputs = ExampleInputs(mask, vocab_size, given, per_sequence)
         try:
             _try(spec, inputs, mask, vocab_size, hidden_size)
         except BadLoss as problem:
@@ -125,7 +125,7 @@ class _Trial:
 
 
 def _try(
-    spec: LossSpec, inputs: MadeUpInputs, mask: Tensor, vocab_size: int, hidden_size: int, *, lazy: bool = False
+    spec: LossSpec, inputs: ExampleInputs, mask: Tensor, vocab_size: int, hidden_size: int, *, lazy: bool = False
 ) -> _Trial:
     with _seeded(mask.device), torch.enable_grad():
         hidden = torch.randn(*mask.shape, hidden_size, device=mask.device).requires_grad_()
@@ -148,7 +148,7 @@ def _try(
     return _Trial(logits, output, gradient)
 
 
-def _on_lazy_logits(spec: LossSpec, inputs: MadeUpInputs, mask: Tensor, vocab_size: int, hidden_size: int) -> LossSpec:
+def _on_lazy_logits(spec: LossSpec, inputs: ExampleInputs, mask: Tensor, vocab_size: int, hidden_size: int) -> LossSpec:
     """The spec with what is to be known of it on lazy logits: pinned to plain ones where the two disagree."""
     # once more on plain logits: the inputs are made up now, so both runs meet the same random numbers
     plain = _try(spec, inputs, mask, vocab_size, hidden_size)
@@ -185,12 +185,12 @@ def _agree(expected: Tensor | None, found: Tensor | None) -> bool:
 
 
 def _reads(
-    spec: LossSpec, inputs: MadeUpInputs, mask: Tensor, vocab_size: int, hidden_size: int
+    spec: LossSpec, inputs: ExampleInputs, mask: Tensor, vocab_size: int, hidden_size: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Required and optional keys. A second run, without the optional ones, finds what is only read in their absence."""
     required, optional = list(inputs.required), list(inputs.optional)
     if optional:
-        without = MadeUpInputs(mask, vocab_size, {**inputs}, absent=frozenset(optional))
+        without = ExampleInputs(mask, vocab_size, {**inputs}, absent=frozenset(optional))
         try:
             _try(spec, without, mask, vocab_size, hidden_size)
         except (BadLoss, BadData):
@@ -203,7 +203,7 @@ def _reads(
     return tuple(required), tuple(dict.fromkeys(key for key in known if key not in required))
 
 
-def _with_guesses(error: BadLoss, inputs: MadeUpInputs) -> BadLoss:
+def _with_guesses(error: BadLoss, inputs: ExampleInputs) -> BadLoss:
     guessed = ", ".join(f"{key!r} as {what}" for key, what in inputs.guessed.items())
     if not guessed:
         return error

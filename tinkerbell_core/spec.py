@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
+from tinkerbell_core.digest import digest_of, source_of
 from tinkerbell_core.errors import BadLoss
 from tinkerbell_core.hyperparameters import Hyperparameter, Range, bind_hyperparameters, hyperparameters_of
-from tinkerbell_core.source import digest_of, source_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -78,7 +78,7 @@ class ForwardRequest(Wire, frozen=True):
     """Data through a model and a loss, or several: `{"dpo": 1.0, "cross_entropy": 0.1}` is their weighted sum.
 
     `data` is a list of one kind: chats, strings, token-id lists, Datums or preference records. data and loss_fn_inputs
-    are checked and given their types by `tinkerbell_server.data`, which can name the offending row.
+    are checked and given their types by `tinkerbell_server.calls.data`, which can name the offending row.
     """
 
     model_id: str
@@ -137,8 +137,8 @@ class RegisterLossRequest(Wire, frozen=True):
     """An uploaded loss.
 
     kind: how it travels. payload: cloudpickle bytes, with magic the `importlib.util.MAGIC_NUMBER` of the Python that
-    made them, in hex; or source and values (`tinkerbell_core.travel`), which any Python reads; or a torch.fx graph as
-    JSON (`tinkerbell_core.travel.graph`), which is "sequence" coupled, whatever is said here.
+    made them, in hex; or source and values (`tinkerbell_core.serialization`), which any Python reads; or a
+    torch.fx graph as JSON (`tinkerbell_core.fxgraph.graph`), which is "sequence" coupled, whatever is said here.
     """
 
     name: str

@@ -10,20 +10,21 @@ from starlette.middleware import Middleware
 from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from tinkerbell_server.auth import KeyBackend, on_refused
+from tinkerbell_server.api import native
+from tinkerbell_server.api.openai import routes as openai_routes
+from tinkerbell_server.api.tinker import routes as tinker_routes
+from tinkerbell_server.api.tinker.server import TinkerServer
 from tinkerbell_server.config import Settings
-from tinkerbell_server.headers import SecurityHeaders
-from tinkerbell_server.limits import Limits
-from tinkerbell_server.problems import HANDLERS
-from tinkerbell_server.routes import native, openai, tinker
-from tinkerbell_server.service import Service
-from tinkerbell_server.tinker.front import Front
+from tinkerbell_server.http.auth import KeyBackend, on_refused
+from tinkerbell_server.http.errors import HANDLERS
+from tinkerbell_server.http.middleware import Limits, SecurityHeaders
+from tinkerbell_server.service.service import Service
 
 
 def create_app(settings: Settings) -> Starlette:
     """The application of one server. Raises TinkerbellError where another server has the data dir."""
     service = Service(settings)
-    front = Front(service)
+    front = TinkerServer(service)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -45,7 +46,7 @@ def create_app(settings: Settings) -> Starlette:
     hosts = ["localhost", "127.0.0.1", "[::1]", settings.host]
     local = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)] if settings.on_loopback else []
     app = Starlette(
-        routes=[*native.routes(), *tinker.routes(), *openai.routes()],
+        routes=[*native.routes(), *tinker_routes.routes(), *openai_routes.routes()],
         lifespan=lifespan,
         exception_handlers=HANDLERS,
         middleware=[*local, *middleware],

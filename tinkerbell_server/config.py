@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from tinkerbell_core.errors import BadRequest
-from tinkerbell_server.engines.base import EngineConfig
+from tinkerbell_server.commands import EngineConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class Settings:
     disabled_plugins: tuple[str, ...] = ()
     required_plugins: tuple[str, ...] = ()
     chat_tokens: Literal["assistant", "all"] = "assistant"
-    engine: Literal["torch", "fake"] = "torch"
+    engine: str = "tinkerbell_server.engines.torch"
 
     def __post_init__(self) -> None:
         if self.uploads not in ("off", "sandboxed", "trusted"):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def pytest_tinkerbell_sandbox(config: pytest.Config) -> Sandboxed | None:
     """None where the server's dependencies are missing, which is what `tinkerbell-core` without [server] is."""
     try:
-        from tinkerbell_server.sandbox.kit import KitSandbox
+        from tinkerbell_server.sandbox.conformance import KitSandbox
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("tinkerbell"):
             raise

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.fake_engine import FAKE_ENGINE
 from tests.live import live_server
 from tinker_client import TinkerClient
 from tinkerbell_core.errors import Forbidden, Unauthorized
 from tinkerbell_core.types import RegisterLossRequest
+from tinkerbell_server.access.keys import Keys
 from tinkerbell_server.cli import tinkerbell
-from tinkerbell_server.keys import Keys
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_a_data_dir_is_made_by_the_first_key_before_any_server(data: Path) -> No
 
 
 def test_keys_work_end_to_end(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_upload: Any) -> None:
-    with live_server(tmp_path, "--engine", "fake", "--uploads", "trusted") as url:
+    with live_server(tmp_path, "--engine", FAKE_ENGINE, "--uploads", "trusted") as url:
         text = key("create", "ann").stdout.strip()
         admin = key("create", "root", "--scope", "admin").stdout.strip()
         with TinkerClient(url) as nobody, pytest.raises(Unauthorized, match="asks for an API key"):

@@ -20,10 +20,10 @@ from tinker_client import TinkerClient, custom_loss
 from tinkerbell_core import LossFnOutput, loss
 from tinkerbell_core.errors import BadRequest, BadUpload
 from tinkerbell_core.functional import effective_mask, masked_sum, target_logprobs
-from tinkerbell_core.travel import pack
+from tinkerbell_core.serialization import pack
 from tinkerbell_core.types import RegisterLossRequest
+from tinkerbell_server.calls.local_losses import find_specs
 from tinkerbell_server.cli import tinkerbell
-from tinkerbell_server.finding import find_specs
 from tinkerbell_server.scaffold import names_for, new_package, written
 
 STRENGTH = 0.25

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-import tinkerbell_server.serve
+import tinkerbell_server.launch
 from tinkerbell_server.cli import tinkerbell
 from tinkerbell_server.config import Settings
 
@@ -20,7 +20,7 @@ Serve = Callable[..., Result]
 def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Settings]:
     """What `serve` would start with; the current folder is empty and the environment clean."""
     started: list[Settings] = []
-    monkeypatch.setattr(tinkerbell_server.serve, "run", started.append)
+    monkeypatch.setattr(tinkerbell_server.launch, "run", started.append)
     monkeypatch.chdir(tmp_path)
     for name in ("TINKERBELL_PORT", "TINKERBELL_DATA_DIR", "TINKERBELL_TEST_DEVICE", "TINKERBELL_URL"):
         monkeypatch.delenv(name, raising=False)

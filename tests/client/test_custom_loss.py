@@ -17,8 +17,8 @@ import torch
 from tests.client.conftest import Listener
 from tinker_client import LossFnOutput, TinkerClient, custom_loss
 from tinkerbell_core.errors import BadLoss, BadUpload, UploadTooLarge
+from tinkerbell_core.serialization import rebuild
 from tinkerbell_core.spec import Provenance, loss
-from tinkerbell_core.travel import rebuild
 from tinkerbell_core.types import LossDescription
 
 
@@ -106,7 +106,7 @@ def test_a_loss_in_an_importable_module_travels_with_its_helpers(
     (tmp_path / "payload").write_text(uploaded(listener)["payload"])
     elsewhere = (
         "import base64, pickle, torch\n"
-        "from tinkerbell_core.travel import rebuild\n"
+        "from tinkerbell_core.serialization import rebuild\n"
         f"fn = {opened}(base64.b64decode(open({str(tmp_path / 'payload')!r}).read()))\n"
         "assert fn(torch.ones(3), {}, None).loss == 6\n"
     )

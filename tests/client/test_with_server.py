@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.fake_engine import FAKE_ENGINE
 from tests.live import live_server
 from tinker_client import LossFnOutput, TinkerClient, custom_loss
 from tinkerbell_core import errors
@@ -16,7 +17,7 @@ from tinkerbell_core import errors
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with live_server(tmp_path_factory.mktemp("server"), "--engine", "fake", "--uploads", "trusted") as url:
+    with live_server(tmp_path_factory.mktemp("server"), "--engine", FAKE_ENGINE, "--uploads", "trusted") as url:
         yield url
 
 

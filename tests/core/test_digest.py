@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tinkerbell_core.source import digest_of, source_of
+from tinkerbell_core.digest import digest_of, source_of
 from tinkerbell_core.spec import loss
 
 PLAIN = """

@@ -59,7 +59,7 @@ def test_a_statistic_without_gradient_is_read_beside_others_of_the_same_rows() -
 
 
 class FlipsSign(torch.autograd.Function):
-    """Passes logits on and turns their gradient round, as a loss may."""
+    """Passes logits on and queue their gradient round, as a loss may."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from tests.graphs import LP, call, graph, payload_of
 from tinkerbell_core.errors import BadData, BadLoss, BadUpload
-from tinkerbell_core.travel.graph import MAX_NODES, parse
-from tinkerbell_core.travel.lookups import function, method
-from tinkerbell_core.travel.operations import FUNCTIONS, METHODS
-from tinkerbell_core.travel.replay import rebuild_graph
+from tinkerbell_core.fxgraph.execute import rebuild_graph
+from tinkerbell_core.fxgraph.graph import MAX_NODES, parse
+from tinkerbell_core.fxgraph.operations import FUNCTIONS, METHODS
+from tinkerbell_core.fxgraph.resolve import function, method
 
 T, V = 6, 11
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from tests.graphs import LP, call, graph, payload_of
-from tinkerbell_core.travel.graph import parse
-from tinkerbell_core.travel.text import text_of
+from tinkerbell_core.fxgraph.graph import parse
+from tinkerbell_core.fxgraph.text import text_of
 
 
 def test_a_graph_reads_like_the_loss_it_is() -> None:

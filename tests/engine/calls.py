@@ -17,7 +17,7 @@ from tinkerbell_core.errors import BadRequest
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.spec import LossFn, loss
 from tinkerbell_core.types import CreateModelRequest, ForwardOutput, OptimStepOutput, RegisterLossRequest, SampleOutput
-from tinkerbell_server.engines.base import CreateModel, OptimStep, RegisterLoss, Row, RunLoss, Sample
+from tinkerbell_server.commands import CreateModel, OptimStep, RegisterLoss, Row, RunLoss, Sample
 from tinkerbell_server.engines.torch.batching import data_of
 from tinkerbell_server.engines.torch.engine import TorchEngine
 

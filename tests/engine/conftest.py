@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from tinkerbell_server.engines.base import EngineConfig
-from tinkerbell_server.engines.torch.embedded import write_tokenizer
-from tinkerbell_server.engines.torch.engine import TorchEngine, create
+from tinkerbell_server.commands import EngineConfig
+from tinkerbell_server.engines.torch.engine import TorchEngine
+from tinkerbell_server.engines.torch.tiny_model import write_tokenizer
 
 SMALL = {
     "vocab_size": 261,
@@ -74,7 +74,7 @@ def engine_maker(bases: dict[str, Path], device: str) -> Callable[[Path], MakeEn
         def make(base: str = "llama", dtype: str = "float64", **settings: Any) -> TorchEngine:
             model = str(bases[base]) if base in bases else None
             settings = {"uploads": "trusted", "plugins": False} | settings
-            return create(EngineConfig(model=model, data_dir=str(folder), device=device, dtype=dtype, **settings))
+            return TorchEngine(EngineConfig(model=model, data_dir=str(folder), device=device, dtype=dtype, **settings))
 
         return make
 

@@ -7,17 +7,17 @@ import time
 
 import torch
 
-from tinkerbell_server.engines.torch.baton import Baton
+from tinkerbell_server.engines.torch.device_lock import DeviceLock
 
 
 def test_who_waits_longest_is_next() -> None:
-    baton, order = Baton(), []
+    device_lock, order = DeviceLock(), []
 
     def take(name: int) -> None:
-        with baton.held():
+        with device_lock.held():
             order.append(name)
 
-    with baton.held():
+    with device_lock.held():
         threads = []
         for name in range(4):
             threads.append(threading.Thread(target=take, args=(name,)))
@@ -29,18 +29,18 @@ def test_who_waits_longest_is_next() -> None:
 
 
 def test_another_computes_while_one_is_away_and_random_numbers_go_on_as_if_it_had_not() -> None:
-    baton, restored = Baton(), []
+    device_lock, restored = DeviceLock(), []
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)
 
     def other() -> None:
-        with baton.held():
+        with device_lock.held():
             torch.manual_seed(5)
 
-    with baton.held(), baton.resuming(lambda: restored.append(True)):
+    with device_lock.held(), device_lock.resuming(lambda: restored.append(True)):
         first = torch.rand(1)
-        with baton.away():
+        with device_lock.away():
             thread = threading.Thread(target=other)
             thread.start()
             thread.join(10)

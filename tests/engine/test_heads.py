@@ -17,8 +17,8 @@ from torch import Tensor
 from tests.engine.conftest import SMALL
 from tinkerbell_core.functional import target_logprobs
 from tinkerbell_core.logits import Head, LocalSource, Logits
-from tinkerbell_server.engines.torch.heads import Tail
-from tinkerbell_server.engines.torch.model import Network, find_tail, load_network
+from tinkerbell_server.engines.torch.lm_head import Tail
+from tinkerbell_server.engines.torch.network import Network, find_tail, load_network
 
 Model = Any  # a transformers or a PEFT model
 

@@ -16,7 +16,7 @@ from tinkerbell_core.functional import hidden_states, target_logprobs
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.types import ForwardOutput
 from tinkerbell_server.engines.torch import engine as engine_module
-from tinkerbell_server.engines.torch import heads, outputs
+from tinkerbell_server.engines.torch import lm_head, loss_logits
 from tinkerbell_server.engines.torch.engine import TorchEngine
 
 LENGTHS = [5, 12, 3, 9, 7, 12, 1, 4]
@@ -106,13 +106,13 @@ def test_tokens_that_do_not_count_never_reach_the_head(
     data = rows(LENGTHS, weights=counts)
     asked = 0
 
-    class Counting(outputs.LocalSource):
+    class Counting(loss_logits.LocalSource):
         def read(self, rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             nonlocal asked
             asked += len(rows)
             return super().read(rows, *args, **kwargs)
 
-    monkeypatch.setattr(outputs, "LocalSource", Counting)
+    monkeypatch.setattr(loss_logits, "LocalSource", Counting)
     answer = run(engine, data)
     assert 0 < asked <= 2 * sum(map(sum, counts))
     assert answer.logprobs is not None
@@ -208,7 +208,7 @@ def test_hidden_states_come_with_lazy_logits_of_a_capped_model(make_engine: Make
 def test_a_model_that_cannot_be_cut_is_within_the_budget_too(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heads, "SOFTCAPS", ())  # as if the cap had a name of its own
+    monkeypatch.setattr(lm_head, "SOFTCAPS", ())  # as if the cap had a name of its own
     engine = make_engine("softcap", logits_budget=100_000)
     name = upload(engine, normalised, "mine")
     with pytest.raises(LogitsTooLarge, match=r"the model's own forward.*200,448"):
@@ -230,7 +230,7 @@ def test_checkpointing_gives_the_same_gradient_under_dropout(make_engine: MakeEn
 
 
 def test_references_are_scored_without_storing_logits(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tinkerbell_server.engines.torch.model import Network
+    from tinkerbell_server.engines.torch.network import Network
 
     engine = make_engine()
 

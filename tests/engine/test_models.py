@@ -16,8 +16,8 @@ from tests.engine.calls import CE, create, gradients, rows, run, same, sample, s
 from tests.engine.conftest import MakeEngine
 from tinkerbell_core.errors import BadCheckpoint, BadHyperparameter, BadRequest, UnknownModel
 from tinkerbell_core.output import LossFnOutput
-from tinkerbell_server.engines.base import DeleteModel, Load, Save
-from tinkerbell_server.engines.torch.embedded import embedded_model
+from tinkerbell_server.commands import DeleteModel, Load, Save
+from tinkerbell_server.engines.torch.tiny_model import embedded_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 

@@ -11,7 +11,7 @@ from tests.engine.conftest import MakeEngine
 from tinkerbell_core.errors import BadData, BadHyperparameter, BadLoss, NothingAccumulated, UnknownLoss, UnknownModel
 from tinkerbell_core.functional import hidden_states
 from tinkerbell_core.output import LossFnOutput
-from tinkerbell_server.engines.torch import heads
+from tinkerbell_server.engines.torch import lm_head
 from tinkerbell_server.engines.torch.memory import Budgets
 
 LENGTHS = [5, 12, 3, 9, 7, 12, 1, 4]
@@ -122,7 +122,7 @@ def test_a_forward_call_of_weights_0_reads_log_probabilities(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, splits: bool
 ) -> None:
     if not splits:
-        monkeypatch.setattr(heads, "SOFTCAPS", ())
+        monkeypatch.setattr(lm_head, "SOFTCAPS", ())
     engine = make_engine("softcap")
     assert engine._base.splits is splits
     ones = run(engine, rows([5, 3]), backward=False)
@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(make_engine: MakeEngine, brok
 def test_a_model_that_changes_its_logits_in_an_unknown_way_is_run_through_its_own_forward(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heads, "SOFTCAPS", ())  # as if the cap had a name of its own
+    monkeypatch.setattr(lm_head, "SOFTCAPS", ())  # as if the cap had a name of its own
     engine, small = make_engine("softcap"), make_engine("softcap", micro_batch_tokens=12)
     assert not engine._base.splits
     for one in (engine, small):

@@ -15,7 +15,7 @@ from tests.engine.calls import CE, create, gradients, normalised, rows, run, sam
 from tests.engine.conftest import MakeEngine
 from tinkerbell_core import LossFnOutput, functional
 from tinkerbell_core.functional import sequence_sum, target_logprobs
-from tinkerbell_server.engines.base import RunLoss
+from tinkerbell_server.commands import RunLoss
 from tinkerbell_server.engines.torch.engine import TorchEngine
 
 

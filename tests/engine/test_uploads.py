@@ -10,7 +10,7 @@ from tests.engine.conftest import MakeEngine
 from tinkerbell_core.errors import BadLoss, BadUpload, UploadTooLarge
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.types import RegisterLossRequest
-from tinkerbell_server.engines.base import RegisterLoss
+from tinkerbell_server.commands import RegisterLoss
 
 ENVELOPE = RegisterLossRequest(name="mine", payload=b"garbage", magic="", python="3.9.1", digest="0" * 64)
 

@@ -21,14 +21,14 @@ from tinkerbell_core.errors import BadLoss, LossKilled, UploadsOff
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.types import RegisterLossRequest
-from tinkerbell_server.engines.base import EngineConfig
-from tinkerbell_server.engines.torch.baton import Baton
-from tinkerbell_server.engines.torch.uploads import Uploads
-from tinkerbell_server.sandbox import mechanisms
-from tinkerbell_server.sandbox.losses import Asker, Patience, SandboxedLosses, asker
-from tinkerbell_server.sandbox.mechanisms import Mechanism, enough, examine
-from tinkerbell_server.sandbox.paths import readable
-from tinkerbell_server.sandbox.sandbox import NoSandbox, Sandbox
+from tinkerbell_server.commands import EngineConfig
+from tinkerbell_server.engines.torch.device_lock import DeviceLock
+from tinkerbell_server.engines.torch.uploaded_losses import UploadedLosses
+from tinkerbell_server.sandbox.isolation import mechanisms
+from tinkerbell_server.sandbox.isolation.mechanisms import Mechanism, enough, examine
+from tinkerbell_server.sandbox.isolation.readable_paths import readable
+from tinkerbell_server.sandbox.losses import Asker, SandboxedLosses, TimeLimits, asker
+from tinkerbell_server.sandbox.processes import NoSandbox, Sandbox
 
 FOUND = {each.name: each.works for each in examine(readable())}
 
@@ -52,7 +52,7 @@ def sandbox(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def losses(sandbox: Sandbox) -> Iterator[SandboxedLosses]:
-    made = SandboxedLosses(sandbox, Patience(dry_run=20, call=20), 1 << 28, contextlib.nullcontext)
+    made = SandboxedLosses(sandbox, TimeLimits(dry_run=20, call=20), 1 << 28, contextlib.nullcontext)
     yield made
     made.rest()
 
@@ -173,7 +173,7 @@ def test_where_nothing_confines_uploads_are_off_and_the_log_says_so(
     none = [Mechanism(name, False, "not here") for name in ("bubblewrap", "landlock", "seccomp")]
     monkeypatch.setattr(mechanisms, "examine", lambda _: none)
     with caplog.at_level(logging.ERROR):
-        uploads = Uploads(EngineConfig(data_dir=str(tmp_path), uploads="sandboxed"), Baton())
+        uploads = UploadedLosses(EngineConfig(data_dir=str(tmp_path), uploads="sandboxed"), DeviceLock())
         uploads.prove()
     assert uploads.mode == "off"
     assert "UPLOADS ARE OFF" in caplog.text
@@ -183,7 +183,7 @@ def test_where_nothing_confines_uploads_are_off_and_the_log_says_so(
 
 
 def test_a_sandbox_that_does_not_hold_turns_uploads_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uploads = Uploads(EngineConfig(data_dir=str(tmp_path), uploads="sandboxed"), Baton())
+    uploads = UploadedLosses(EngineConfig(data_dir=str(tmp_path), uploads="sandboxed"), DeviceLock())
 
     def fails() -> None:
         raise NoSandbox("a confined process can still write to /tmp")

@@ -20,11 +20,11 @@ from tinkerbell_core.losses.ppo import ppo
 from tinkerbell_core.registry import build_registry
 from tinkerbell_core.testing import CHECKS, CheckResult, run_checks
 from tinkerbell_core.testing.case import make_case
-from tinkerbell_server.sandbox import mechanisms
-from tinkerbell_server.sandbox.kit import KitSandbox
-from tinkerbell_server.sandbox.mechanisms import Mechanism, enough, examine
-from tinkerbell_server.sandbox.paths import readable
-from tinkerbell_server.sandbox.sandbox import NoSandbox, Sandbox
+from tinkerbell_server.sandbox.conformance import KitSandbox
+from tinkerbell_server.sandbox.isolation import mechanisms
+from tinkerbell_server.sandbox.isolation.mechanisms import Mechanism, enough, examine
+from tinkerbell_server.sandbox.isolation.readable_paths import readable
+from tinkerbell_server.sandbox.processes import NoSandbox, Sandbox
 
 Inputs = dict[str, Tensor]
 

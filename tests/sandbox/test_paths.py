@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tinkerbell_server.sandbox.paths import readable
+from tinkerbell_server.sandbox.isolation.readable_paths import readable
 
 
 def test_a_source_tree_is_readable_but_for_dot_files_and_the_servers_data(

@@ -15,10 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinkerbell_server.sandbox.memory import Arena, fill, mapped
+from tinkerbell_server.sandbox.channel import BadMessage, Channel, Late
 from tinkerbell_server.sandbox.messages import Answer, Done, FromWorker, Question, ToWorker
+from tinkerbell_server.sandbox.shared_memory import Arena, fill, mapped
 from tinkerbell_server.sandbox.trouble import error_of, shown
-from tinkerbell_server.sandbox.wire import BadMessage, Channel, Late
 
 Pair = tuple[Channel[Any], socket.socket]
 

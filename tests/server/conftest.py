@@ -18,9 +18,10 @@ import httpx
 import msgspec
 import pytest
 
+from tests.fake_engine import FAKE_ENGINE
 from tinkerbell_core.types import RegisterLossRequest
 from tinkerbell_server.config import Settings
-from tinkerbell_server.running import Running, running
+from tinkerbell_server.launch import RunningServer, running_server
 
 ROWS = [[1, 2, 3], [4, 5]]
 JSON = {"content-type": "application/json"}
@@ -29,7 +30,7 @@ JSON = {"content-type": "application/json"}
 class Caller:
     """Speaks to one server as curl would: JSON, and nothing of tinker_client."""
 
-    def __init__(self, server: Running, key: str | None = None) -> None:
+    def __init__(self, server: RunningServer, key: str | None = None) -> None:
         self.server = server
         self._others: list[Caller] = []
         headers = {"x-api-key": key} if key else None
@@ -138,8 +139,8 @@ def serve(tmp_path: Path) -> Serve:
 
     @contextlib.contextmanager
     def start(**settings: Any) -> Iterator[Caller]:
-        chosen = Settings(**{"engine": "fake", "data_dir": str(tmp_path / "data"), "port": 0, **settings})
-        with running(chosen, timeout=30) as server:
+        chosen = Settings(**{"engine": FAKE_ENGINE, "data_dir": str(tmp_path / "data"), "port": 0, **settings})
+        with running_server(chosen, timeout=30) as server:
             caller = Caller(server)
             with contextlib.closing(caller):
                 yield caller
@@ -151,7 +152,9 @@ def serve(tmp_path: Path) -> Serve:
 def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
     """One server for the tests that leave it as it was; uploads are trusted."""
     folder = tmp_path_factory.mktemp("data")
-    with running(Settings(engine="fake", data_dir=str(folder), port=0, uploads="trusted"), timeout=30) as server:
+    with running_server(
+        Settings(engine=FAKE_ENGINE, data_dir=str(folder), port=0, uploads="trusted"), timeout=30
+    ) as server:
         caller = Caller(server)
         with contextlib.closing(caller):
             yield caller

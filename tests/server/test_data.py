@@ -14,9 +14,9 @@ import pytest
 from tinkerbell_core.errors import BadData
 from tinkerbell_core.spec import Provenance
 from tinkerbell_core.types import LossDescription, TensorData
-from tinkerbell_server.data import parse_call
-from tinkerbell_server.engines.base import Row, TextData
-from tinkerbell_server.tensors import as_array, as_tensor
+from tinkerbell_server.calls.data import parse_call
+from tinkerbell_server.calls.tensors import as_array, as_tensor
+from tinkerbell_server.commands import Row, TextData
 
 
 def describe(name: str = "cross_entropy", **fields: Any) -> LossDescription:

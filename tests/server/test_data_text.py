@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from tinkerbell_core.errors import BadData
 from tinkerbell_core.spec import Provenance
 from tinkerbell_core.types import LossDescription
-from tinkerbell_server.chats import rows_from_text
-from tinkerbell_server.data import parse_call
-from tinkerbell_server.engines.base import Row, TextData
-from tinkerbell_server.tensors import as_array
+from tinkerbell_server.calls.data import parse_call
+from tinkerbell_server.calls.tensors import as_array
+from tinkerbell_server.calls.text import rows_from_text
+from tinkerbell_server.commands import Row, TextData
 
 PLAIN = (
     "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}|{% endfor %}"

@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fake_engine import FAKE_ENGINE
 from tests.server.conftest import Caller
 from tests.server.strategies import HARD, bodies, junk, numbers, rows, tensors, words
 from tinkerbell_core.types import DeleteLossesRequest, GetLossRequest, PublishLossRequest, RegisterLossRequest
+from tinkerbell_server.api import native
 from tinkerbell_server.config import Settings
-from tinkerbell_server.routes import native
-from tinkerbell_server.running import running
+from tinkerbell_server.launch import running_server
 
 BODIES: dict[str, type[msgspec.Struct]] = {
     **native.SUBMITTED,
@@ -43,7 +44,9 @@ named: dict[str, st.SearchStrategy[Any]] = {
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
     folder = tmp_path_factory.mktemp("data")
-    with running(Settings(engine="fake", data_dir=str(folder), port=0, uploads="trusted"), timeout=30) as server:
+    with running_server(
+        Settings(engine=FAKE_ENGINE, data_dir=str(folder), port=0, uploads="trusted"), timeout=30
+    ) as server:
         caller = Caller(server)
         caller.done("/create_model", model_id="m")
         yield caller

@@ -13,43 +13,45 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fake_engine import FAKE_ENGINE
 from tests.server.conftest import Caller
 from tests.server.strategies import HARD, junk, numbers, words
 from tests.server.strategies import bodies as made_up
-from tinkerbell_server.completions import ChatCompletion, Completion
+from tinkerbell_server.api.openai import routes as openai_routes
+from tinkerbell_server.api.openai.completions import ChatCompletion, Completion
+from tinkerbell_server.api.tinker import protocol, wire_pb2
+from tinkerbell_server.api.tinker import routes as tinker_routes
 from tinkerbell_server.config import Settings
-from tinkerbell_server.routes import openai, tinker
-from tinkerbell_server.running import running
-from tinkerbell_server.tinker import bodies, wire_pb2
+from tinkerbell_server.launch import running_server
 
 BODIES: dict[str, type[msgspec.Struct]] = {
-    "asample": bodies.Sample,
-    "cancel_future": bodies.CancelFuture,
-    "copy_weights": bodies.CopyWeights,
-    "create_custom_loss": bodies.CreateCustomLoss,
-    "create_model": bodies.CreateModel,
-    "create_sampling_session": bodies.CreateSamplingSession,
-    "create_session": bodies.CreateSession,
-    "forward": bodies.Forward,
-    "forward_backward": bodies.Forward,
-    "get_info": bodies.GetInfo,
-    "join_sampling_session": bodies.JoinSamplingSession,
-    "load_weights": bodies.LoadWeights,
-    "optim_step": bodies.OptimStep,
-    "retrieve_future": bodies.RetrieveFuture,
-    "save_weights": bodies.SaveWeights,
-    "save_weights_external": bodies.SaveWeightsExternal,
-    "save_weights_for_sampler": bodies.SaveWeightsForSampler,
-    "session_heartbeat": bodies.Heartbeat,
-    "sessions/search": bodies.SearchSessions,
-    "sessions/{session_id}/finish": bodies.Finish,
-    "sessions/{session_id}/project": bodies.Move,
-    "training_runs/{run_id}/checkpoints/{kind}/{name}/ttl": bodies.Ttl,
-    "weights_info": bodies.WeightsInfo,
+    "asample": protocol.Sample,
+    "cancel_future": protocol.CancelFuture,
+    "copy_weights": protocol.CopyWeights,
+    "create_custom_loss": protocol.CreateCustomLoss,
+    "create_model": protocol.CreateModel,
+    "create_sampling_session": protocol.CreateSamplingSession,
+    "create_session": protocol.CreateSession,
+    "forward": protocol.Forward,
+    "forward_backward": protocol.Forward,
+    "get_info": protocol.GetInfo,
+    "join_sampling_session": protocol.JoinSamplingSession,
+    "load_weights": protocol.LoadWeights,
+    "optim_step": protocol.OptimStep,
+    "retrieve_future": protocol.RetrieveFuture,
+    "save_weights": protocol.SaveWeights,
+    "save_weights_external": protocol.SaveWeightsExternal,
+    "save_weights_for_sampler": protocol.SaveWeightsForSampler,
+    "session_heartbeat": protocol.Heartbeat,
+    "sessions/search": protocol.SearchSessions,
+    "sessions/{session_id}/finish": protocol.Finish,
+    "sessions/{session_id}/project": protocol.Move,
+    "training_runs/{run_id}/checkpoints/{kind}/{name}/ttl": protocol.Ttl,
+    "weights_info": protocol.WeightsInfo,
 }
 """Routes that read a body. `retrieve_futures` waits as long as it is asked to, and has a test of its own."""
 
-OTHERS = [route for route in tinker.routes() if route.path.removeprefix("/api/v1/") not in BODIES]
+OTHERS = [route for route in tinker_routes.routes() if route.path.removeprefix("/api/v1/") not in BODIES]
 
 AGAIN = (409, 429, 500, 502, 503, 504)
 """Statuses that the SDK sends a request again for, for minutes."""
@@ -112,8 +114,8 @@ class Here:
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     folder = tmp_path_factory.mktemp("data")
     log = folder / "log"
-    chosen = Settings(engine="fake", data_dir=str(folder / "data"), port=0)
-    with log.open("wb") as out, running(chosen, log=out, timeout=30) as server:
+    chosen = Settings(engine=FAKE_ENGINE, data_dir=str(folder / "data"), port=0)
+    with log.open("wb") as out, running_server(chosen, log=out, timeout=30) as server:
         caller = Caller(server)
         yield Here(caller)
         health = caller.health()
@@ -220,8 +222,8 @@ def test_a_name_of_a_model_is_answered(here: Here, word: str) -> None:
 
 
 def test_every_route_is_fuzzed() -> None:
-    assert {route.path.removeprefix("/api/v1/") for route in tinker.routes()} >= set(BODIES)
-    assert {route.path for route in openai.routes()} == {
+    assert {route.path.removeprefix("/api/v1/") for route in tinker_routes.routes()} >= set(BODIES)
+    assert {route.path for route in openai_routes.routes()} == {
         "/v1/models",
         "/v1/models/{name:path}",
         "/v1/completions",

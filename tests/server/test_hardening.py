@@ -12,6 +12,7 @@ import httpx
 import pytest
 import trustme
 
+from tests.fake_engine import FAKE_ENGINE
 from tinkerbell_core.errors import BadRequest
 from tinkerbell_server.config import Settings
 
@@ -79,8 +80,9 @@ def test_tls_is_spoken_with_a_certificate(tmp_path: Path) -> None:
     authority, certificate = trustme.CA(), tmp_path / "chain.pem"
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(certificate)
     code = (
-        "import sys; from tinkerbell_server.serve import run; from tinkerbell_server.config import Settings; "
-        "sys.exit(run(Settings(engine='fake', port=0, data_dir=sys.argv[1], ssl_certfile=sys.argv[2])))"
+        "import sys; from tinkerbell_server.launch import run; from tinkerbell_server.config import Settings; "
+        "sys.exit(run(Settings(engine='tests.fake_engine', "
+        "port=0, data_dir=sys.argv[1], ssl_certfile=sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "data"), str(certificate)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -99,9 +101,9 @@ def test_tls_is_spoken_with_a_certificate(tmp_path: Path) -> None:
 
 
 def test_a_certificate_that_is_none_is_a_sentence(tmp_path: Path) -> None:
-    from tinkerbell_server.serve import run
+    from tinkerbell_server.launch import run
 
     (tmp_path / "c.pem").write_text("nothing")
     for path in (tmp_path / "c.pem", tmp_path / "missing.pem"):
         with pytest.raises(BadRequest, match=r"TLS: .* cannot be used"):
-            run(Settings(engine="fake", port=0, data_dir=str(tmp_path / "data"), ssl_certfile=str(path)))
+            run(Settings(engine=FAKE_ENGINE, port=0, data_dir=str(tmp_path / "data"), ssl_certfile=str(path)))

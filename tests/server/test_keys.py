@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tinkerbell_core.errors import BadRequest
+from tinkerbell_server.access.keys import Keys
 from tinkerbell_server.config import Settings
-from tinkerbell_server.keys import Keys
 
 ROWS = [[1, 2, 3], [4, 5]]
 

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.fake_engine import FAKE_ENGINE
 from tinkerbell_core.errors import TinkerbellError
 
 ROWS = [[1, 2, 3], [4, 5]]
@@ -169,8 +170,8 @@ def test_a_signal_leaves_no_process_even_while_somebody_waits(serve: Any, number
 
 def test_port_0_prints_the_url_it_took(tmp_path: Path) -> None:
     code = (
-        "from tinkerbell_server.serve import run; from tinkerbell_server.config import Settings; import sys; "
-        "sys.exit(run(Settings(engine='fake', port=0, data_dir=sys.argv[1])))"
+        "from tinkerbell_server.launch import run; from tinkerbell_server.config import Settings; import sys; "
+        "sys.exit(run(Settings(engine='tests.fake_engine', port=0, data_dir=sys.argv[1])))"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -184,24 +185,24 @@ def test_port_0_prints_the_url_it_took(tmp_path: Path) -> None:
 
 def test_a_taken_port_is_a_sentence(tmp_path: Path) -> None:
     from tinkerbell_server.config import Settings
-    from tinkerbell_server.serve import run
+    from tinkerbell_server.launch import run
 
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
         with pytest.raises(TinkerbellError, match="pass another --port"):
-            run(Settings(engine="fake", port=sock.getsockname()[1], data_dir=str(tmp_path)))
+            run(Settings(engine=FAKE_ENGINE, port=sock.getsockname()[1], data_dir=str(tmp_path)))
 
 
 def test_an_engine_that_never_starts_is_given_up(tmp_path: Path) -> None:
     import asyncio
 
+    from tinkerbell_server.access.tenants import Caller
     from tinkerbell_server.config import Settings
-    from tinkerbell_server.service import Service
-    from tinkerbell_server.tenancy import Caller
+    from tinkerbell_server.service.service import Service
 
     async def give_up() -> Service:
-        service = Service(Settings(engine="fake", model="exits", data_dir=str(tmp_path)))
+        service = Service(Settings(engine=FAKE_ENGINE, model="exits", data_dir=str(tmp_path)))
         service.start()
         try:
             assert not await service.supervisor.settled()
@@ -216,7 +217,9 @@ def test_an_engine_that_never_starts_is_given_up(tmp_path: Path) -> None:
     assert "exited with status 3" in health["problem"]
 
 
-@pytest.mark.parametrize("module", ["tinkerbell_server.app", "tinkerbell_server.store", "tinkerbell_server.running"])
+@pytest.mark.parametrize(
+    "module", ["tinkerbell_server.app", "tinkerbell_server.service.store", "tinkerbell_server.launch"]
+)
 def test_the_api_imports_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(not sys.modules.keys().isdisjoint({{'torch', 'transformers', 'peft'}}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

@@ -17,10 +17,10 @@ import pytest
 from starlette.requests import Request as StarletteRequest
 
 from tinkerbell_core.errors import BadRequest
-from tinkerbell_server import problems
-from tinkerbell_server.keys import Keys
-from tinkerbell_server.protocol import HEAD_SECONDS
-from tinkerbell_server.rates import Rates
+from tinkerbell_server.access.keys import Keys
+from tinkerbell_server.access.rates import Rates
+from tinkerbell_server.http import errors
+from tinkerbell_server.http.slow_clients import HEAD_SECONDS
 
 ROWS = [[1, 2, 3], [4, 5]]
 
@@ -42,7 +42,7 @@ def test_a_rate_counts_a_sliding_minute_for_each_name() -> None:
 
 def test_names_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = Rates(3)
-    monkeypatch.setattr("tinkerbell_server.rates._MOST_NAMES", 5)
+    monkeypatch.setattr("tinkerbell_server.access.rates._MOST_NAMES", 5)
     monkeypatch.setattr(time, "monotonic_ns", lambda: 0)
     for name in "abcde":
         rates.take(name)
@@ -137,7 +137,7 @@ def test_a_body_over_its_limit_is_refused_while_it_comes(serve: Any) -> None:
 
 
 def test_a_body_that_stops_coming_is_waited_for_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problems, "_CHUNK_SECONDS", 0.05)
+    monkeypatch.setattr(errors, "_CHUNK_SECONDS", 0.05)
     sent = [b"{"]
 
     async def receive() -> dict[str, Any]:
@@ -145,8 +145,8 @@ def test_a_body_that_stops_coming_is_waited_for_so_long(monkeypatch: pytest.Monk
         return {"type": "http.request", "body": sent.pop(), "more_body": True}
 
     request = StarletteRequest({"type": "http", "headers": [], "method": "POST"}, receive)
-    with pytest.raises(problems.HttpProblem, match="1 bytes so far") as caught:
-        asyncio.run(problems.read_body(request, 100, BadRequest("too large")))
+    with pytest.raises(errors.HttpError, match="1 bytes so far") as caught:
+        asyncio.run(errors.read_body(request, 100, BadRequest("too large")))
     assert caught.value.http_status == 408
 
 

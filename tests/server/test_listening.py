@@ -6,7 +6,7 @@ import asyncio
 import socket
 
 from tinkerbell_server.config import Settings
-from tinkerbell_server.serve import listen
+from tinkerbell_server.launch import listen
 
 
 def test_an_answer_in_two_pieces_does_not_wait_for_the_client_to_say_it_has_the_first() -> None:

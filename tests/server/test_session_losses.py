@@ -13,7 +13,7 @@ import pytest
 
 from tests.server.conftest import Caller, Serve
 from tests.server.test_wire_tenants import DATUM, Tenant
-from tinkerbell_server.keys import Keys
+from tinkerbell_server.access.keys import Keys
 
 NODES = [
     {"op": "placeholder", "name": "logprobs", "target": "logprobs"},

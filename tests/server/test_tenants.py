@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from tests.fake_engine import FAKE_ENGINE
 from tests.server.conftest import Caller
+from tinkerbell_server.access.keys import Keys
 from tinkerbell_server.config import Settings
-from tinkerbell_server.keys import Keys
-from tinkerbell_server.running import running
-from tinkerbell_server.store import Request, Store
+from tinkerbell_server.launch import running_server
+from tinkerbell_server.service.store import Request, Store
 
 ROWS = [[1, 2, 3], [4, 5]]
 
@@ -34,7 +35,9 @@ class Tenants:
 def tenants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenants]:
     folder = tmp_path_factory.mktemp("data")
     keys = Keys(folder)
-    with running(Settings(engine="fake", data_dir=str(folder), port=0, uploads="trusted"), timeout=30) as server:
+    with running_server(
+        Settings(engine=FAKE_ENGINE, data_dir=str(folder), port=0, uploads="trusted"), timeout=30
+    ) as server:
         tenants = Tenants(server, keys)
         yield tenants
         for caller in (tenants.ann, tenants.bob, tenants.local, tenants.admin):

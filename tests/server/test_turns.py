@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from tinkerbell_server.engines.base import CreateModel, RunLoss
-from tinkerbell_server.turns import APART_OF_TENANT, Job, Turns
+from tinkerbell_server.commands import CreateModel, RunLoss
+from tinkerbell_server.service.queue import APART_OF_TENANT, FairQueue, Job
 
 
 def job(id: str, model: str, loss: str = "tinkerbell-core:cross_entropy", tenant: str = "local") -> Job:
@@ -28,7 +28,7 @@ def made(id: str, model: str | None, kind: str, command: Any, tenant: str = "loc
     )
 
 
-async def ready(turns: Turns) -> list[str]:
+async def ready(turns: FairQueue) -> list[str]:
     """The ids of all jobs that may run now, in their order."""
     found = []
     try:
@@ -40,7 +40,7 @@ async def ready(turns: Turns) -> list[str]:
 
 def test_one_job_has_the_turn_and_sandboxed_ones_run_beside_it() -> None:
     async def run() -> None:
-        turns = Turns(sandboxed=True)
+        turns = FairQueue(sandboxed=True)
         for each in (job("a", "a", "upload:x"), job("b", "b"), job("c", "c"), job("d", "d", "upload:x")):
             turns.put(each)
         assert await ready(turns) == ["a", "b", "d"]
@@ -52,7 +52,7 @@ def test_one_job_has_the_turn_and_sandboxed_ones_run_beside_it() -> None:
 
 def test_jobs_of_one_model_never_overtake_each_other() -> None:
     async def run() -> None:
-        turns = Turns(sandboxed=True)
+        turns = FairQueue(sandboxed=True)
         for each in (job("a", "m", "upload:x"), job("b", "m"), job("c", "m", "upload:x"), job("d", "n")):
             turns.put(each)
         assert await ready(turns) == ["a", "d"]
@@ -65,7 +65,7 @@ def test_jobs_of_one_model_never_overtake_each_other() -> None:
 
 def test_a_tenant_has_only_so_many_sandboxes_at_once() -> None:
     async def run() -> None:
-        turns = Turns(sandboxed=True)
+        turns = FairQueue(sandboxed=True)
         for number in range(APART_OF_TENANT + 2):
             turns.put(job(f"a{number}", f"a{number}", "upload:x", "a"))
         turns.put(job("b", "b", "upload:x", "b"))
@@ -77,7 +77,7 @@ def test_a_tenant_has_only_so_many_sandboxes_at_once() -> None:
 
 def test_trusted_uploads_take_their_turn_like_any_other() -> None:
     async def run() -> None:
-        turns = Turns()
+        turns = FairQueue()
         for each in (job("a", "a", "upload:x"), job("b", "b")):
             turns.put(each)
         assert await ready(turns) == ["a"]
@@ -90,7 +90,7 @@ def test_the_command_of_a_job_that_saves_is_not_made_before_its_turn() -> None:
         raise AssertionError
 
     async def run() -> None:
-        turns = Turns(sandboxed=True)
+        turns = FairQueue(sandboxed=True)
         waiting = made("a", "a", "save", CreateModel)
         object.__setattr__(waiting, "command", never)
         turns.put(waiting)
@@ -101,7 +101,7 @@ def test_the_command_of_a_job_that_saves_is_not_made_before_its_turn() -> None:
 
 def test_a_tenant_with_many_models_gets_no_more_turns_than_one_with_few() -> None:
     async def run() -> None:
-        turns = Turns()
+        turns = FairQueue()
         for each in (
             *(job(f"a{i}", f"a{i}", tenant="a") for i in range(3)),
             *(job(f"b{i}", "b", tenant="b") for i in range(2)),
@@ -120,7 +120,7 @@ def test_a_tenant_with_many_models_gets_no_more_turns_than_one_with_few() -> Non
 
 def test_a_job_taken_out_leaves_the_others_their_turns() -> None:
     async def run() -> None:
-        turns = Turns()
+        turns = FairQueue()
         for each in (job("a", "a", tenant="a"), job("b", "b", tenant="b"), job("c", "c", tenant="a")):
             turns.put(each)
         assert turns.take_out("a")
@@ -135,7 +135,7 @@ def test_a_job_taken_out_leaves_the_others_their_turns() -> None:
 
 def test_samples_of_the_base_model_may_be_of_several_tenants() -> None:
     async def run() -> None:
-        turns = Turns()
+        turns = FairQueue()
         for each in (
             made("a", None, "sample", None, "a"),
             made("b", None, "sample", None, "b"),

@@ -1,4 +1,4 @@
-"""Uploads: a tenant's own names, versions by digest, deleted and published."""
+"""Uploaded losses: a tenant's own names, versions by digest, deleted and published."""
 
 from __future__ import annotations
 

@@ -9,10 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.fake_engine import FAKE_ENGINE
 from tests.server.conftest import Caller, upload
+from tinkerbell_server.access.keys import Keys
 from tinkerbell_server.config import Settings
-from tinkerbell_server.keys import Keys
-from tinkerbell_server.running import Running, running
+from tinkerbell_server.launch import RunningServer, running_server
 
 UNKNOWN = "0" * 32
 
@@ -76,7 +77,7 @@ class Tenant:
 
 
 class World:
-    def __init__(self, server: Running, keys: Keys, data: Path) -> None:
+    def __init__(self, server: RunningServer, keys: Keys, data: Path) -> None:
         self.data, self.nobody = data, Caller(server)
 
         def caller(tenant: str, *scopes: str) -> Caller:
@@ -95,8 +96,8 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("data")
     keys = Keys(folder)
-    settings = Settings(engine="fake", data_dir=str(folder), port=0, uploads="trusted", concurrency_limit=20)
-    with running(settings, timeout=120) as server:
+    settings = Settings(engine=FAKE_ENGINE, data_dir=str(folder), port=0, uploads="trusted", concurrency_limit=20)
+    with running_server(settings, timeout=120) as server:
         made = World(server, keys, folder)
         yield made
         made.close()

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.conftest import PATIENT
 from tests.live import live_server
 from tests.tinker.hand import Wire
-from tinkerbell_server.engines.torch.embedded import write_tokenizer
+from tinkerbell_server.engines.torch.tiny_model import write_tokenizer
 
 collect_ignore_glob = [] if find_spec("tinker") else ["test_*.py"]
 

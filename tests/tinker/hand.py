@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from tinkerbell_server.tinker import wire_pb2 as wire
+from tinkerbell_server.api.tinker import wire_pb2 as wire
 
 PROTOBUF = {"content-type": "application/x-protobuf"}
 

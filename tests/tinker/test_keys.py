@@ -11,10 +11,11 @@ import pytest
 import tinker
 from tinker import types
 
+from tests.fake_engine import FAKE_ENGINE
 from tests.tinker.sdk import datum, now, text
+from tinkerbell_server.access.keys import Keys
 from tinkerbell_server.config import Settings
-from tinkerbell_server.keys import Keys
-from tinkerbell_server.running import running
+from tinkerbell_server.launch import running_server
 
 DATA = [datum(text(8), weights=[1.0] * 7)]
 
@@ -36,7 +37,9 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     folder: Path = tmp_path_factory.mktemp("guarded")
     keys = Keys(folder)
     keys.create("first", tenant="ann", scopes=("train",))
-    with running(Settings(engine="fake", data_dir=str(folder), port=0, uploads="off"), timeout=280) as server:
+    with running_server(
+        Settings(engine=FAKE_ENGINE, data_dir=str(folder), port=0, uploads="off"), timeout=280
+    ) as server:
         yield Guarded(server.url, keys)
     keys.close()
 

@@ -10,8 +10,8 @@ import pytest
 import zstandard
 
 from tests.tinker.hand import PROTOBUF, Wire, message
-from tinkerbell_server.tinker import order
-from tinkerbell_server.tinker.order import Line, Released
+from tinkerbell_server.api.tinker import sequencer
+from tinkerbell_server.api.tinker.sequencer import Released, SequenceBuffer
 
 
 def test_requests_run_in_the_order_of_their_numbers(wires: Wire) -> None:
@@ -126,11 +126,11 @@ def test_a_zstd_bomb_is_refused(wires: Wire) -> None:
 
 
 def test_a_gap_is_given_up_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(order, "GAP_SECONDS", 0.05)
+    monkeypatch.setattr(sequencer, "GAP_SECONDS", 0.05)
     released: list[Released[str]] = []
 
     async def arrive() -> None:
-        line: Line[str] = Line("m", 1, released.append)
+        line: SequenceBuffer[str] = SequenceBuffer("m", 1, released.append)
         line.arrive(1, "one")
         line.arrive(4, "four")
         line.arrive(3, "three")
@@ -146,7 +146,7 @@ def test_a_gap_is_given_up_after_a_while(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_chunk_that_comes_last_brings_its_call() -> None:
     released: list[Released[int]] = []
-    line: Line[int] = Line("m", 1, released.append)
+    line: SequenceBuffer[int] = SequenceBuffer("m", 1, released.append)
 
     async def arrive() -> None:
         for seq in (3, 2, 4, 6, 1):

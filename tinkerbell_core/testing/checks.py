@@ -13,9 +13,9 @@ from tinkerbell_core.errors import TinkerbellError
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.testing.batches import coupling, micro_batches, order, same_twice, single_row
 from tinkerbell_core.testing.case import Case, Failed, NotRun, Ran, Sandboxed, make_case, require
-from tinkerbell_core.testing.elsewhere import sandbox
 from tinkerbell_core.testing.masks import all_masked, masked_positions, padding, zero_weights
 from tinkerbell_core.testing.numbers import dtypes, gradcheck, lazy_logits
+from tinkerbell_core.testing.sandboxed import sandbox
 from tinkerbell_core.testing.settings import hyperparameters as limits
 
 CONTRACT = "contract"

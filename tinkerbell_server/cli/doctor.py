@@ -76,8 +76,8 @@ def data_dir() -> Check:
 
 def sandbox() -> Iterator[Check]:
     """What can confine uploaded losses here. One that is missing is no harm while the others are enough."""
-    from tinkerbell_server.sandbox.mechanisms import enough, examine
-    from tinkerbell_server.sandbox.paths import readable
+    from tinkerbell_server.sandbox.isolation.mechanisms import enough, examine
+    from tinkerbell_server.sandbox.isolation.readable_paths import readable
 
     found = examine(readable([str(default_data_dir())]))
     sufficient = enough(found)

@@ -16,7 +16,7 @@ from tinkerbell_server.cli.serve import default_data_dir
 from tinkerbell_server.cli.settings import FILE, variable
 
 if TYPE_CHECKING:
-    from tinkerbell_server.keys import Key, Keys
+    from tinkerbell_server.access.keys import Key, Keys
 
 
 def where(command: Callable[..., None]) -> Callable[..., None]:
@@ -110,7 +110,7 @@ def revoke(id: str, data_dir: str, as_json: bool) -> None:
 
 @contextmanager
 def opened(data_dir: str) -> Iterator[Keys]:
-    from tinkerbell_server.keys import Keys
+    from tinkerbell_server.access.keys import Keys
 
     keys = Keys(Path(data_dir).expanduser().resolve())
     try:
@@ -121,8 +121,8 @@ def opened(data_dir: str) -> Iterator[Keys]:
 
 def told(data_dir: str, key: Key, action: str) -> None:
     """The audit log's line on a change made here."""
-    from tinkerbell_server.audit import Audit
-    from tinkerbell_server.tenancy import Caller
+    from tinkerbell_server.access.audit import Audit
+    from tinkerbell_server.access.tenants import Caller
 
     audit = Audit(Path(data_dir).expanduser().resolve())
     audit.write(Caller(key.tenant, key.id), action, "done", name=key.name)

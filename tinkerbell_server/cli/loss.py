@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tinkerbell_server.cli.asking import ask, with_url
+from tinkerbell_server.cli.client import ask, with_url
 from tinkerbell_server.cli.loss_new import new
 from tinkerbell_server.cli.loss_test import check
 from tinkerbell_server.cli.output import print_json, print_table
@@ -50,7 +50,7 @@ def list_(url: str, local: bool, as_json: bool) -> None:
 @where
 def show(name: str, url: str, local: bool, as_json: bool) -> None:
     """Show the loss called NAME (a name, an id, or name@digest): formula, inputs, hyperparameters, paper, source."""
-    from tinkerbell_core.anatomy import anatomy
+    from tinkerbell_core.loss_docstring import parse_docstring
     from tinkerbell_core.registry import resolve
 
     found = resolve(name, find_losses(url, local))
@@ -58,7 +58,7 @@ def show(name: str, url: str, local: bool, as_json: bool) -> None:
         print_json(found)
         return
     origin = " ".join(filter(None, [found.provenance.kind, found.provenance.distribution, found.provenance.version]))
-    said = anatomy(found.summary, found.source)
+    said = parse_docstring(found.summary, found.source)
     lines = [
         ("id", found.id),
         ("formula", said.formula),

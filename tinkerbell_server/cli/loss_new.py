@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tinkerbell_server.cli.asking import ask, with_url
+from tinkerbell_server.cli.client import ask, with_url
 
 if TYPE_CHECKING:
     from tinkerbell_core.types import RegisterLossRequest

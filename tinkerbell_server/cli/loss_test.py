@@ -22,8 +22,8 @@ def check(target: str, as_json: bool) -> None:
     The exit status is 1 where a check fails. Code at PATH is run with your rights.
     """
     from tinkerbell_core.testing import run_checks
-    from tinkerbell_server.finding import find_specs
-    from tinkerbell_server.sandbox.kit import KitSandbox
+    from tinkerbell_server.calls.local_losses import find_specs
+    from tinkerbell_server.sandbox.conformance import KitSandbox
 
     with contextlib.closing(KitSandbox()) as sandbox:
         results = {spec.name: run_checks(spec, sandboxed=sandbox) for spec in find_specs(target)}

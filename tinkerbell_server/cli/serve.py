@@ -63,16 +63,19 @@ NEEDED = ("starlette", "uvicorn", "torch", "transformers", "peft", "safetensors"
     default="assistant",
     help="Which tokens of a chat count in training.",
 )
-@setting("--engine", type=click.Choice(["torch", "fake"]), default="torch", hidden=True)
+@setting(
+    "--engine",
+    default="tinkerbell_server.engines.torch",
+    help="Import path of the engine.",
+)
 def serve(**settings: Any) -> None:  # Any: one value a setting
     """Serve MODEL: a hub id, a local folder, or nothing for the embedded tiny model.
 
     Every option is also a variable TINKERBELL_<OPTION> and a key of ./tinkerbell.toml (data_dir = "runs").
     """
-    if settings["engine"] == "torch":
-        check_extra()
+    check_extra()
     from tinkerbell_server.config import Settings
-    from tinkerbell_server.serve import run
+    from tinkerbell_server.launch import run
 
     raise SystemExit(run(Settings(**settings)))
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.logits import Logits, LogitsSource
-from tinkerbell_server.sandbox.answers import StoredSource
-from tinkerbell_server.sandbox.remote import RemoteSource
+from tinkerbell_server.sandbox.logits_client import RemoteSource
+from tinkerbell_server.sandbox.logits_server import StoredSource
 
 _NAMES = 64  # operations that are told of, and characters of each
 

@@ -18,18 +18,18 @@ from tinkerbell_core.hyperparameters import Hyperparameter
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.spec import Coupling, LossSpec, Provenance
 from tinkerbell_core.types import RegisterLossRequest
-from tinkerbell_server.sandbox.call import Away, Call, names_and_tensors
+from tinkerbell_server.sandbox.channel import BadMessage, Late
 from tinkerbell_server.sandbox.logits import budget_of, record, source_of
 from tinkerbell_server.sandbox.messages import Described, Failed, Open, Opened, Run, Try
-from tinkerbell_server.sandbox.sandbox import Sandbox, Worker
+from tinkerbell_server.sandbox.processes import Sandbox, Worker
+from tinkerbell_server.sandbox.rpc import Away, Call, names_and_tensors
 from tinkerbell_server.sandbox.trouble import error_of, shown
-from tinkerbell_server.sandbox.wire import BadMessage, Late
 
 _IDLE = 32  # workers that wait for their next call; each is little memory beyond the zygote's
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class TimeLimits:
     """How long a loss may take, in seconds; a call has `per_token` more for each padded position."""
 
     dry_run: float = 5.0
@@ -51,7 +51,7 @@ asker: ContextVar[Asker] = ContextVar("asker", default=Asker())  # noqa: B039  f
 class SandboxedLosses:
     """Makes LossSpecs of uploads, and keeps their workers, frozen, between calls."""
 
-    def __init__(self, sandbox: Sandbox, patience: Patience, budget: int, away: Away) -> None:
+    def __init__(self, sandbox: Sandbox, patience: TimeLimits, budget: int, away: Away) -> None:
         """budget: bytes of logits a loss may have at once. away: entered while a worker computes."""
         self._sandbox, self._patience, self._budget, self._away = sandbox, patience, budget, away
         self._idle: OrderedDict[tuple[str, str], Worker] = OrderedDict()

@@ -18,9 +18,11 @@ from tinkerbell_core.errors import BadLoss, PlainLogitsNeeded, TinkerbellError
 from tinkerbell_core.logits.source import Statistic
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.spec import LossSpec
-from tinkerbell_server.sandbox import memory
-from tinkerbell_server.sandbox.lockdown import escapes, lock_down
+from tinkerbell_server.sandbox import shared_memory
+from tinkerbell_server.sandbox.channel import Channel
+from tinkerbell_server.sandbox.isolation.lockdown import escapes, lock_down
 from tinkerbell_server.sandbox.logits import logits_over, materialised
+from tinkerbell_server.sandbox.logits_client import Kept, RemoteSource
 from tinkerbell_server.sandbox.messages import (
     Described,
     Done,
@@ -34,9 +36,7 @@ from tinkerbell_server.sandbox.messages import (
     ToWorker,
     Try,
 )
-from tinkerbell_server.sandbox.opened import made_up, opened
-from tinkerbell_server.sandbox.remote import Kept, RemoteSource
-from tinkerbell_server.sandbox.wire import Channel
+from tinkerbell_server.sandbox.open_upload import made_up, opened
 
 _OPEN_LIMIT = 8 << 20  # an upload's payload and source, and room
 
@@ -165,7 +165,7 @@ class Worker:
             (gradient,) = each.gradients if each.memory is not None else (None,)
             shared.append(gradient is not None)
             if gradient is not None and each.memory is not None:
-                memory.fill(each.memory, gradient)
+                shared_memory.fill(each.memory, gradient)
                 gradients.append(None)
             else:
                 gradients += each.gradients

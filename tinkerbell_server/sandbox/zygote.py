@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from tinkerbell_server.sandbox.channel import Channel
 from tinkerbell_server.sandbox.messages import Forked, Ready, ToZygote
-from tinkerbell_server.sandbox.wire import Channel
 from tinkerbell_server.sandbox.worker import Limits, work
 
 

@@ -8,8 +8,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from tinkerbell_core.errors import Conflict
+from tinkerbell_server.scaffold.from_upload import Written, written
 from tinkerbell_server.scaffold.names import Names, names_for
-from tinkerbell_server.scaffold.uploaded import Written, written
 
 __all__ = ["Names", "Written", "names_for", "new_package", "written"]
 

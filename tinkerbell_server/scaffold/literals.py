@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from tinkerbell_core.errors import BadUpload
-from tinkerbell_core.travel.baggage import Array, Helper, Mapped, Named, Plain, Raw, Several, Value
+from tinkerbell_core.serialization.format import Array, Helper, Mapped, Named, Plain, Raw, Several, Value
 
 _MOST = 4096  # numbers of a tensor that are still readable as code
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.logits.lazy.form import Form, a_form
-from tinkerbell_core.logits.lazy.picks import columns
+from tinkerbell_core.logits.lazy.gather_topk import columns
 from tinkerbell_core.logits.lazy.rule import need
 from tinkerbell_core.logits.lazy.softmaxes import softmax
 from tinkerbell_core.logits.lazy.sums import row_sum

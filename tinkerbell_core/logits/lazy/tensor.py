@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tinkerbell_core.logits.lazy.dense import dense
+from tinkerbell_core.logits.lazy.dispatch import AS_THEY_ARE, RULES, name_of, refused
 from tinkerbell_core.logits.lazy.family import Family, exactly, version
 from tinkerbell_core.logits.lazy.form import Form
 from tinkerbell_core.logits.lazy.rule import NotLazy
-from tinkerbell_core.logits.lazy.table import AS_THEY_ARE, RULES, name_of, refused
 from tinkerbell_core.logits.lazy.weighted import Lazy, Weighted
 from tinkerbell_core.logits.source import LogitsSource
 

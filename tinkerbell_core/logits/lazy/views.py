@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tinkerbell_core.logits.lazy.dims import along_vocab, leading, positive
 from tinkerbell_core.logits.lazy.form import Form, a_form, broadcast
-from tinkerbell_core.logits.lazy.picks import columns, select_columns
+from tinkerbell_core.logits.lazy.gather_topk import columns, select_columns
 from tinkerbell_core.logits.lazy.rule import need
 from tinkerbell_core.logits.lazy.weighted import Lazy, Weighted, a_lazy
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from tinkerbell_core.errors import PlainLogitsNeeded
 from tinkerbell_core.logits.head import Head
+from tinkerbell_core.logits.local.cache import REMEMBERED, Cache, Memory
 from tinkerbell_core.logits.local.chunks import block_bytes
-from tinkerbell_core.logits.local.known import REMEMBERED, Known, Memory
+from tinkerbell_core.logits.local.columns import ColumnReads
 from tinkerbell_core.logits.local.linear import LinearProduct
 from tinkerbell_core.logits.local.moments import ANSWERS, Question
-from tinkerbell_core.logits.local.picked import Picked
 from tinkerbell_core.logits.local.products import AnyProduct
 from tinkerbell_core.logits.local.recompute import Recompute
 from tinkerbell_core.logits.local.sweep import Sweep
@@ -103,14 +103,14 @@ class LocalSource:
             return frozenset()
         return frozenset({"total", "dot"}) if weights is not None and weights.dim() == 1 else frozenset({"total"})
 
-    def _sum(self, known: Known, weights: Tensor | None) -> Tensor:
+    def _sum(self, known: Cache, weights: Tensor | None) -> Tensor:
         assert isinstance(self._product, LinearProduct)
         vector, constant = self._product.sums(weights)  # [H]
         return (self.hidden(known.rows).to(self.dtype) @ vector + constant) * known.scale
 
     def _question(
         self,
-        known: Known,
+        known: Cache,
         pick: Tensor | int | None,
         missing: frozenset[Statistic],
         weights: Tensor | None,
@@ -132,7 +132,7 @@ class LocalSource:
         if isinstance(product, LinearProduct) and few and not asked.want and isinstance(pick, Tensor):
             row_bytes = _count(pick) * product.hidden.shape[1] * product.dtype.itemsize
             width = max(1, block_bytes(self.device) // max(1, row_bytes))
-            answers = Picked.apply(token, product, asked, width)  # type: ignore[no-untyped-call]
+            answers = ColumnReads.apply(token, product, asked, width)  # type: ignore[no-untyped-call]
         elif isinstance(product, LinearProduct) and few and product.frozen and products <= 2 + (self._keep_bytes <= 0):
             answers = Sweep.apply(token, product, asked, self._width(products - 1))  # type: ignore[no-untyped-call]
         else:

@@ -1,0 +1,17 @@
+"""The engine that computes with PyTorch. The only package of the server that imports torch, with `sandbox`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tinkerbell_server.commands import EngineConfig
+    from tinkerbell_server.engines.torch.engine import TorchEngine
+
+
+def create_engine(config: EngineConfig) -> TorchEngine:
+    """Load the base model, its tokenizer and the losses. Raises BadRequest if one of them cannot be loaded."""
+    # imported here, so that the API process can name this package without loading torch
+    from tinkerbell_server.engines.torch.engine import TorchEngine
+
+    return TorchEngine(config)

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tinkerbell_core.errors import BadHyperparameter, did_you_mean
 from tinkerbell_core.types import CreateModelRequest
-from tinkerbell_server.engines.torch.model import Network
+from tinkerbell_server.engines.torch.network import Network
 
 Peft = Any  # peft is untyped
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinkerbell_core.types import TensorData
-from tinkerbell_server.engines.base import Row
+from tinkerbell_server.commands import Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ from torch import Tensor
 from tinkerbell_core.errors import BadCheckpoint
 from tinkerbell_core.types import CreateModelRequest
 from tinkerbell_server.engines.torch.adapters import Adapters
-from tinkerbell_server.engines.torch.model import Network, Transformer
-from tinkerbell_server.engines.torch.trained import TrainedModel
+from tinkerbell_server.engines.torch.network import Network, Transformer
+from tinkerbell_server.engines.torch.trained_model import TrainedModel
 
 WEIGHTS, CONFIG, OPTIMIZER, STATE = (
     "adapter_model.safetensors",

@@ -29,9 +29,9 @@ from tinkerbell_core.types import (
     OptimStepOutput,
     SaveOutput,
 )
-from tinkerbell_server.chats import rows_from_text
-from tinkerbell_server.checks import check_rows
-from tinkerbell_server.engines.base import (
+from tinkerbell_server.calls.rows import check_rows
+from tinkerbell_server.calls.text import rows_from_text
+from tinkerbell_server.commands import (
     Command,
     CreateModel,
     DeleteLosses,
@@ -53,10 +53,11 @@ from tinkerbell_server.engines.base import (
 )
 from tinkerbell_server.engines.torch import checkpoints, memory
 from tinkerbell_server.engines.torch.batching import data_of
-from tinkerbell_server.engines.torch.baton import Baton
-from tinkerbell_server.engines.torch.embedded import embedded_model
+from tinkerbell_server.engines.torch.device_lock import DeviceLock
+from tinkerbell_server.engines.torch.loss_logits import AGAIN, stored_because
 from tinkerbell_server.engines.torch.losses import Losses
-from tinkerbell_server.engines.torch.model import (
+from tinkerbell_server.engines.torch.models import Models
+from tinkerbell_server.engines.torch.network import (
     Network,
     Transformer,
     choose_device,
@@ -64,31 +65,23 @@ from tinkerbell_server.engines.torch.model import (
     load_network,
     load_tokenizer,
 )
-from tinkerbell_server.engines.torch.models import Models
-from tinkerbell_server.engines.torch.optimizer import optim_step
-from tinkerbell_server.engines.torch.outputs import AGAIN, stored_because
-from tinkerbell_server.engines.torch.references import KEY, ReferenceCache, with_references
-from tinkerbell_server.engines.torch.sampler import Sampler
+from tinkerbell_server.engines.torch.ref_logprobs import KEY, ReferenceCache, with_references
+from tinkerbell_server.engines.torch.sample_requests import Sampler
 from tinkerbell_server.engines.torch.step import Step, StepResult, run_step
-from tinkerbell_server.engines.torch.trained import TrainedModel
-from tinkerbell_server.engines.torch.uploads import Uploads
+from tinkerbell_server.engines.torch.tiny_model import embedded_model
+from tinkerbell_server.engines.torch.trained_model import TrainedModel, optim_step
+from tinkerbell_server.engines.torch.uploaded_losses import UploadedLosses
 
 log = logging.getLogger("tinkerbell.engine")
-
-
-def create(config: EngineConfig) -> TorchEngine:
-    """Load the base model, its tokenizer and the losses. Raises BadRequest where one cannot be had."""
-    # bars of loading and saving; the log says what matters
-    disable_progress_bar()
-    return TorchEngine(config)
 
 
 class TorchEngine:
     """One base model on one device, the models trained on it, and the losses that are installed here."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._baton = Baton()
-        self._uploads = Uploads(config, self._baton)  # first: its process starts while the model is loaded
+        disable_progress_bar()  # the log says what matters
+        self._baton = DeviceLock()
+        self._uploads = UploadedLosses(config, self._baton)  # first: its process starts while the model is loaded
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
         source = config.model or str(embedded_model(Path(config.data_dir)))

@@ -14,8 +14,8 @@ from tinkerbell_core.errors import BadRequest, TinkerbellError, UploadsOff, did_
 from tinkerbell_core.registry import build_registry
 from tinkerbell_core.spec import LossSpec, Provenance
 from tinkerbell_core.types import LossDescription, PluginDescription, RegisterLossRequest
-from tinkerbell_server.engines.torch.uploads import Uploads
-from tinkerbell_server.finding import dotted
+from tinkerbell_server.calls.local_losses import dotted
+from tinkerbell_server.engines.torch.uploaded_losses import UploadedLosses
 
 
 class Losses:
@@ -25,7 +25,7 @@ class Losses:
         self,
         vocab_size: int,
         device: torch.device,
-        uploads: Uploads | None = None,
+        uploads: UploadedLosses | None = None,
         *,
         enabled: bool = True,
         disabled: Collection[str] = (),

@@ -11,9 +11,9 @@ import psutil
 import torch
 
 from tinkerbell_core.errors import TinkerbellError
-from tinkerbell_server.engines.base import Command, EngineConfig, RunLoss, TextData
+from tinkerbell_server.commands import Command, EngineConfig, RunLoss, TextData
 from tinkerbell_server.engines.torch.batching import batch_bytes, token_budget
-from tinkerbell_server.engines.torch.model import Network
+from tinkerbell_server.engines.torch.network import Network
 
 _CGROUP = Path("/sys/fs/cgroup")
 

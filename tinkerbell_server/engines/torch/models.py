@@ -13,8 +13,8 @@ from tinkerbell_core.types import CreateModelRequest
 from tinkerbell_server.engines.torch import checkpoints
 from tinkerbell_server.engines.torch.adapters import Adapters
 from tinkerbell_server.engines.torch.checkpoints import Checkpoint
-from tinkerbell_server.engines.torch.model import Network
-from tinkerbell_server.engines.torch.trained import TrainedModel
+from tinkerbell_server.engines.torch.network import Network
+from tinkerbell_server.engines.torch.trained_model import TrainedModel
 
 SNAPSHOTS = 8
 """Saved folders that stay loaded because samples were drawn from them."""

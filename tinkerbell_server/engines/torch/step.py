@@ -15,11 +15,11 @@ from tinkerbell_core.dryrun import run_loss
 from tinkerbell_core.errors import BadLoss
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.spec import LossSpec
-from tinkerbell_server.engines.base import Row
+from tinkerbell_server.commands import Row
 from tinkerbell_server.engines.torch.batching import Batch, collate, micro_batches
 from tinkerbell_server.engines.torch.diagnostics import Diagnostics
-from tinkerbell_server.engines.torch.model import Network
-from tinkerbell_server.engines.torch.outputs import AGAIN, materialised, model_outputs
+from tinkerbell_server.engines.torch.loss_logits import AGAIN, materialised, model_outputs
+from tinkerbell_server.engines.torch.network import Network
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,43 @@
+"""A graph as text to be read. Nothing reads it back."""
+
+from __future__ import annotations
+
+from tinkerbell_core.fxgraph.arguments import Dtype, Ref, Slice, Value
+from tinkerbell_core.fxgraph.graph import Graph, Step
+
+_MOST = 1 << 16  # characters
+
+
+def text_of(graph: Graph) -> str:
+    """The graph as a function that does what it does, cut where it is very long."""
+    inputs = ", ".join(graph.names)
+    metrics = ", ".join(f"{key!r}: {name}" for key, name in graph.metrics.items())
+    lines = [f"def loss({inputs}):", *(_line(step) for step in graph.steps)]
+    lines.append(f"    return {graph.loss}, {{{metrics}}}")
+    text = "\n".join(lines) + "\n"
+    if len(text) <= _MOST:
+        return text
+    return text[: text.rindex("\n", 0, _MOST) + 1] + f"    # and so on, to {len(graph.steps)} operations\n"
+
+
+def _line(step: Step) -> str:
+    words = [_word(arg) for arg in step.args]
+    target = f"{words.pop(0)}.{step.target}" if step.is_method else step.target
+    words += [f"{name}={_word(arg)}" for name, arg in step.kwargs.items()]
+    return f"    {step.name} = {target}({', '.join(words)})"
+
+
+def _word(value: Value) -> str:
+    match value:
+        case Ref():
+            return value.name
+        case Dtype():
+            return f"torch.{value.name}"
+        case Slice():
+            return f"slice({_word(value.start)}, {_word(value.stop)}, {_word(value.step)})"
+        case list():
+            return f"[{', '.join(map(_word, value))}]"
+        case tuple():
+            return f"({', '.join(map(_word, value))}{',' if len(value) == 1 else ''})"
+        case _:
+            return "..." if value is ... else repr(value)

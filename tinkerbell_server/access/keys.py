@@ -1,0 +1,141 @@
+"""API keys, in a file of their own beside the store, so that they can be made while no server runs, or one does.
+
+A key is `tml-<id>-<secret>`. Only its sha256 is kept. Nothing is ever taken out: a key that was revoked still says that
+this server is one with keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import sqlite3
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from tinkerbell_core.errors import BadRequest, TinkerbellError, did_you_mean
+from tinkerbell_server.access.tenants import SCOPES, check_tenant
+
+PREFIX = "tml-"
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS keys (
+    id TEXT PRIMARY KEY, name TEXT NOT NULL, tenant TEXT NOT NULL, scopes TEXT NOT NULL, hash TEXT NOT NULL,
+    created REAL NOT NULL, expires REAL, revoked REAL);
+"""
+
+# compared with where there is no such id, so that a wrong id takes as long as a wrong secret
+_NOBODY = "0" * 64
+
+
+class Key(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a key; the key itself is not. Times are seconds since 1970."""
+
+    id: str
+    name: str
+    tenant: str
+    scopes: tuple[str, ...]
+    created: float
+    expires: float | None = None
+    revoked: float | None = None
+
+    def state(self, now: float | None = None) -> Literal["valid", "expired", "revoked"]:
+        if self.revoked is not None:
+            return "revoked"
+        return "expired" if self.expires is not None and self.expires <= (now or time.time()) else "valid"
+
+
+class Keys:
+    """The keys of one data dir. What another process changes here is seen at once."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "keys.db"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.executescript(_SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise TinkerbellError(f"the API keys in {path} cannot be opened: {error}") from error
+
+    def close(self) -> None:
+        self._db.close()
+
+    def create(
+        self, name: str, *, tenant: str, scopes: Collection[str] = ("train", "upload"), days: float | None = None
+    ) -> tuple[Key, str]:
+        """A new key, and its text, which cannot be had again. Every scope includes `read`, and `admin` all of them.
+
+        Raises BadRequest.
+        """
+        check_tenant(tenant)
+        for scope in scopes:
+            if scope not in SCOPES:
+                raise BadRequest(f"no scope {scope!r}{did_you_mean(scope, SCOPES)} (there are: {', '.join(SCOPES)})")
+        if days is not None and not 0 < days < 36500:
+            raise BadRequest(f"days is {days:g}, but must be above 0 and below 36500: leave it out for no end")
+        now = time.time()
+        key = Key(
+            id=secrets.token_hex(4),
+            name=name,
+            tenant=tenant,
+            scopes=tuple(scope for scope in SCOPES if scope in {*scopes, "read"} or "admin" in scopes),
+            created=now,
+            expires=None if days is None else now + days * 86400,
+        )
+        text = f"{PREFIX}{key.id}-{secrets.token_urlsafe(32)}"
+        self._db.execute(
+            "INSERT INTO keys (id, name, tenant, scopes, hash, created, expires) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (key.id, key.name, key.tenant, " ".join(key.scopes), _hash(text), key.created, key.expires),
+        )
+        return key, text
+
+    def list(self) -> list[Key]:
+        return [_key(row) for row in self._db.execute(f"SELECT {_COLUMNS} FROM keys ORDER BY created")]
+
+    def exist(self) -> bool:
+        """Whether a key was ever made here."""
+        return self._db.execute("SELECT 1 FROM keys LIMIT 1").fetchone() is not None
+
+    def revoke(self, id: str) -> Key:
+        """End a key, from the next request on. Raises BadRequest where there is none of this id."""
+        known = {key.id: key for key in self.list()}
+        if id not in known:
+            raise BadRequest(
+                f"no key has the id {id[:80]!r}{did_you_mean(id, known)}; `tinkerbell key list` names them all"
+            )
+        self._db.execute("UPDATE keys SET revoked = ? WHERE id = ? AND revoked IS NULL", (time.time(), id))
+        return next(key for key in self.list() if key.id == id)
+
+    def find(self, text: str) -> Key | None:
+        """The key that `text` is, whatever its state; None for anything else."""
+        id = text.removeprefix(PREFIX).partition("-")[0] if text.startswith(PREFIX) else ""
+        row = self._db.execute(f"SELECT {_COLUMNS}, hash FROM keys WHERE id = ?", (id,)).fetchone()
+        right = hmac.compare_digest(_hash(text), _NOBODY if row is None else row[-1])
+        return _key(row[:-1]) if right else None
+
+
+_COLUMNS = "id, name, tenant, scopes, created, expires, revoked"
+
+
+def _key(row: tuple[str, str, str, str, float, float | None, float | None]) -> Key:
+    id, name, tenant, scopes, created, expires, revoked = row
+    return Key(
+        id=id,
+        name=name,
+        tenant=tenant,
+        scopes=tuple(scopes.split()),
+        created=created,
+        expires=expires,
+        revoked=revoked,
+    )
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

@@ -1,0 +1,185 @@
+"""The guide's API over plain HTTP. Thin: a body is parsed, `Service` does the work, the answer is encoded.
+
+Bodies are msgpack (`Content-Type: application/msgpack`) or JSON (`application/json`); anything else is a 415. Answers
+come in the format of `Accept` where it names one of the two, else in that of the request's body, else in JSON. In JSON,
+bytes are base64. Every struct named here is in `tinkerbell_core.types`; fields at their default are left out.
+
+    GET  /healthz                 {"status": "ok"|"starting"|"engine_down", "problem": str|null, "boot_id": str,
+                                   "version": str, "engine": str, "base_model": str|null, "device": str|null,
+                                   "dtype": str|null, "vocab_size": int|null, "max_length": int|null,
+                                   "uploads": "off"|"trusted", "auth": "auto"|"on"|"off", "queue": int,
+                                   "restarts": int};
+                                  always 200; without a key where one is asked for, status, boot_id and version only
+    GET  /list_loss_functions     {"available_loss_functions": [name], "descriptions": {name: summary},
+                                   "losses": [LossDescription], "plugins": [PluginDescription]}
+    GET  /list_models             {"models": [ModelInfo]}
+    POST /register_custom_loss    RegisterLossRequest → LossDescription, after the dry run; the call waits for it
+    POST /get_custom_loss         GetLossRequest      → RegisterLossRequest, as it was uploaded
+    POST /delete_custom_loss      DeleteLossesRequest → DeleteLossesOutput
+    POST /publish_custom_loss     PublishLossRequest  → LossDescription; every tenant's from now on
+    POST /create_model            CreateModelRequest  → Future of ModelInfo
+    POST /forward                 ForwardRequest      → Future of ForwardOutput
+    POST /forward_backward        ForwardRequest      → Future of ForwardOutput
+    POST /optim_step              OptimStepRequest    → Future of OptimStepOutput
+    POST /sample                  SampleRequest       → Future of SampleOutput
+    POST /save                    SaveRequest         → Future of SaveOutput
+    POST /load                    LoadRequest         → Future of LoadOutput
+    POST /delete_model            DeleteModelRequest  → Future of DeleteModelOutput
+    GET  /futures/{id}?wait=30    Future; waits up to `wait` seconds (at most 30) for it to finish
+
+Where the server asks for API keys, each path wants one with a scope: read for the GETs and /sample, upload for
+/register_custom_loss, /get_custom_loss and /delete_custom_loss, admin for /publish_custom_loss, train for the rest.
+A key belongs to a tenant, and another tenant's model, save, future or upload is answered as one that does not exist:
+404.
+
+A `Future` comes back at once with status 200 and state queued, running, done (`result` is the struct above, a map) or
+failed (`problem` is a Problem); GET /futures answers 200 for a failed one too. `Idempotency-Key: <any string>` makes a
+POST repeatable: the same key with the same body answers the first one's Future, with another body 409 Conflict.
+
+A refusal is `{"problem": {"kind": ..., "message": ..., "traceback": ...}}` with the status of that kind of
+`TinkerbellError` (422 unless it says otherwise; a body over the limit 413; over a limit of the key or of the queue 429
+with Retry-After; a bug of ours 500). After an engine was lost
+together with steps of a model, that model's next request is refused once with EngineLost (503); sent again, it goes on.
+"""
+
+from __future__ import annotations
+
+import math
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tinkerbell_core.errors import BadRequest, did_you_mean
+from tinkerbell_core.types import (
+    CreateModelRequest,
+    DeleteLossesRequest,
+    DeleteModelRequest,
+    ForwardRequest,
+    GetLossRequest,
+    LoadRequest,
+    OptimStepRequest,
+    PublishLossRequest,
+    RegisterLossRequest,
+    SampleRequest,
+    SaveRequest,
+)
+from tinkerbell_server.http.auth import Endpoint, allowed, caller_of
+from tinkerbell_server.http.errors import HttpError, answer, decode, read_body
+from tinkerbell_server.service import upload_checks
+from tinkerbell_server.service.futures import Call
+from tinkerbell_server.service.intake import Request as Submitted
+from tinkerbell_server.service.service import Service
+
+_MAX_WAIT = 30.0
+_MOST_KEY = 200
+_SMALL = 4 << 20
+
+SUBMITTED: dict[str, type[Submitted]] = {
+    "create_model": CreateModelRequest,
+    "forward": ForwardRequest,
+    "forward_backward": ForwardRequest,
+    "optim_step": OptimStepRequest,
+    "sample": SampleRequest,
+    "save": SaveRequest,
+    "load": LoadRequest,
+    "delete_model": DeleteModelRequest,
+}
+
+
+def routes() -> list[Route]:
+    """Every path of the native API."""
+    return [
+        Route("/healthz", healthz),
+        Route("/list_loss_functions", allowed("read", list_loss_functions)),
+        Route("/list_models", allowed("read", list_models)),
+        Route("/register_custom_loss", allowed("upload", register_custom_loss), methods=["POST"]),
+        Route("/get_custom_loss", allowed("upload", get_custom_loss), methods=["POST"]),
+        Route("/delete_custom_loss", allowed("upload", delete_custom_loss), methods=["POST"]),
+        Route("/publish_custom_loss", allowed("admin", publish_custom_loss), methods=["POST"]),
+        Route("/futures/{request_id}", allowed("read", future)),
+        *(
+            Route(f"/{kind}", allowed("read" if kind == "sample" else "train", _submit(kind, type_)), methods=["POST"])
+            for kind, type_ in SUBMITTED.items()
+        ),
+    ]
+
+
+async def healthz(request: Request) -> Response:
+    service = _service(request)
+    known = "read" in request.auth.scopes
+    return answer(request, service.health() if known else service.brief_health())
+
+
+async def list_loss_functions(request: Request) -> Response:
+    return answer(request, await _service(request).losses(caller_of(request)))
+
+
+async def list_models(request: Request) -> Response:
+    return answer(request, {"models": _service(request).models(caller_of(request))})
+
+
+async def register_custom_loss(request: Request) -> Response:
+    service = _service(request)
+    upload_checks.check_on(await service.supervisor.described())
+    body = await read_body(request, upload_checks.BODY_LIMIT, upload_checks.too_large())
+    upload = decode(request, body, RegisterLossRequest)
+    return answer(request, await service.library.register(caller_of(request), upload))
+
+
+async def get_custom_loss(request: Request) -> Response:
+    asked = decode(request, await _small(request), GetLossRequest)
+    return answer(request, _service(request).library.get(caller_of(request), asked))
+
+
+async def delete_custom_loss(request: Request) -> Response:
+    asked = decode(request, await _small(request), DeleteLossesRequest)
+    return answer(request, await _service(request).library.delete(caller_of(request), asked))
+
+
+async def publish_custom_loss(request: Request) -> Response:
+    asked = decode(request, await _small(request), PublishLossRequest)
+    return answer(request, await _service(request).library.publish(caller_of(request), asked))
+
+
+async def future(request: Request) -> Response:
+    for name in request.query_params:
+        if name != "wait":
+            raise BadRequest(f"no parameter {name[:40]!r}{did_you_mean(name, ['wait'])} (there is: wait)")
+    try:
+        wait = float(request.query_params.get("wait", "0"))
+    except ValueError:
+        wait = math.nan
+    if not 0 <= wait < math.inf:
+        raise BadRequest(f"wait is {request.query_params['wait'][:40]!r}, but must be seconds, from 0 to {_MAX_WAIT:g}")
+    request_id = request.path_params["request_id"]
+    return answer(request, await _service(request).future(caller_of(request), request_id, min(wait, _MAX_WAIT)))
+
+
+def _submit(kind: str, type_: type[Submitted]) -> Endpoint:
+    async def endpoint(request: Request) -> Response:
+        body = await (_large if type_ is ForwardRequest else _small)(request)
+        submitted = decode(request, body, type_)
+        key = request.headers.get("idempotency-key")
+        if key is not None and len(key) > _MOST_KEY:
+            raise BadRequest(f"Idempotency-Key has {len(key)} characters, but may have {_MOST_KEY}")
+        return answer(request, await _service(request).submit(caller_of(request), Call(kind, body, key), submitted))
+
+    return endpoint
+
+
+async def _large(request: Request) -> bytes:
+    """A body with data in it."""
+    mebibytes = _service(request).settings.body_limit
+    limit = f"a body may have {mebibytes} MiB; send fewer rows a call, gradients add up until optim_step"
+    return await read_body(request, mebibytes << 20, HttpError(limit, 413))
+
+
+async def _small(request: Request) -> bytes:
+    limit = f"{request.url.path} takes a body of at most {_SMALL >> 20} MiB"
+    return await read_body(request, _SMALL, HttpError(limit, 413))
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service

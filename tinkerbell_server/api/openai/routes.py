@@ -1,0 +1,97 @@
+"""Completions under /v1, as OpenAI's clients speak them, from the base model and every adapter by its name.
+
+A stream's events are sent when a sample is whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from tinkerbell_core.errors import EngineLost, TinkerbellError
+from tinkerbell_server.api.openai.completions import Json, chunks
+from tinkerbell_server.api.tinker.http import (
+    Endpoint,
+    body_of,
+    for_tenant,
+    json_response,
+    later,
+    status_of,
+    tenant_of,
+    tinker_server,
+)
+from tinkerbell_server.api.tinker.requests import NotHere
+from tinkerbell_server.http.auth import allowed
+
+log = logging.getLogger("tinkerbell.server")
+
+
+def routes() -> list[Route]:
+    """Every path under /v1."""
+    return [
+        Route("/v1/models", _answering(allowed("read", models))),
+        Route("/v1/models/{name:path}", _answering(allowed("read", model))),
+        Route("/v1/completions", _answering(allowed("read", completions)), methods=["POST"]),
+        Route("/v1/chat/completions", _answering(allowed("read", chat_completions)), methods=["POST"]),
+    ]
+
+
+async def models(request: Request) -> Response:
+    names = tinker_server(request).completions.models(tenant_of(request))
+    return json_response({"object": "list", "data": [_model(name) for name in names]})
+
+
+async def model(request: Request) -> Response:
+    name = request.path_params["name"]
+    # a name that begins with a slash comes with it, or without
+    for known in tinker_server(request).completions.models(tenant_of(request)):
+        if known.lstrip("/") == name.lstrip("/"):
+            return json_response(_model(known))
+    raise NotHere(f"no model {name[:160]!r}: GET /v1/models lists what there is")
+
+
+async def completions(request: Request) -> Response:
+    answer, stream = await tinker_server(request).completions.complete(tenant_of(request), await body_of(request))
+    return _streamed(answer) if stream else json_response(answer)
+
+
+async def chat_completions(request: Request) -> Response:
+    answer, stream = await tinker_server(request).completions.chat(tenant_of(request), await body_of(request))
+    return _streamed(answer) if stream else json_response(answer)
+
+
+def _model(name: str) -> Json:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "tinkerbell"}
+
+
+def _streamed(answer: Json) -> Response:
+    def events() -> Iterator[bytes]:
+        for chunk in chunks(answer):
+            yield b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
+def _answering(endpoint: Endpoint) -> Endpoint:
+    """The endpoint with every error sent as the client reads it."""
+
+    async def answered(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except TinkerbellError as error:
+            kind = "server_error" if isinstance(error, EngineLost) else "invalid_request_error"
+            message = for_tenant(request, error).message
+            told = {"message": message, "type": kind, "param": None, "code": error.kind}
+            return later(json_response({"error": told}, status_of(error)), error)
+        except Exception:  # a bug of ours: the client hears that it is one, and the log says which
+            log.exception("%s %s", request.method, request.url.path)
+            told = {"message": "internal error, see the server's log", "type": "server_error", "param": None}
+            return json_response({"error": told}, 500)
+
+    return answered

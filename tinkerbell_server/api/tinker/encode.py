@@ -1,0 +1,209 @@
+"""Results of the engine as a Tinker client reads them: protobuf for losses and samples, JSON for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from tinkerbell_core.errors import Problem
+from tinkerbell_core.types import ForwardOutput, OptimStepOutput, PromptScores, SampleOutput, TensorData, TopLogprobs
+from tinkerbell_server.api.tinker import wire_pb2 as wire
+from tinkerbell_server.api.tinker.store import Layout, StoredRequest
+from tinkerbell_server.calls.tensors import Array, as_array
+
+_REDUCTIONS = ("sum", "mean", "min", "max")
+
+_USERS = frozenset(
+    {
+        "BadRequest",
+        "UnknownLoss",
+        "AmbiguousLoss",
+        "UnknownModel",
+        "UnknownFuture",
+        "BadData",
+        "BadHyperparameter",
+        "BadLoss",
+        "LossKilled",
+        "BadUpload",
+        "UploadTooLarge",
+        "UploadsOff",
+        "BadCheckpoint",
+        "UnknownCheckpoint",
+        "NothingAccumulated",
+        "Conflict",
+        "LogitsTooLarge",
+        "NotHere",
+        "Gone",
+        "OutOfMemory",
+    }
+)
+"""Kinds of problem that the same request would meet again."""
+
+
+def failed(problem: Problem) -> dict[str, str]:
+    """A failed future; `category` says whether to send it again would help."""
+    text = f"{problem.message}\n\n{problem.traceback}" if problem.traceback else problem.message
+    return {"error": text, "category": "user" if problem.kind in _USERS else "server"}
+
+
+def done(asked: StoredRequest, result: bytes) -> bytes | dict[str, Any]:  # Any: JSON values of several types
+    """Protobuf as bytes, JSON as a dict."""
+    match asked.kind:
+        case "forward" | "forward_backward":
+            return forward_output(msgspec.msgpack.decode(result, type=ForwardOutput), asked)
+        case "sample":
+            return sample_response(msgspec.msgpack.decode(result, type=SampleOutput), asked)
+        case "optim_step":
+            return {"metrics": optim_metrics(msgspec.msgpack.decode(result, type=OptimStepOutput))}
+        case "create_model":
+            return {"model_id": asked.parent, "type": "create_model"}
+        case "create_custom_loss":
+            return {"loss_id": asked.path, "type": "create_custom_loss"}
+        case "load_weights":
+            return {"path": asked.path, "model_id": asked.parent, "type": "load_weights"}
+        case "save_weights_for_sampler" if asked.sampling_session_id is not None:
+            return {"sampling_session_id": asked.sampling_session_id, "type": asked.kind}
+        case _:
+            return {"path": asked.path, "type": asked.kind}
+
+
+def metrics_of(output: ForwardOutput) -> dict[str, float]:
+    """Each name with one reduction behind a colon, and `loss:sum`."""
+    metrics = {}
+    for name, value in output.diagnostics.items():
+        base, _, reduction = name.rpartition(":")
+        if base and reduction in _REDUCTIONS:
+            metrics[name] = value
+        else:
+            metrics[f"{name.replace(':', '_')}:mean"] = value
+    metrics["loss:sum"] = output.loss
+    return metrics
+
+
+def forward_output(output: ForwardOutput, asked: StoredRequest) -> bytes:
+    """Log-probabilities in the order of the datums; a new record wherever their K changes."""
+    message = wire.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
+    arrays = [_float32(tensor) for tensor in output.logprobs or ()]
+    if asked.widths is not None and arrays:
+        arrays = [array[:, :width] for array, width in zip(arrays, asked.widths, strict=True)]
+    start = 0
+    for end in range(1, len(arrays) + 1):
+        if end == len(arrays) or arrays[end].shape[1:] != arrays[start].shape[1:]:
+            record = message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=end - start)
+            record.fields["logprobs"].CopyFrom(_batched(arrays[start:end]))
+            start = end
+    if output.logprobs is None:
+        message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=asked.rows)
+    for name, value in metrics_of(output).items():
+        message.metrics[name] = value
+    return message.SerializeToString()
+
+
+def split(output: ForwardOutput, rows: Sequence[int]) -> list[ForwardOutput]:
+    """One output for each of the chunks that were run as one: sums are told with the first, the rest with each."""
+    outputs = []
+    start = 0
+    for index, count in enumerate(rows):
+        first = index == 0
+        outputs.append(
+            msgspec.structs.replace(
+                output,
+                loss=output.loss if first else 0.0,
+                diagnostics={
+                    name: value if first or not name.endswith(":sum") else 0.0
+                    for name, value in output.diagnostics.items()
+                },
+                logprobs=None if output.logprobs is None else output.logprobs[start : start + count],
+                sequences=count,
+            )
+        )
+        start += count
+    return outputs
+
+
+def optim_metrics(output: OptimStepOutput) -> dict[str, float]:
+    """Names a training loop can merge into its own log."""
+    return {
+        "optim/grad_norm": output.grad_norm,
+        "optim/learning_rate": output.learning_rate,
+        "optim/step": output.step,
+        "optim/tokens": output.tokens,
+        "optim/sequences": output.sequences,
+    }
+
+
+def sample_response(output: SampleOutput, asked: StoredRequest) -> bytes:
+    """The samples, and what was asked of the prompt."""
+    message = wire.SampleResponse()
+    for sequence in output.sequences:
+        sent = message.sequences.add(
+            stop_reason=wire.STOP_REASON_STOP if sequence.stop_reason == "stop" else wire.STOP_REASON_LENGTH,
+            tokens=np.asarray(sequence.tokens, dtype="<i4").tobytes(),
+            logprobs=np.asarray(sequence.logprobs, dtype="<f4").tobytes(),
+        )
+        if sequence.top is not None:
+            sent.topk_sampled_logprobs.CopyFrom(_top(sequence.top))
+    prompt = output.prompt or PromptScores()
+    if prompt.logprobs is not None:
+        message.prompt_logprobs = as_array(prompt.logprobs).astype("<f4").tobytes()
+    if prompt.top is not None:
+        message.topk_prompt_logprobs.CopyFrom(_top(prompt.top))
+    if prompt.targets is not None:
+        message.target_prompt_logprobs.CopyFrom(_targets(as_array(prompt.targets), asked.layout))
+    if prompt.drawn is not None:
+        message.prompt_alt_tokens.tokens.CopyFrom(tensor(as_array(prompt.drawn.ids)))
+        message.prompt_alt_tokens.logprobs.CopyFrom(tensor(as_array(prompt.drawn.logprobs)))
+    return message.SerializeToString()
+
+
+def _top(top: TopLogprobs) -> wire.TopkLogprobs:
+    length, k = top.ids.shape
+    return wire.TopkLogprobs(
+        token_ids=as_array(top.ids).astype("<i4").tobytes(),
+        logprobs=as_array(top.logprobs).astype("<f4").tobytes(),
+        k=k,
+        length=length,
+    )
+
+
+def _targets(found: Array, layout: Layout | None) -> wire.Tensor:
+    """In the layout of what was asked."""
+    if layout is None:
+        return tensor(found)
+    rows = np.repeat(np.arange(found.shape[0]), np.diff(layout.crow))
+    sparse = wire.SparseCsr(
+        values=found[rows, layout.col].astype("<f4").tobytes(),
+        crow_indices=np.asarray(layout.crow, dtype="<i8").tobytes(),
+        col_indices=np.asarray(layout.col, dtype="<i8").tobytes(),
+    )
+    return wire.Tensor(sparse_csr=sparse, dtype=wire.DTYPE_FLOAT32, shape=found.shape)
+
+
+def tensor(array: Array) -> wire.Tensor:
+    """A dense tensor, float32 or int64."""
+    if array.dtype.kind == "f":
+        return wire.Tensor(dense=array.astype("<f4").tobytes(), dtype=wire.DTYPE_FLOAT32, shape=array.shape)
+    return wire.Tensor(dense=array.astype("<i8").tobytes(), dtype=wire.DTYPE_INT64, shape=array.shape)
+
+
+def _batched(arrays: Sequence[Array]) -> wire.BatchedTensor:
+    offsets = np.cumsum([0, *(array.nbytes for array in arrays)], dtype="<i8")
+    return wire.BatchedTensor(
+        data=b"".join(array.tobytes() for array in arrays),
+        offsets=offsets.tobytes(),
+        dtype=wire.DTYPE_FLOAT32,
+        trailing_shape=arrays[0].shape[1:],
+    )
+
+
+def _float32(data: TensorData) -> Array:
+    return np.ascontiguousarray(as_array(data), dtype="<f4")
+
+
+# Any: JSON values of several types
+def pending(request_id: str, status: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of a future that is not done."""
+    return {"type": "try_again", "request_id": request_id, "queue_state": "active", **status}

@@ -1,0 +1,66 @@
+"""What nobody needs any more is given back: models and losses of sessions that are over, and what has expired."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import msgspec
+
+from tinkerbell_server.api.tinker.custom_losses import CustomLosses
+from tinkerbell_server.api.tinker.queries import Queries
+from tinkerbell_server.api.tinker.requests import TinkerRequests
+from tinkerbell_server.api.tinker.store import Run, Sampler, Session
+from tinkerbell_server.commands import DeleteModel
+
+log = logging.getLogger("tinkerbell.server")
+
+EVERY = 60.0
+
+SILENT_SECONDS = 3600.0
+"""A session that was not heard for so long is over; its client sends a heartbeat every 10 seconds."""
+
+
+class Reaper:
+    def __init__(self, requests: TinkerRequests, queries: Queries, losses: CustomLosses) -> None:
+        self._requests, self._queries, self._losses = requests, queries, losses
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(EVERY)
+            self.once()
+
+    def once(self) -> None:
+        self._queries.sweep()
+        for session in self._requests.store.all(Session):
+            if not session.ended and session.last_seen < time.time() - SILENT_SECONDS:
+                self._requests.store.put(msgspec.structs.replace(session, ended=True))
+                session = msgspec.structs.replace(session, ended=True)
+            if session.ended:
+                self._release(session)
+
+    def _release(self, session: Session) -> None:
+        """Its models and losses leave the device, its unnamed weights the disk; what was saved by name stays."""
+        store = self._requests.store
+        for run in store.of_parent(Run, session.id):
+            if not run.ended:
+                log.info("session %s is over: model %s leaves the device", session.id, run.id)
+                store.put(msgspec.structs.replace(run, ended=True))
+                self._delete(run)
+        self._losses.release(session)
+        for sampler in store.of_parent(Sampler, session.id):
+            if sampler.model_path is None and sampler.folder is not None:
+                store.drop(sampler)
+                shutil.rmtree(Path(sampler.folder), ignore_errors=True)
+
+    def _delete(self, run: Run) -> None:
+        def ended(_: object) -> None:
+            """Nobody asked for it."""
+
+        drop = DeleteModel(model_id=run.model_id)
+        name = f"{run.model_id}-over"
+        self._requests.queue_many(run.tenant, name, "delete_model", run.model_id, lambda: drop, ended, ended)

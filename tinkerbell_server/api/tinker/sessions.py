@@ -1,0 +1,80 @@
+"""Sessions of Tinker clients: a handshake, a heartbeat, an end."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+import msgspec
+
+from tinkerbell_server.access.tenants import visible
+from tinkerbell_server.api.tinker import protocol
+from tinkerbell_server.api.tinker.requests import Gone, TinkerRequests
+from tinkerbell_server.api.tinker.store import Session
+from tinkerbell_server.config import Settings
+
+
+# Any: JSON values of several types
+def client_config(settings: Settings, *, limited: bool, takes_losses: bool) -> dict[str, Any]:
+    """What a client is told before its first session.
+
+    limited: its key may have so many requests at once. takes_losses: whether this client may send losses; otherwise
+    its SDK runs them where it is, as two passes.
+    """
+    body_limit = settings.body_limit << 20
+    # fewer than the results that are kept; each waits in a request of its own
+    samples = max(1, settings.concurrency_limit // 2) if limited else 512
+    return {
+        "pjwt_auth_enabled": False,
+        "credential_default_source": "api_key",
+        "parallel_fwdbwd_chunks": True,
+        "proto_compress_fwdbwd": False,
+        # a call is one request as long as a body may be that large: a loss then sees its batch whole
+        "fwdbwd_max_chunk_len": 1 << 16,
+        "fwdbwd_max_chunk_bytes_count": body_limit // 2,
+        "fwdbwd_dispatch_bytes_semaphore_size": body_limit,
+        "sample_max_concurrent_requests": min(512, samples),
+        "sample_use_retrieve_futures": False,
+        "custom_loss_server_side": takes_losses,
+        "sample_join_sampling_session": True,
+    }
+
+
+class Sessions:
+    def __init__(self, requests: TinkerRequests) -> None:
+        self._requests = requests
+
+    async def create(self, tenant: str, body: bytes) -> dict[str, Any]:  # Any: JSON values of several types
+        sent = protocol.parse(body, protocol.CreateSession)
+        session = Session(
+            id=secrets.token_hex(16),
+            tenant=tenant,
+            last_seen=time.time(),
+            tags=sent.tags,
+            user_metadata=sent.user_metadata,
+            project_id=sent.project_id,
+            display_name=sent.display_name,
+        )
+        self._requests.store.put(session)
+        engine = await self._requests.engine()
+        message = (
+            f"Tinkerbell: {self._requests.base.name} on {engine.device}, {len(visible(tenant, engine.losses))} losses"
+        )
+        return {"type": "create_session", "session_id": session.id, "info_message": message}
+
+    def heartbeat(self, tenant: str, body: bytes) -> None:
+        """Raises Gone where there is no such session, so that the client stops asking."""
+        sent = protocol.parse(body, protocol.Heartbeat)
+        session = self._requests.store.get(Session, sent.session_id, tenant)
+        if session is None or session.ended:
+            raise Gone(f"session {sent.session_id[:80]!r} has ended, or is not of this server")
+        self._requests.store.put(msgspec.structs.replace(session, last_seen=time.time()))
+
+    def finish(self, tenant: str, session_id: str, body: bytes) -> None:
+        """The client says good-bye: what it made and did not save by name is given back soon."""
+        sent = protocol.parse(body, protocol.Finish)
+        session = self._requests.session(tenant, session_id)
+        reason = str(sent.reason.get("type", "success"))[:40]
+        over = msgspec.structs.replace(session, ended=True, reason=reason, detail=(sent.detail or "")[:1000] or None)
+        self._requests.store.put(over)

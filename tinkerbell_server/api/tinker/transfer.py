@@ -1,0 +1,156 @@
+"""Checkpoints copied into another session or project. Knows no HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import tarfile
+import time
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from tinkerbell_core.errors import BadRequest
+from tinkerbell_server.api.tinker import protocol
+from tinkerbell_server.api.tinker.checkpoints import Checkpoints
+from tinkerbell_server.api.tinker.paths import TinkerPath, expiry
+from tinkerbell_server.api.tinker.requests import Gone, TinkerRequests
+from tinkerbell_server.api.tinker.store import Checkpoint, Run, Session
+from tinkerbell_server.api.tinker.training import model_id_of
+from tinkerbell_server.service.save_paths import models_folder
+
+_LEAST_TTL = 3600
+
+
+class CheckpointCopies:
+    def __init__(self, requests: TinkerRequests, checkpoints: Checkpoints) -> None:
+        self._requests, self._checkpoints = requests, checkpoints
+
+    def copy(self, tenant: str, body: bytes, key: str | None, token: str | None) -> str:
+        """copy_weights: the copy's path, of a new run that cannot be trained. key: the same one makes one copy.
+
+        Raises BadRequest, BadCheckpoint, NotHere.
+        """
+        sent = protocol.parse(body, protocol.CopyWeights)
+        expires = expiry(sent.ttl_seconds, _LEAST_TTL)
+        source = self._checkpoints.find(tenant, sent.source_path, token or sent.weights_access_token)
+        run = self._run(tenant, sent, source, key)
+        path = TinkerPath(run.id, source.kind, source.name)
+        store = self._requests.store
+        if store.get(Run, run.id) is not None:
+            if store.get(Checkpoint, str(path), tenant) is None:
+                raise BadRequest(f"model {run.id!r} is there already: a copy needs a model_seq_id of its own")
+            return str(path)
+        folder = models_folder(self._requests.service.settings.data_path, tenant) / run.id / path.folder_name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # what a copy that failed has left
+        shutil.copytree(source.folder, folder, copy_function=_link)
+        store.put(run)
+        copy = msgspec.structs.replace(
+            source,
+            id=str(path),
+            tenant=tenant,
+            parent=run.id,
+            created=time.time(),
+            folder=str(folder),
+            expires=expires,
+            public=False,
+        )
+        store.put(copy)
+        return copy.id
+
+    def _run(self, tenant: str, sent: protocol.CopyWeights, source: Checkpoint, key: str | None) -> Run:
+        """The run that will have the copy, of the session that was named or of a new one."""
+        if sent.session_id is not None and sent.model_seq_id is not None:
+            session = self._requests.session(tenant, sent.session_id)
+            model_id = model_id_of(session.id, sent.model_seq_id)
+        elif sent.destination_project_id is not None:
+            session = self._session(tenant, sent.destination_project_id, key)
+            model_id = model_id_of(session.id, 0)
+        else:
+            raise BadRequest("copy_weights needs a destination_project_id, or a session_id and a model_seq_id")
+        return Run(
+            id=model_id,
+            tenant=tenant,
+            parent=session.id,
+            base_model=source.base_model,
+            rank=source.rank or 0,
+            seed=0,
+            train_attn=source.train_attn,
+            train_mlp=source.train_mlp,
+            train_unembed=source.train_unembed,
+            last_request=time.time(),
+            ended=True,
+        )
+
+    def _session(self, tenant: str, project_id: str, key: str | None) -> Session:
+        named = None if key is None else hashlib.sha256(f"{tenant}/{key}".encode()).hexdigest()[:32]
+        known = None if named is None else self._requests.store.get(Session, named, tenant)
+        if known is not None:
+            return known
+        session = Session(
+            id=named or secrets.token_hex(16), tenant=tenant, last_seen=time.time(), project_id=project_id, ended=True
+        )
+        self._requests.store.put(session)
+        return session
+
+
+def _link(source: str, target: str) -> None:
+    """One more name for the same bytes, which nobody changes; a copy where the file system has no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, Path(target))
+
+
+SECONDS = 3600.0
+
+_LEFT_OUT = ("optimizer.safetensors", "tinkerbell.json")
+"""Of this server only: who downloads a checkpoint wants the adapter."""
+
+
+class DownloadLinks:
+    """token: what stands in a link; nobody can guess one."""
+
+    def __init__(self) -> None:
+        self._paths: dict[str, tuple[Path, float]] = {}
+
+    def urls(self, base: str, checkpoint: Checkpoint) -> dict[str, str]:
+        """A link for each file, by its name in the checkpoint. Raises BadRequest where it is not external."""
+        if checkpoint.kind != "external_weights":
+            raise BadRequest(f"{checkpoint.id!r} is no external checkpoint: save_weights_external makes one")
+        folder = Path(checkpoint.folder)
+        return {
+            str(path.relative_to(folder)): f"{base}{self._token(path)}"
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in _LEFT_OUT
+        }
+
+    def archive_url(self, base: str, checkpoint: Checkpoint) -> str:
+        return f"{base}{self._token(Path(checkpoint.folder))}"
+
+    def path(self, token: str) -> Path:
+        """Raises Gone for a link that has ended, or never was."""
+        path, expires = self._paths.get(token, (Path(), 0.0))
+        if expires < time.time() or not path.exists():
+            raise Gone("this link has ended: ask for a new one")
+        return path
+
+    def _token(self, path: Path) -> str:
+        now = time.time()
+        self._paths = {token: kept for token, kept in self._paths.items() if kept[1] > now}
+        token = secrets.token_urlsafe(24)
+        self._paths[token] = (path, now + SECONDS)
+        return token
+
+
+def write_archive(folder: Path, file: IO[bytes]) -> None:
+    """A tar of the files in a folder, without the folder."""
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.name not in _LEFT_OUT:
+                tar.add(path, arcname=str(path.relative_to(folder)))
+    file.seek(0)

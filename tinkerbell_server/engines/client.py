@@ -1,0 +1,145 @@
+"""The API's end of one engine process, from its start to its death."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+
+import msgspec
+
+from tinkerbell_core.errors import EngineLost, TinkerbellError
+from tinkerbell_server.commands import EngineConfig, EngineDescription
+from tinkerbell_server.engines import framing
+
+_REPLY = msgspec.msgpack.Decoder(framing.Reply)
+
+
+class EngineRefused(TinkerbellError):
+    """The engine says why it cannot start; starting it again would not help."""
+
+
+class EngineClient:
+    """One running engine. `description` is what it last said of itself; `closed` is set when it is gone."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        description: EngineDescription,
+    ) -> None:
+        self.description = description
+        self.memory_bytes = description.memory_bytes
+        self.closed = asyncio.Event()
+        self._process, self._reader, self._writer = process, reader, writer
+        self._asked = 0
+        self._waiting: dict[int, asyncio.Future[framing.Reply]] = {}
+        self._watch = asyncio.create_task(self._wait())
+        self._listen = asyncio.create_task(self._hear())
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> EngineClient:
+        """Start the process and wait until it can be asked.
+
+        Raises EngineRefused with the engine's own reason, or EngineLost where it died without one.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "tinkerbell_server.engines.process",
+                "--fd",
+                str(theirs.fileno()),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        reader, writer = await asyncio.open_connection(sock=ours)
+        try:
+            framing.write(writer, msgspec.msgpack.encode(config))
+            await writer.drain()
+            first = _REPLY.decode(await framing.read(reader))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+            raise EngineLost(
+                f"the engine {_ended(await process.wait())} while it was starting; its log says why"
+            ) from None
+        except asyncio.CancelledError:
+            writer.close()
+            process.kill()
+            await process.wait()
+            raise
+        if first.description is None:
+            writer.close()
+            await process.wait()
+            raise EngineRefused(first.problem.message if first.problem else "the engine gave no description")
+        return cls(process, reader, writer, first.description)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def end(self) -> str:
+        """How the process ended, in words."""
+        return _ended(self._process.returncode)
+
+    async def execute(self, command: framing.AnyCommand, *, apart: bool = False) -> bytes:
+        """The command's Result, in msgpack. Raises what the engine raised, or EngineLost.
+
+        apart: the command waits for a sandbox most of its time, and the engine does others meanwhile.
+        """
+        if self._listen.done():
+            raise EngineLost(f"the engine {self.end}")
+        self._asked += 1
+        number = self._asked
+        reply_to = self._waiting[number] = asyncio.get_running_loop().create_future()
+        try:
+            framing.write(self._writer, msgspec.msgpack.encode(framing.Ask(number, command, apart)))
+            with contextlib.suppress(ConnectionError):  # that it is gone is heard by _hear, which answers
+                await self._writer.drain()
+            reply = await reply_to
+        finally:
+            self._waiting.pop(number, None)
+        if reply.problem is not None:
+            raise reply.problem.error()
+        self.description = reply.description or self.description
+        self.memory_bytes = reply.memory_bytes
+        return bytes(reply.result)
+
+    async def _hear(self) -> None:
+        """Give each reply to who waits for it, until there are none; then tell all who still wait."""
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                reply = _REPLY.decode(await framing.read(self._reader))
+                waiting = self._waiting.get(reply.number)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(reply)
+        await self.stop()
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(EngineLost(f"the engine {self.end}"))
+
+    async def stop(self, grace: float = 3.0) -> None:
+        """End the process: by closing its socket, else by force."""
+        self._writer.close()
+        for force in (self._process.terminate, self._process.kill):
+            try:
+                await asyncio.wait_for(asyncio.shield(self._watch), grace)
+                return
+            except TimeoutError:
+                force()
+        await self._watch
+
+    async def _wait(self) -> None:
+        await self._process.wait()
+        self.closed.set()
+
+
+def _ended(status: int | None) -> str:
+    if status is None:
+        return "closed its socket"
+    return f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"

@@ -1,0 +1,132 @@
+"""Who sends a request, and whether they may: keys at the door, scopes at each route."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from starlette.authentication import (
+    AuthCredentials,
+    AuthenticationBackend,
+    AuthenticationError,
+    BaseUser,
+    has_required_scope,
+)
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
+
+from tinkerbell_core.errors import Forbidden, Unauthorized
+from tinkerbell_server.access.audit import Audit
+from tinkerbell_server.access.keys import Key, Keys
+from tinkerbell_server.access.rates import Rates
+from tinkerbell_server.access.tenants import Caller
+from tinkerbell_server.config import Settings
+from tinkerbell_server.http.errors import refusal
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+NO_KEY = (
+    "this server asks for an API key: pass TinkerClient(url, api_key=...), set TINKERBELL_API_KEY, or send "
+    "'Authorization: Bearer tml-...' or 'X-API-Key: tml-...'"
+)
+
+
+_REFUSALS_TOLD = 60
+"""Refused keys that the audit log tells of, an address and minute."""
+
+
+class User(BaseUser):
+    """A `Caller` as starlette wants to see it."""
+
+    def __init__(self, caller: Caller) -> None:
+        self.caller = caller
+
+    @property
+    def is_authenticated(self) -> bool:
+        return self.caller.key_id is not None
+
+    @property
+    def display_name(self) -> str:
+        return self.caller.tenant
+
+    @property
+    def identity(self) -> str:
+        return self.caller.key_id or self.caller.tenant
+
+
+class KeyBackend(AuthenticationBackend):
+    """`--auth`: "on" asks everybody for a key, "off" nobody, "auto" everybody but a machine's own users before the
+    first key is made."""
+
+    def __init__(self, settings: Settings, keys: Keys, audit: Audit) -> None:
+        self._settings, self._keys, self._audit = settings, keys, audit
+        self._refusals = Rates(_REFUSALS_TOLD)
+
+    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, BaseUser] | None:
+        """None for nobody in particular; raises AuthenticationError for a key that is none of ours."""
+        if not self.required(conn):
+            caller = Caller()
+            return AuthCredentials(sorted(caller.scopes)), User(caller)
+        text = key_of(conn)
+        if text is None:
+            return None
+        key = self._keys.find(text)
+        state = "unknown" if key is None else key.state()
+        if key is None or state != "valid":
+            self._refused(conn, key, state)
+            raise AuthenticationError(state)
+        return AuthCredentials(key.scopes), User(Caller(key.tenant, key.id, frozenset(key.scopes)))
+
+    def required(self, conn: HTTPConnection) -> bool:
+        """Whether this request needs a key. A proxy in front speaks for others than this machine's users."""
+        if self._settings.auth != "auto":
+            return self._settings.auth == "on"
+        forwarded = any(name in conn.headers for name in ("forwarded", "x-forwarded-for"))
+        return not self._settings.on_loopback or forwarded or self._keys.exist()
+
+    def _refused(self, conn: HTTPConnection, key: Key | None, state: str) -> None:
+        address = "?" if conn.client is None else conn.client.host
+        if self._refusals.take(address) > 0:
+            return  # a flood of wrong keys must not fill the disk
+        caller = None if key is None else Caller(key.tenant, key.id)
+        self._audit.write(caller, "authenticate", "Unauthorized", reason=f"{state} key", address=address)
+
+
+def key_of(conn: HTTPConnection) -> str | None:
+    """The key a request carries: `Authorization: Bearer`, else `X-API-Key`."""
+    scheme, _, token = conn.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    return conn.headers.get("x-api-key", "").strip() or None
+
+
+def on_refused(conn: HTTPConnection, error: AuthenticationError) -> Response:
+    """The answer to a key that is not taken. An unknown one and a wrong one read the same."""
+    reason = str(error)
+    said = f"is {reason}" if reason in ("expired", "revoked") else "is not known here"
+    return refusal(conn, Unauthorized(f"the API key {said}; ask the server's operator for another"))
+
+
+def allowed(scope: str, endpoint: Endpoint) -> Endpoint:
+    """The endpoint, for keys of this scope. Raises Unauthorized without a key, Forbidden without the scope."""
+
+    async def guarded(request: Request) -> Response:
+        if not has_required_scope(request, [scope]):
+            if not isinstance(request.user, User):
+                raise Unauthorized(NO_KEY)
+            caller = request.user.caller
+            request.app.state.service.audit.write(caller, request.url.path.strip("/")[:80], "Forbidden")
+            has = ", ".join(sorted(caller.scopes))
+            raise Forbidden(
+                f"{request.method} {request.url.path} needs a key with the scope {scope!r}, but this one has {has}; "
+                "ask the server's operator for another"
+            )
+        return await endpoint(request)
+
+    return guarded
+
+
+def caller_of(request: Request) -> Caller:
+    """Who sent a request that an `allowed` endpoint got."""
+    user = request.user
+    assert isinstance(user, User)
+    return user.caller
