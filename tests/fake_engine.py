@@ -2,7 +2,7 @@
 
 A model is a count of steps and a number that each step moves. Words that make it misbehave, for tests: a model id
 that starts with `slow-` takes 0.3 s a command, with `crash-` ends the process at the first loss, with `bug-` raises
-what nobody foresaw; `EngineConfig.model` "refuses" and "exits" do not start.
+what nobody foresaw; `Settings.model` "refuses" and "exits" do not start.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from tinkerbell_core.types import (
 )
 from tinkerbell_server import commands
 from tinkerbell_server.calls.loss_lookup import find_loss
+from tinkerbell_server.config import Settings
 
 FAKE_ENGINE = "tests.fake_engine"
 """The import path of this engine, for `Settings.engine`."""
@@ -63,13 +64,13 @@ class _Model:
     sequences: int = 0
 
 
-def create_engine(config: commands.EngineConfig) -> FakeEngine:
-    """The engine of a config. Raises BadCheckpoint for a model that says so."""
-    if config.model == "refuses":
+def create_engine(settings: Settings) -> FakeEngine:
+    """The engine for these settings. Raises BadCheckpoint if the model is "refuses"."""
+    if settings.model == "refuses":
         raise BadCheckpoint("there is no model in 'refuses'")
-    if config.model == "exits":
+    if settings.model == "exits":
         os._exit(3)
-    return FakeEngine(config.model or "fake", config.uploads)
+    return FakeEngine(settings.model or "fake", settings.uploads)
 
 
 class FakeEngine:

@@ -229,29 +229,3 @@ class Engine(Protocol):
     def close(self) -> None:
         """Nothing will be asked any more; commands under way may fail."""
         ...
-
-
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine needs to start. micro_batch_tokens, logits_budget (bytes) None: chosen for the device."""
-
-    engine: str = "tinkerbell_server.engines.torch"
-    model: str | None = None
-    data_dir: str
-    device: str = "auto"
-    dtype: str = "auto"
-    attn: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    micro_batch_tokens: int | None = None
-    uploads: Literal["off", "sandboxed", "trusted"] = "off"
-    sandbox_seconds: float = 10.0
-    sandbox_seconds_per_token: float = 0.002
-    dry_run_seconds: float = 5.0
-    sandbox_memory: int | None = None
-    dotted_losses: bool = False
-    logits_budget: int | None = None
-    gradient_checkpointing: bool = False
-    plugins: bool = True
-    disabled_plugins: tuple[str, ...] = ()
-    required_plugins: tuple[str, ...] = ()
-    chat_tokens: Literal["assistant", "all"] = "assistant"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from tinkerbell_core.errors import BadRequest
-from tinkerbell_server.commands import EngineConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,28 +106,11 @@ class Settings:
     def data_path(self) -> Path:
         return Path(self.data_dir).expanduser().resolve()
 
-    def engine_config(self) -> EngineConfig:
-        """The part of the settings that the engine needs."""
-        return EngineConfig(
-            engine=self.engine,
-            model=self.model,
-            data_dir=str(self.data_path),
-            device=self.device,
-            dtype=self.dtype,
-            attn=self.attn,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-            micro_batch_tokens=self.micro_batch_tokens,
-            uploads=self.uploads,
-            sandbox_seconds=self.sandbox_seconds,
-            sandbox_seconds_per_token=self.sandbox_seconds_per_token,
-            dry_run_seconds=self.dry_run_seconds,
-            sandbox_memory=self.sandbox_memory,
-            dotted_losses=self.dotted_losses,
-            logits_budget=self.logits_budget,
-            gradient_checkpointing=self.gradient_checkpointing,
-            plugins=self.plugins,
-            disabled_plugins=self.disabled_plugins,
-            required_plugins=self.required_plugins,
-            chat_tokens=self.chat_tokens,
-        )
+    def to_json(self) -> bytes:
+        """The settings as they are sent to another process."""
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def from_json(cls, text: bytes | str) -> Settings:
+        """The settings that `to_json` encoded. Raises BadRequest for a value that is not allowed."""
+        return msgspec.json.decode(text, type=cls)

@@ -18,7 +18,6 @@ from types import FrameType
 from typing import IO
 
 import httpx
-import msgspec
 import uvicorn
 
 from tinkerbell_core.errors import BadRequest, TinkerbellError
@@ -184,7 +183,7 @@ def running_server(
         sock.listen(128)
         url = url_of(sock)
         command = [sys.executable, "-m", "tinkerbell_server.launch", "--fd", str(sock.fileno())]
-        command += ["--settings", msgspec.json.encode(settings).decode()]
+        command += ["--settings", settings.to_json().decode()]
         process = subprocess.Popen(
             command, pass_fds=[sock.fileno()], stdin=subprocess.DEVNULL, stdout=log or sys.stderr, stderr=log
         )
@@ -225,7 +224,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--settings", required=True)
     options = parser.parse_args(arguments)
-    settings = msgspec.json.decode(options.settings, type=Settings)
+    settings = Settings.from_json(options.settings)
     try:
         return run(settings, socket.socket(fileno=options.fd))
     except TinkerbellError as error:

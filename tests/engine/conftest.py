@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from tinkerbell_server.commands import EngineConfig
+from tinkerbell_server.config import Settings
 from tinkerbell_server.engines.torch.engine import TorchEngine
 from tinkerbell_server.engines.torch.tiny_model import write_tokenizer
 
@@ -74,7 +74,7 @@ def engine_maker(bases: dict[str, Path], device: str) -> Callable[[Path], MakeEn
         def make(base: str = "llama", dtype: str = "float64", **settings: Any) -> TorchEngine:
             model = str(bases[base]) if base in bases else None
             settings = {"uploads": "trusted", "plugins": False} | settings
-            return TorchEngine(EngineConfig(model=model, data_dir=str(folder), device=device, dtype=dtype, **settings))
+            return TorchEngine(Settings(model=model, data_dir=str(folder), device=device, dtype=dtype, **settings))
 
         return make
 

@@ -21,7 +21,7 @@ from tinkerbell_core.errors import BadLoss, LossKilled, UploadsOff
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.types import RegisterLossRequest
-from tinkerbell_server.commands import EngineConfig
+from tinkerbell_server.config import Settings
 from tinkerbell_server.engines.torch.device_lock import DeviceLock
 from tinkerbell_server.engines.torch.uploaded_losses import UploadedLosses
 from tinkerbell_server.sandbox.isolation import mechanisms
@@ -173,7 +173,7 @@ def test_where_nothing_confines_uploads_are_off_and_the_log_says_so(
     none = [Mechanism(name, False, "not here") for name in ("bubblewrap", "landlock", "seccomp")]
     monkeypatch.setattr(mechanisms, "examine", lambda _: none)
     with caplog.at_level(logging.ERROR):
-        uploads = UploadedLosses(EngineConfig(data_dir=str(tmp_path), uploads="sandboxed"), DeviceLock())
+        uploads = UploadedLosses(Settings(data_dir=str(tmp_path), uploads="sandboxed"), DeviceLock())
         uploads.prove()
     assert uploads.mode == "off"
     assert "UPLOADS ARE OFF" in caplog.text
@@ -183,7 +183,7 @@ def test_where_nothing_confines_uploads_are_off_and_the_log_says_so(
 
 
 def test_a_sandbox_that_does_not_hold_turns_uploads_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uploads = UploadedLosses(EngineConfig(data_dir=str(tmp_path), uploads="sandboxed"), DeviceLock())
+    uploads = UploadedLosses(Settings(data_dir=str(tmp_path), uploads="sandboxed"), DeviceLock())
 
     def fails() -> None:
         raise NoSandbox("a confined process can still write to /tmp")

@@ -10,7 +10,8 @@ import sys
 import msgspec
 
 from tinkerbell_core.errors import EngineLost, TinkerbellError
-from tinkerbell_server.commands import EngineConfig, EngineDescription
+from tinkerbell_server.commands import EngineDescription
+from tinkerbell_server.config import Settings
 from tinkerbell_server.engines import framing
 
 _REPLY = msgspec.msgpack.Decoder(framing.Reply)
@@ -40,7 +41,7 @@ class EngineClient:
         self._listen = asyncio.create_task(self._hear())
 
     @classmethod
-    async def start(cls, config: EngineConfig) -> EngineClient:
+    async def start(cls, settings: Settings) -> EngineClient:
         """Start the process and wait until it can be asked.
 
         Raises EngineRefused with the engine's own reason, or EngineLost where it died without one.
@@ -59,7 +60,7 @@ class EngineClient:
             )
         reader, writer = await asyncio.open_connection(sock=ours)
         try:
-            framing.write(writer, msgspec.msgpack.encode(config))
+            framing.write(writer, settings.to_json())
             await writer.drain()
             first = _REPLY.decode(await framing.read(reader))
         except (asyncio.IncompleteReadError, ConnectionError):

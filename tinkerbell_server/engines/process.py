@@ -1,8 +1,8 @@
 """The engine's own process: one engine, one socket to the API. Commands take turns but for those that wait elsewhere.
 
-`python -m tinkerbell_server.engines.process --fd N`. The first frame in is an EngineConfig, the first frame out a Reply
-that holds the engine's description or the reason why there is none. The process ends when the API's end of the socket
-does.
+`python -m tinkerbell_server.engines.process --fd N`. The first frame in is the Settings as JSON, the first frame out a
+Reply that holds the engine's description or the reason why there is none. The process ends when the API's end of the
+socket does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import Protocol
 import msgspec
 
 from tinkerbell_core.errors import BadRequest, Problem, TinkerbellError
-from tinkerbell_server.commands import DeleteLosses, Engine, EngineConfig, ImportLoss, RegisterLoss
+from tinkerbell_server.commands import DeleteLosses, Engine, ImportLoss, RegisterLoss
+from tinkerbell_server.config import Settings
 from tinkerbell_server.engines import framing
 
 log = logging.getLogger("tinkerbell.engine")
@@ -35,9 +36,9 @@ def serve(sock: socket.socket) -> int:
     frame = framing.receive(sock)
     if frame is None:
         return 0
-    config = msgspec.msgpack.decode(frame, type=EngineConfig)
+    settings = Settings.from_json(bytes(frame))
     try:
-        engine: Engine = engine_module(config.engine).create_engine(config)
+        engine: Engine = engine_module(settings.engine).create_engine(settings)
         first = framing.Reply(description=engine.describe())
     except TinkerbellError as error:
         framing.send(sock, msgspec.msgpack.encode(framing.Reply(problem=Problem.of(error))))
@@ -96,7 +97,7 @@ def answer(engine: Engine, command: framing.AnyCommand) -> framing.Reply:
 class EngineModule(Protocol):
     """What the module that `Settings.engine` names must have."""
 
-    def create_engine(self, config: EngineConfig) -> Engine: ...
+    def create_engine(self, settings: Settings) -> Engine: ...
 
 
 def engine_module(path: str) -> EngineModule:

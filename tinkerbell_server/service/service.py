@@ -45,7 +45,7 @@ class Service:
         self.futures = Futures(self.store, self.queue.position)
         self.admission = Intake(self.store, self.queue, SavePaths(self.store, settings.data_path))
         self.scheduler = Scheduler(self.store, self.queue, uploads=settings.uploads != "off")
-        self.supervisor = Supervisor(settings.engine_config(), self.scheduler.born, self.scheduler.died)
+        self.supervisor = Supervisor(settings, self.scheduler.born, self.scheduler.died)
         self.library = Library(settings, self.store, self.queue, self.supervisor, self.audit)
         self._tasks: list[asyncio.Task[None]] = []
         self._forget_what_ran()

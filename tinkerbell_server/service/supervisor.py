@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable
 from typing import Literal
 
 from tinkerbell_core.errors import EngineLost
-from tinkerbell_server.commands import EngineConfig, EngineDescription
+from tinkerbell_server.commands import EngineDescription
+from tinkerbell_server.config import Settings
 from tinkerbell_server.engines.client import EngineClient, EngineRefused
 
 log = logging.getLogger("tinkerbell.server")
@@ -28,7 +29,7 @@ class Supervisor:
 
     def __init__(
         self,
-        config: EngineConfig,
+        settings: Settings,
         born: Callable[[EngineClient], Awaitable[None]],
         died: Callable[[EngineClient], None],
     ) -> None:
@@ -36,7 +37,7 @@ class Supervisor:
         self.problem: str | None = None
         self.restarts = 0
         self.description: EngineDescription | None = None
-        self._config, self._born, self._died = config, born, died
+        self._settings, self._born, self._died = settings, born, died
         self._engine: EngineClient | None = None
         self._changed = asyncio.Condition()
         self.gave_up = False
@@ -96,7 +97,7 @@ class Supervisor:
             )
 
     async def _one_life(self) -> None:
-        engine = await EngineClient.start(self._config)
+        engine = await EngineClient.start(self._settings)
         try:
             await self._born(engine)
             self.refresh(engine)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tinkerbell_server.commands import EngineConfig
+    from tinkerbell_server.config import Settings
     from tinkerbell_server.engines.torch.engine import TorchEngine
 
 
-def create_engine(config: EngineConfig) -> TorchEngine:
+def create_engine(settings: Settings) -> TorchEngine:
     """Load the base model, its tokenizer and the losses. Raises BadRequest if one of them cannot be loaded."""
     # imported here, so that the API process can name this package without loading torch
     from tinkerbell_server.engines.torch.engine import TorchEngine
 
-    return TorchEngine(config)
+    return TorchEngine(settings)

@@ -36,7 +36,6 @@ from tinkerbell_server.commands import (
     CreateModel,
     DeleteLosses,
     DeleteModel,
-    EngineConfig,
     EngineDescription,
     ImportLoss,
     Load,
@@ -51,6 +50,7 @@ from tinkerbell_server.commands import (
     Save,
     TextData,
 )
+from tinkerbell_server.config import Settings
 from tinkerbell_server.engines.torch import checkpoints, memory
 from tinkerbell_server.engines.torch.batching import data_of
 from tinkerbell_server.engines.torch.device_lock import DeviceLock
@@ -78,45 +78,45 @@ log = logging.getLogger("tinkerbell.engine")
 class TorchEngine:
     """One base model on one device, the models trained on it, and the losses that are installed here."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, settings: Settings) -> None:
         disable_progress_bar()  # the log says what matters
         self._baton = DeviceLock()
-        self._uploads = UploadedLosses(config, self._baton)  # first: its process starts while the model is loaded
-        device = choose_device(config.device)
-        dtype = choose_dtype(config.dtype, device)
-        source = config.model or str(embedded_model(Path(config.data_dir)))
-        self._name = config.model or "embedded"
+        self._uploads = UploadedLosses(settings, self._baton)  # first: its process starts while the model is loaded
+        device = choose_device(settings.device)
+        dtype = choose_dtype(settings.dtype, device)
+        source = settings.model or str(embedded_model(settings.data_path))
+        self._name = settings.model or "embedded"
         self._tokenizer: Transformer = load_tokenizer(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+            source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
 
         def load(path: str | Path, wanted: torch.dtype) -> Network:
             # a revision is of the hub's model, not of a folder that was saved here
-            revision = config.revision if str(path) == source else None
+            revision = settings.revision if str(path) == source else None
             return load_network(
                 path,
                 device,
                 wanted,
-                attn=config.attn,
+                attn=settings.attn,
                 revision=revision,
-                trust_remote_code=config.trust_remote_code,
-                gradient_checkpointing=config.gradient_checkpointing,
+                trust_remote_code=settings.trust_remote_code,
+                gradient_checkpointing=settings.gradient_checkpointing,
             )
 
         self._base = load(source, dtype)
         self._models = Models(self._base, load)
         self._sampler = Sampler(self._models, self._tokenizer)
-        self._budgets = memory.budgets(self._base, config)
+        self._budgets = memory.budgets(self._base, settings)
         self._losses = Losses(
             self._base.vocab_size,
             device,
             self._uploads,
-            enabled=config.plugins,
-            disabled=config.disabled_plugins,
-            dotted_losses=config.dotted_losses,
+            enabled=settings.plugins,
+            disabled=settings.disabled_plugins,
+            dotted_losses=settings.dotted_losses,
         )
-        self._losses.check_required(config.required_plugins)
-        self._chat_tokens = config.chat_tokens
+        self._losses.check_required(settings.required_plugins)
+        self._chat_tokens = settings.chat_tokens
         self._references = ReferenceCache()
         self._uploads.prove()
 

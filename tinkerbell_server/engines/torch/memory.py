@@ -11,7 +11,8 @@ import psutil
 import torch
 
 from tinkerbell_core.errors import TinkerbellError
-from tinkerbell_server.commands import Command, EngineConfig, RunLoss, TextData
+from tinkerbell_server.commands import Command, RunLoss, TextData
+from tinkerbell_server.config import Settings
 from tinkerbell_server.engines.torch.batching import batch_bytes, token_budget
 from tinkerbell_server.engines.torch.network import Network
 
@@ -42,15 +43,15 @@ def free_bytes(device: torch.device) -> int:
     return free if limit is None or used is None else max(0, min(free, limit - used))
 
 
-def budgets(network: Network, config: EngineConfig) -> Budgets:
+def budgets(network: Network, settings: Settings) -> Budgets:
     """What the settings say; by the memory that is free where they say nothing."""
 
     def tokens(stored: bool) -> int:
-        return config.micro_batch_tokens or token_budget(
-            _bytes_a_token(network, stored, config.gradient_checkpointing), network.device
+        return settings.micro_batch_tokens or token_budget(
+            _bytes_a_token(network, stored, settings.gradient_checkpointing), network.device
         )
 
-    logits = config.logits_budget
+    logits = settings.logits_budget
     # an eighth, since a loss makes some copies of what it is given, and so does its backward pass
     return Budgets(tokens(False), tokens(True), free_bytes(network.device) // 8 if logits is None else logits)
 

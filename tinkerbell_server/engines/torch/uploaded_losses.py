@@ -16,7 +16,8 @@ from tinkerbell_core.dryrun import dry_run
 from tinkerbell_core.errors import BadUpload, UploadsOff, UploadTooLarge
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.types import UPLOAD_LIMIT, RegisterLossRequest
-from tinkerbell_server.commands import EngineConfig, RunLoss
+from tinkerbell_server.commands import RunLoss
+from tinkerbell_server.config import Settings
 from tinkerbell_server.engines.torch.batching import tensor_of
 from tinkerbell_server.engines.torch.device_lock import DeviceLock
 from tinkerbell_server.sandbox.losses import Asker, SandboxedLosses, TimeLimits, asker
@@ -31,19 +32,19 @@ Mode = Literal["off", "sandboxed", "trusted"]
 class UploadedLosses:
     """`mode` is what is in force, which is "off" where a sandbox was wanted and none can be had; `problem` says why."""
 
-    def __init__(self, config: EngineConfig, device_lock: DeviceLock) -> None:
+    def __init__(self, settings: Settings, device_lock: DeviceLock) -> None:
         """Starts the sandbox's first process, and does not wait for it."""
-        self.mode: Mode = config.uploads
+        self.mode: Mode = settings.uploads
         self.mechanisms: tuple[str, ...] = ()
         self.problem: str | None = None
         self._sandbox: Sandbox | None = None
         self._losses: SandboxedLosses | None = None
-        if config.uploads != "sandboxed":
+        if settings.uploads != "sandboxed":
             return
-        memory = config.sandbox_memory or _share_of_memory()
-        patience = TimeLimits(config.dry_run_seconds, config.sandbox_seconds, config.sandbox_seconds_per_token)
+        memory = settings.sandbox_memory or _share_of_memory()
+        patience = TimeLimits(settings.dry_run_seconds, settings.sandbox_seconds, settings.sandbox_seconds_per_token)
         try:
-            self._sandbox = Sandbox(hidden=[config.data_dir], memory=memory)
+            self._sandbox = Sandbox(hidden=[str(settings.data_path)], memory=memory)
         except (NoSandbox, OSError) as error:
             self._turn_off(str(error))
             return
