@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinkerbell_core.decorator import loss
 from tinkerbell_core.errors import BadRequest
 from tinkerbell_core.output import LossFnOutput
-from tinkerbell_core.spec import LossFn, loss
+from tinkerbell_core.spec import LossFn
 from tinkerbell_core.types import CreateModelRequest, ForwardOutput, OptimStepOutput, RegisterLossRequest, SampleOutput
 from tinkerbell_server.commands import CreateModel, OptimStep, RegisterLoss, Row, RunLoss, Sample
 from tinkerbell_server.engines.torch.batching import data_of

@@ -27,7 +27,7 @@ from tinkerbell_server.engines.torch.uploaded_losses import UploadedLosses
 from tinkerbell_server.sandbox.isolation import mechanisms
 from tinkerbell_server.sandbox.isolation.mechanisms import Mechanism, enough, examine
 from tinkerbell_server.sandbox.isolation.readable_paths import readable
-from tinkerbell_server.sandbox.losses import Asker, SandboxedLosses, TimeLimits, asker
+from tinkerbell_server.sandbox.losses import RunContext, SandboxedLosses, TimeLimits, in_context
 from tinkerbell_server.sandbox.processes import NoSandbox, Sandbox
 
 FOUND = {each.name: each.works for each in examine(readable())}
@@ -96,10 +96,8 @@ def test_a_worker_cannot_do_what_it_must_not(sandbox: Sandbox) -> None:
 def test_workers_are_not_shared_between_two_who_ask(losses: SandboxedLosses) -> None:
     spec = losses.spec(uploaded(counts), 16, {})
     seen = []
-    for name in ("a", "a", "b"):
-        token = asker.set(Asker(name))
-        seen.append(call(spec).diagnostics["calls"])
-        asker.reset(token)
+    for owner in ("a", "a", "b"):
+        seen.append(call(in_context(spec, RunContext(owner))).diagnostics["calls"])
     assert seen == [1.0, 2.0, 1.0]
 
 

@@ -6,8 +6,7 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,21 +37,30 @@ class TimeLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Asker:
-    """On whose behalf a loss is called: no two share a worker. backward: whether gradients are wanted."""
+class RunContext:
+    """The call that a loss runs for.
 
-    name: str = ""
+    owner: calls of different owners do not share a worker. backward: whether the call needs gradients.
+    away: entered while a worker computes, so that others can use the device.
+    """
+
+    owner: str = ""
     backward: bool = True
+    away: Away = contextlib.nullcontext
 
 
-asker: ContextVar[Asker] = ContextVar("asker", default=Asker())  # noqa: B039  frozen
+def in_context(spec: LossSpec, context: RunContext) -> LossSpec:
+    """The same loss, bound to a context if it runs in the sandbox; any other loss is returned unchanged."""
+    if not isinstance(spec.fn, _SandboxedLoss):
+        return spec
+    return replace(spec, fn=replace(spec.fn, context=context))
 
 
 class SandboxedLosses:
     """Makes LossSpecs of uploads, and keeps their workers, frozen, between calls."""
 
     def __init__(self, sandbox: Sandbox, patience: TimeLimits, budget: int, away: Away) -> None:
-        """budget: bytes of logits a loss may have at once. away: entered while a worker computes."""
+        """budget: bytes of logits a loss may have at once. away: that of calls without a RunContext of their own."""
         self._sandbox, self._patience, self._budget, self._away = sandbox, patience, budget, away
         self._idle: OrderedDict[tuple[str, str], Worker] = OrderedDict()
         self._lock = threading.Lock()
@@ -74,17 +82,22 @@ class SandboxedLosses:
             return self._spec_of(upload, said)
 
     def call(
-        self, upload: RegisterLossRequest, model_outputs: Tensor, run: Run, tensors: Sequence[Tensor]
+        self,
+        upload: RegisterLossRequest,
+        context: RunContext,
+        model_outputs: Tensor,
+        run: Run,
+        tensors: Sequence[Tensor],
     ) -> LossFnOutput:
-        """Run an opened loss, in the worker that the asker has for it."""
+        """Run an opened loss, in the worker that the context's owner has for it."""
         batch, length, _ = run.shape
         seconds = self._patience.call + self._patience.per_token * batch * length
-        key = (asker.get().name, upload.digest)
+        key = (context.owner, upload.digest)
         with _as_bad_loss(upload.name):
-            worker = self._take(key, upload)
+            worker = self._take(key, upload, context.away)
             try:
                 limit = run.budget if run.budget is not None else max(self._budget, model_outputs.nbytes)
-                call = Call(worker, source_of(model_outputs), seconds, limit, self._away)
+                call = Call(worker, source_of(model_outputs), seconds, limit, context.away)
                 output = call.run(run, tensors)
                 record(model_outputs, call.materialised)
             except TinkerbellError as error:
@@ -123,7 +136,7 @@ class SandboxedLosses:
             raise BadLoss("it reads inputs whose names cannot be shown")
         return LossSpec(
             name=upload.name,
-            fn=_Proxy(self, upload, bool(said.plain_logits)),
+            fn=_SandboxedLoss(self, upload, bool(said.plain_logits), RunContext(away=self._away)),
             summary=shown(said.summary),
             inputs=tuple(said.inputs),
             optional_inputs=tuple(said.optional_inputs),
@@ -164,7 +177,7 @@ class SandboxedLosses:
         if not isinstance(said, Opened):
             raise BadMessage("it does not open")
 
-    def _take(self, key: tuple[str, str], upload: RegisterLossRequest) -> Worker:
+    def _take(self, key: tuple[str, str], upload: RegisterLossRequest, away: Away) -> Worker:
         with self._lock:
             worker = self._idle.pop(key, None)
         if worker is not None:
@@ -172,7 +185,7 @@ class SandboxedLosses:
             return worker
         worker = self._sandbox.fork()
         try:
-            with self._away():
+            with away():
                 self._open(worker, upload, self._patience.dry_run)
         except BaseException:
             worker.kill()
@@ -193,11 +206,14 @@ class SandboxedLosses:
             each.kill()
 
 
-class _Proxy:
-    """An uploaded loss to the training step."""
+@dataclass(frozen=True, slots=True)
+class _SandboxedLoss:
+    """The function of an uploaded loss, which runs in the sandbox. plain: it needs stored logits."""
 
-    def __init__(self, losses: SandboxedLosses, upload: RegisterLossRequest, plain: bool) -> None:
-        self._losses, self._upload, self._plain = losses, upload, plain
+    losses: SandboxedLosses
+    upload: RegisterLossRequest
+    plain: bool
+    context: RunContext
 
     def __call__(
         self,
@@ -214,13 +230,13 @@ class _Proxy:
             shape=(batch, length, vocab),
             dtype=str(model_outputs.dtype).removeprefix("torch."),
             hyperparameters=hyperparameters,
-            plain=self._plain,
-            backward=asker.get().backward,
+            plain=self.plain,
+            backward=self.context.backward,
             # the engine's own sequence of random numbers, so that a call that is replayed is the same again
             seed=int(torch.randint(2**62, ())),
             budget=budget_of(model_outputs),
         )
-        return self._losses.call(self._upload, model_outputs, run, tensors)
+        return self.losses.call(self.upload, self.context, model_outputs, run, tensors)
 
 
 def _coupling(upload: RegisterLossRequest) -> Coupling:

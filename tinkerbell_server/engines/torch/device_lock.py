@@ -1,4 +1,4 @@
-"""Who has the device: one thread at a time, handed over while its holder waits for a sandbox."""
+"""The lock on the device: one thread computes at a time, and a thread that waits for a sandbox lends the device."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 
 class DeviceLock:
-    """Held by a thread that computes. What a step has set up on the device is set up again when it goes on."""
+    """A fair lock: the thread that has waited longest gets the device next."""
 
     def __init__(self) -> None:
-        self._lock = _Queue()
-        self._own = threading.local()
+        self._lock = _FairLock()
 
     @contextmanager
     def held(self) -> Iterator[None]:
+        """Compute on the device, alone."""
         self._lock.acquire()
         try:
             yield
@@ -26,17 +26,12 @@ class DeviceLock:
             self._lock.release()
 
     @contextmanager
-    def resuming(self, restore: Callable[[], None]) -> Iterator[None]:
-        """restore: called when this thread has the device again after it was away."""
-        self._own.restore = restore
-        try:
-            yield
-        finally:
-            self._own.restore = None
+    def away(self, restore: Callable[[], object] | None = None) -> Iterator[None]:
+        """Let other threads use the device until the end of the block; the calling thread must hold it.
 
-    @contextmanager
-    def away(self) -> Iterator[None]:
-        """Others may compute meanwhile. Random numbers go on afterwards as if nobody had."""
+        Afterwards the random number generators continue as if no other thread had computed, and `restore` is called to
+        set up the device again for the calling thread, for example to activate its model's adapter.
+        """
         state = torch.get_rng_state()
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
         self._lock.release()
@@ -47,13 +42,12 @@ class DeviceLock:
             torch.set_rng_state(state)
             if cuda:
                 torch.cuda.set_rng_state_all(cuda)
-            restore = getattr(self._own, "restore", None)
             if restore is not None:
                 restore()
 
 
-class _Queue:
-    """A lock that goes to who has waited longest; a plain one may go back to its holder for ever."""
+class _FairLock:
+    """A first-in, first-out lock; a thread can take a `threading.Lock` again and again while others wait."""
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
@@ -65,9 +59,9 @@ class _Queue:
             if not self._taken:
                 self._taken = True
                 return
-            turn = threading.Event()
-            self._waiting.append(turn)
-        turn.wait()
+            released = threading.Event()
+            self._waiting.append(released)
+        released.wait()
 
     def release(self) -> None:
         with self._mutex:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,6 +72,7 @@ from tinkerbell_server.engines.torch.step import Step, StepResult, run_step
 from tinkerbell_server.engines.torch.tiny_model import embedded_model
 from tinkerbell_server.engines.torch.trained_model import TrainedModel, optim_step
 from tinkerbell_server.engines.torch.uploaded_losses import UploadedLosses
+from tinkerbell_server.sandbox.losses import RunContext
 
 log = logging.getLogger("tinkerbell.engine")
 
@@ -80,8 +82,10 @@ class TorchEngine:
 
     def __init__(self, settings: Settings) -> None:
         disable_progress_bar()  # the log says what matters
-        self._baton = DeviceLock()
-        self._uploads = UploadedLosses(settings, self._baton)  # first: its process starts while the model is loaded
+        self._device_lock = DeviceLock()
+        self._uploads = UploadedLosses(
+            settings, self._device_lock
+        )  # first: its process starts while the model is loaded
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, device)
         source = settings.model or str(embedded_model(settings.data_path))
@@ -143,7 +147,7 @@ class TorchEngine:
 
         One command computes at a time, but for those whose loss is in a sandbox, while it is there.
         """
-        with self._baton.held():
+        with self._device_lock.held():
             return self._execute_held(command)
 
     def close(self) -> None:
@@ -191,22 +195,28 @@ class TorchEngine:
 
     def _run_loss(self, command: RunLoss) -> ForwardOutput:
         start = time.perf_counter()
-        spec = self._losses.sum(command.weights) if command.weights else self._losses.get(command.loss)
+        model = self._models.get(command.model_id)
+
+        def activate() -> Network:
+            network = self._models.activate(model)
+            network.mode(train=command.backward)
+            return network
+
+        context = RunContext(
+            owner=f"{command.tenant or ''}/{command.model_id}",
+            backward=command.backward,
+            away=partial(self._device_lock.away, activate),
+        )
+        if command.weights:
+            spec = self._losses.sum(command.weights, context)
+        else:
+            spec = self._losses.get(command.loss, context)
         hyperparameters = spec.bind(command.hyperparameters)
         rows = self._rows(command.data, LossDescription.of(spec))
-        model = self._models.get(command.model_id)
         rows = self._with_references(rows, spec, model)
-        network = self._models.activate(model)
-        network.mode(train=command.backward)
+        network = activate()
         step = Step(spec, hyperparameters, rows, model.call_seed)
-        stored = stored_because(network, spec)
-
-        def resume() -> None:
-            self._models.activate(model)
-            network.mode(train=command.backward)
-
-        with self._baton.resuming(resume), self._uploads.asked_by(command):
-            result = self._run_step(network, model, step, stored, backward=command.backward)
+        result = self._run_step(network, model, step, stored_because(network, spec), backward=command.backward)
         sequences = len(rows) // spec.group_size
         if command.backward:
             model.accumulate(result.counted_tokens, sequences)

@@ -16,6 +16,7 @@ from tinkerbell_core.spec import LossSpec, Provenance
 from tinkerbell_core.types import LossDescription, PluginDescription, RegisterLossRequest
 from tinkerbell_server.calls.local_losses import dotted
 from tinkerbell_server.engines.torch.uploaded_losses import UploadedLosses
+from tinkerbell_server.sandbox.losses import RunContext, in_context
 
 
 class Losses:
@@ -58,13 +59,14 @@ class Losses:
                 if plugin.error:
                     raise BadRequest(f"required plugin {plugin.id!r} is broken: {plugin.error}")
 
-    def get(self, name: str) -> LossSpec:
-        """Raises UnknownLoss, AmbiguousLoss."""
-        return self._registry.get(name)
+    def get(self, name: str, context: RunContext | None = None) -> LossSpec:
+        """The loss of a name, bound to a context if it runs in the sandbox. Raises UnknownLoss, AmbiguousLoss."""
+        spec = self._registry.get(name)
+        return spec if context is None else in_context(spec, context)
 
-    def sum(self, weights: Mapping[str, float]) -> LossSpec:
-        """The losses of these ids, added up. Raises UnknownLoss, BadLoss."""
-        return combine([(self.get(id), weight) for id, weight in weights.items()])
+    def sum(self, weights: Mapping[str, float], context: RunContext | None = None) -> LossSpec:
+        """The weighted sum of the losses of these ids, each bound to the context. Raises UnknownLoss, BadLoss."""
+        return combine([(self.get(id, context), weight) for id, weight in weights.items()])
 
     def descriptions(self) -> list[LossDescription]:
         return [LossDescription.of(spec) for spec in self._registry]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tinkerbell_core.dryrun import run_loss
 from tinkerbell_core.errors import BadLoss
 from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.run import run_loss
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_server.commands import Row
 from tinkerbell_server.engines.torch.batching import Batch, collate, micro_batches

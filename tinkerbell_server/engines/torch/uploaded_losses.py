@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import platform
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import psutil
@@ -16,11 +14,10 @@ from tinkerbell_core.dryrun import dry_run
 from tinkerbell_core.errors import BadUpload, UploadsOff, UploadTooLarge
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.types import UPLOAD_LIMIT, RegisterLossRequest
-from tinkerbell_server.commands import RunLoss
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines.torch.batching import tensor_of
 from tinkerbell_server.engines.torch.device_lock import DeviceLock
-from tinkerbell_server.sandbox.losses import Asker, SandboxedLosses, TimeLimits, asker
+from tinkerbell_server.sandbox.losses import SandboxedLosses, TimeLimits
 from tinkerbell_server.sandbox.open_upload import made_up, opened
 from tinkerbell_server.sandbox.processes import NoSandbox, Sandbox
 
@@ -82,10 +79,6 @@ class UploadedLosses:
         if self._losses is not None:
             self._losses.forget(spec.digest)
 
-    def asked_by(self, command: RunLoss) -> AbstractContextManager[None]:
-        """Within it, uploaded losses run on behalf of this command's model and tenant."""
-        return _as(Asker(f"{command.tenant or ''}/{command.model_id}", command.backward))
-
     def close(self) -> None:
         if self._losses is not None:
             self._losses.close()
@@ -108,15 +101,6 @@ def check_envelope(upload: RegisterLossRequest) -> None:
             f"loss {upload.name!r} was made by Python {upload.python}, but here runs {platform.python_version()}, "
             "and their bytecode differs: run the client with the server's minor version, or send the loss as source"
         )
-
-
-@contextmanager
-def _as(who: Asker) -> Iterator[None]:
-    token = asker.set(who)
-    try:
-        yield
-    finally:
-        asker.reset(token)
 
 
 def _share_of_memory() -> int:

@@ -38,9 +38,9 @@ def test_another_computes_while_one_is_away_and_random_numbers_go_on_as_if_it_ha
         with device_lock.held():
             torch.manual_seed(5)
 
-    with device_lock.held(), device_lock.resuming(lambda: restored.append(True)):
+    with device_lock.held():
         first = torch.rand(1)
-        with device_lock.away():
+        with device_lock.away(lambda: restored.append(True)):
             thread = threading.Thread(target=other)
             thread.start()
             thread.join(10)
