@@ -12,9 +12,9 @@ import _common
 import torch
 from torch import Tensor
 
+from tinkerbell_core.decorator import loss
 from tinkerbell_core.functional import sequence_sum, target_logprobs
 from tinkerbell_core.output import LossFnOutput
-from tinkerbell_core.spec import loss
 from tinkerbell_core.types import CreateModelRequest
 from tinkerbell_server.commands import Row
 from tinkerbell_server.engines.torch.adapters import Adapters

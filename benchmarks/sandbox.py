@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from tinker_client import custom_loss
-from tinkerbell_core.dryrun import run_loss
 from tinkerbell_core.errors import LossKilled
 from tinkerbell_core.functional import target_logprobs
 from tinkerbell_core.logits import Head, LocalSource, Logits, plain_logits
 from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.run import run_loss
 from tinkerbell_core.serialization import pack
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.types import RegisterLossRequest

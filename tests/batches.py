@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.dryrun import plausible_settings, run_loss
+from tinkerbell_core.dryrun import plausible_settings
 from tinkerbell_core.logits import plain_logits
 from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.run import run_loss
 from tinkerbell_core.spec import LossSpec
 
 B, T, V = 6, 7, 11

@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 from tinker_client.backend import HFBackend
-from tinker_client.captures import Fn, captures, modules_by_value
+from tinker_client.dependencies import Fn, captures, modules_by_value
 from tinker_client.client import TinkerClient
 from tinker_client.encoding import tensor_data
 from tinker_client.futures import TrainingFuture
 from tinker_client.serialize import Via, as_source
 from tinker_client.transport import Transport
+from tinkerbell_core.decorator import loss
 from tinkerbell_core.errors import BadUpload, UploadTooLarge
-from tinkerbell_core.spec import Coupling, LossSpec, loss
+from tinkerbell_core.spec import Coupling, LossSpec
 from tinkerbell_core.types import UPLOAD_LIMIT, RegisterLossRequest
 
 F = TypeVar("F", bound=Fn)

@@ -34,9 +34,10 @@ def _trial(spec: LossSpec, example_inputs: Mapping[str, Any] | None) -> list[Any
     """Loss, gradient, logprobs and diagnostics on a made-up batch; or how it fails there."""
     import torch
 
-    from tinkerbell_core.dryrun import discover, plausible_settings, run_loss
+    from tinkerbell_core.dryrun import discover, plausible_settings
     from tinkerbell_core.example_inputs import ragged_mask
     from tinkerbell_core.logits import plain_logits
+    from tinkerbell_core.run import run_loss
 
     examples = {name: torch.as_tensor(value) for name, value in (example_inputs or {}).items()}
     try:

@@ -1,10 +1,11 @@
 """What the author of a loss imports: the contract, the registry and the words. Importing it leaves torch unloaded."""
 
+from tinkerbell_core.decorator import loss
 from tinkerbell_core.errors import TinkerbellError
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.plugins import hookimpl
 from tinkerbell_core.registry import LossRegistry
-from tinkerbell_core.spec import LossSpec, loss
+from tinkerbell_core.spec import LossSpec
 
 __version__ = "0.1.0"
 

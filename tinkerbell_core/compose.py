@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tinkerbell_core.dryrun import run_loss
 from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.run import run_loss
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.weighted_sum import sum_of
 

@@ -1,9 +1,8 @@
-"""What a loss is, as text and as a digest. Never imports torch, never runs the loss."""
+"""Computes the digest of a loss, and finds its source text. Imports no torch and does not run the loss."""
 
 from __future__ import annotations
 
 import ast
-import dis
 import enum
 import functools
 import hashlib
@@ -12,24 +11,27 @@ import re
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-_Fn = Callable[..., Any]  # Any: whatever a loss takes and gives
+from tinkerbell_core.captures import captured, is_installed
+from tinkerbell_core.spec import LossSpec
+
+_Fn = Callable[..., Any]  # Any: each loss has its own signature
 
 
 def source_of(fn: _Fn) -> str:
-    """The text of `fn` without its decorators; an empty string where there is none."""
+    """The source text of `fn` without its decorators; an empty string if there is none."""
     function = inspect.unwrap(_without_spec(fn))
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
     return _text(code) if code is not None else ""
 
 
 def digest_of(fn: _Fn, *, coupling: str, group_size: int) -> str:
-    """sha256 (hex) over what the loss is: source, values of its defaults, of captured globals and closure variables.
+    """sha256 (hex) of what defines the loss: its source, and the values of its defaults and captured variables.
 
-    Helpers count likewise. What is installed counts by name, but for functions of the loss's own package.
-    A notebook cell's name or line does not count.
+    Helper functions are included in the same way. Installed objects are included by name only, except functions of
+    the loss's own package. The name and the line of a notebook cell are not included.
     """
     root = _without_spec(fn)
     digest = _Digest(root)
@@ -39,11 +41,11 @@ def digest_of(fn: _Fn, *, coupling: str, group_size: int) -> str:
 
 
 class _Digest:
-    """A walk over values that writes each, once, into a hash."""
+    """Walks over values and writes each of them into a hash once."""
 
     def __init__(self, root: object) -> None:
         self._hash = hashlib.sha256()
-        self._seen: dict[int, tuple[int, object]] = {}  # id → when seen, and the object, so that no id is used twice
+        self._seen: dict[int, tuple[int, object]] = {}  # id → order, object; a kept object's id is not reused
         self._root = root
         self._package = str(getattr(root, "__module__", "")).partition(".")[0]
 
@@ -108,7 +110,7 @@ class _Digest:
         self._parts("defaults", fn.__defaults__, fn.__kwdefaults__)
         for name, value in sorted(captured(fn).items()):
             self.write(name)
-            # A loss that names itself: in a notebook that name still holds the loss of the cell's last run.
+            # A recursive loss: in a notebook, its name still holds the loss of the cell's previous run.
             self.value("itself" if name == getattr(self._root, "__name__", None) else value)
 
     def _module(self, module: types.ModuleType) -> None:
@@ -152,12 +154,8 @@ class _Digest:
             self._parts("object", cls, {**slots, **getattr(value, "__dict__", {})})
 
 
-def _without_spec(value: Any) -> Any:  # Any: gives back what it was given, or the function of a spec
-    # spec imports this module
-    from tinkerbell_core import spec
-
-    known = getattr(spec, "LossSpec", None)
-    return value.fn if known is not None and isinstance(value, known) else value
+def _without_spec(value: Any) -> Any:  # Any: any value; a LossSpec becomes its function
+    return value.fn if isinstance(value, LossSpec) else value
 
 
 def _text(code: types.CodeType) -> str:
@@ -171,35 +169,6 @@ def _text(code: types.CodeType) -> str:
         return "\n".join(text.splitlines()[first.lineno - 1 : first.end_lineno]) + "\n"
     lambdas = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda)]
     return (ast.get_source_segment(text, lambdas[0]) or "") if len(lambdas) == 1 else ""
-
-
-def captured(fn: types.FunctionType) -> dict[str, object]:
-    """Globals and closure variables that `fn` reads, by name; builtins and names not bound yet are left out."""
-    found = {name: fn.__globals__[name] for name in _global_names(fn.__code__) if name in fn.__globals__}
-    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
-        try:
-            found[name] = cell.cell_contents
-        except ValueError:  # an empty cell: not bound yet
-            continue
-    return found
-
-
-def _global_names(code: types.CodeType) -> Iterator[str]:
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            yield instruction.argval
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _global_names(constant)
-
-
-def is_installed(module: str | None) -> bool:
-    """Whether a module comes with Python, a distribution or Tinkerbell, so that its name says what it is."""
-    top = (module or "").partition(".")[0]
-    if top in sys.stdlib_module_names or top == "tinkerbell_core":
-        return True
-    path = getattr(sys.modules.get(module or ""), "__file__", None) or ""
-    return "site-packages" in path or "dist-packages" in path
 
 
 def _qualified(value: Any) -> str:  # Any: a function, a class or a builtin

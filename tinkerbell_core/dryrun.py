@@ -1,8 +1,7 @@
-"""The one place a loss is run, and the run on a tiny batch that finds out what it reads."""
+"""Runs a loss on a tiny batch to find what it reads, and whether it works on lazy logits."""
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.contract import check_output
-from tinkerbell_core.errors import BadData, BadLoss, PlainLogitsNeeded, TinkerbellError
+from tinkerbell_core.errors import BadData, BadLoss, PlainLogitsNeeded
 from tinkerbell_core.example_inputs import ExampleInputs, ragged_mask
 from tinkerbell_core.logits import Head, LocalSource, Logits, plain_logits
 from tinkerbell_core.logits.recorded import RecordedSource
 from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.run import author_errors, run_loss
 from tinkerbell_core.spec import LossSpec
 
 _SEED = 20
@@ -26,41 +25,6 @@ _TOLERANCE = 1e-4  # of the largest number, between lazy and plain logits in flo
 _ATTEMPTS = 32  # the most combinations of [B, T] and [B] that are tried
 
 _STAND_INS: dict[str, bool | int | float | str] = {"int": 1, "bool": False, "str": ""}
-
-
-def run_loss(
-    spec: LossSpec,
-    model_outputs: Tensor,
-    inputs: Mapping[str, Tensor],
-    attention_mask: Tensor,
-    hyperparameters: Mapping[str, Any],  # Any: each loss has its own
-) -> LossFnOutput:
-    """Run a loss and check what it returns; logprobs and diagnostics come back detached.
-
-    Raises BadLoss for whatever the loss raises, with the author's traceback, and for a result outside the contract.
-    A TinkerbellError of the loss's own (BadHyperparameter, say) and running out of memory pass unchanged. On lazy
-    logits raises PlainLogitsNeeded for what they cannot honour, LogitsTooLarge where it needs too many of them stored.
-    """
-    for hyper in spec.hyperparameters:
-        if hyper.name in hyperparameters:
-            hyper.check(spec.name, hyperparameters[hyper.name])
-    lazy = model_outputs if isinstance(model_outputs, Logits) else None
-    try:
-        with _authors_errors(spec):
-            output = spec.fn(model_outputs, inputs, attention_mask, **hyperparameters)
-        output = check_output(spec.name, output, model_outputs, parts=len(spec.parts))
-    finally:
-        # also where the loss has caught it, or failed because of it
-        if lazy is not None:
-            lazy.check()
-    logprobs = output.logprobs
-    if isinstance(logprobs, Logits):
-        logprobs = logprobs.stored("logprobs")
-    return LossFnOutput(
-        output.loss,
-        logprobs.detach() if logprobs is not None else None,
-        {k: v.detach() if isinstance(v, Tensor) else float(v) for k, v in output.diagnostics.items()},
-    )
 
 
 def dry_run(
@@ -136,7 +100,7 @@ def _try(
             source = RecordedSource(LocalSource(hidden.flatten(0, 1), Head(head.weight), chunk_bytes=chunk_bytes))
             logits = Logits.over(source, mask.shape)
         output = run_loss(spec, logits, inputs, mask, plausible_settings(spec))
-        with _authors_errors(spec):
+        with author_errors(spec.name):
             (gradient,) = torch.autograd.grad(output.loss, hidden, allow_unused=True)
     if gradient is None:
         raise BadLoss(f"loss {spec.name!r}: loss does not depend on model_outputs, so there is nothing to train")
@@ -212,30 +176,6 @@ def _with_guesses(error: BadLoss, inputs: ExampleInputs) -> BadLoss:
         "give example_inputs={name: tensor}, the inputs of a small batch)",
         error.traceback,
     )
-
-
-@contextmanager
-def _authors_errors(spec: LossSpec) -> Iterator[None]:
-    """What the author's code raises becomes a BadLoss with their traceback."""
-    try:
-        yield
-    except (TinkerbellError, torch.OutOfMemoryError, MemoryError):
-        raise
-    # Broad: a loss is somebody else's code and may fail in any way, sys.exit() among them; the engine must not.
-    except (Exception, SystemExit) as error:
-        raise BadLoss(f"loss {spec.name!r} raised {_brief(error)}", _authors_traceback(error)) from error
-
-
-def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _authors_traceback(error: BaseException) -> str:
-    """The traceback without the two frames of this file, which tell the author nothing."""
-    below = error.__traceback__
-    for _ in range(2):
-        below = below.tb_next if below is not None else None
-    return "".join(traceback.TracebackException(type(error), error, below).format())
 
 
 @contextmanager

@@ -16,9 +16,10 @@ import torch
 
 from tests.client.conftest import Listener
 from tinker_client import LossFnOutput, TinkerClient, custom_loss
+from tinkerbell_core.decorator import loss
 from tinkerbell_core.errors import BadLoss, BadUpload, UploadTooLarge
 from tinkerbell_core.serialization import rebuild
-from tinkerbell_core.spec import Provenance, loss
+from tinkerbell_core.spec import Provenance
 from tinkerbell_core.types import LossDescription
 
 

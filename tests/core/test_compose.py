@@ -10,13 +10,14 @@ from torch import Tensor
 
 from tinkerbell_core import LossFnOutput, LossRegistry, LossSpec, loss
 from tinkerbell_core.compose import combine
-from tinkerbell_core.dryrun import discover, dry_run, run_loss
+from tinkerbell_core.dryrun import discover, dry_run
 from tinkerbell_core.errors import BadHyperparameter, BadLoss
 from tinkerbell_core.example_inputs import ragged_mask
 from tinkerbell_core.functional import effective_mask, pairs, sequence_sum, target_logprobs
 from tinkerbell_core.logits import Head, LocalSource, Logits, plain_logits
 from tinkerbell_core.losses.cross_entropy import cross_entropy
 from tinkerbell_core.losses.ppo import ppo
+from tinkerbell_core.run import run_loss
 from tinkerbell_core.spec import Provenance
 from tinkerbell_core.types import LossDescription
 from tinkerbell_core.weighted_sum import flat_config

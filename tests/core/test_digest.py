@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from tinkerbell_core.decorator import loss
 from tinkerbell_core.digest import digest_of, source_of
-from tinkerbell_core.spec import loss
 
 PLAIN = """
 def mine(model_outputs, loss_fn_inputs, attention_mask, *, scale=1.0):

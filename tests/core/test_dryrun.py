@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput, LossSpec, loss
-from tinkerbell_core.dryrun import dry_run, run_loss
+from tinkerbell_core.dryrun import dry_run
 from tinkerbell_core.errors import BadData, BadLoss
 from tinkerbell_core.functional import hidden_states, target_logprobs
+from tinkerbell_core.run import run_loss
 
 Inputs = dict[str, Tensor]
 

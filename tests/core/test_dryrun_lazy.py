@@ -12,11 +12,12 @@ from torch import Tensor
 
 from tests.core.naive import StoredSource
 from tinkerbell_core import LossFnOutput, LossSpec, loss
-from tinkerbell_core.dryrun import dry_run, run_loss
+from tinkerbell_core.dryrun import dry_run
 from tinkerbell_core.errors import BadLoss, LogitsTooLarge, PlainLogitsNeeded
 from tinkerbell_core.functional import entropy, hidden_states, target_logprobs
 from tinkerbell_core.logits import Logits
 from tinkerbell_core.losses import cross_entropy, ppo
+from tinkerbell_core.run import run_loss
 
 
 def losing(result: Callable[[Tensor, Any], Tensor]) -> LossSpec:

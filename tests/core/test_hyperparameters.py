@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tinkerbell_core import LossFnOutput, loss
 from tinkerbell_core.compose import combine
-from tinkerbell_core.dryrun import dry_run, run_loss
+from tinkerbell_core.dryrun import dry_run
 from tinkerbell_core.errors import BadHyperparameter, BadLoss
 from tinkerbell_core.hyperparameters import SHARE, Range, above, at_least, bind_hyperparameters
+from tinkerbell_core.run import run_loss
 from tinkerbell_core.testing import run_checks
 from tinkerbell_core.types import LossDescription
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinkerbell_core.dryrun import run_loss
 from tinkerbell_core.errors import BadHyperparameter
 from tinkerbell_core.losses.cispo import cispo
 from tinkerbell_core.losses.cross_entropy import cross_entropy
@@ -16,6 +15,7 @@ from tinkerbell_core.losses.dro import dro
 from tinkerbell_core.losses.gspo_token import gspo_token
 from tinkerbell_core.losses.importance_sampling import importance_sampling
 from tinkerbell_core.losses.ppo import ppo
+from tinkerbell_core.run import run_loss
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.testing import check_loss
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinkerbell_core.dryrun import run_loss
 from tinkerbell_core.losses.cispo import cispo
 from tinkerbell_core.losses.cross_entropy import cross_entropy
 from tinkerbell_core.losses.dro import dro
 from tinkerbell_core.losses.importance_sampling import importance_sampling
 from tinkerbell_core.losses.ppo import ppo
+from tinkerbell_core.run import run_loss
 
 LOSSES = {spec.name: spec for spec in (cross_entropy, importance_sampling, ppo, cispo, dro)}
 RECORDS = json.loads(gzip.decompress((Path(__file__).parents[1] / "data" / "oracles.json.gz").read_bytes()))["oracles"]

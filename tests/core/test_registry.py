@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from tinkerbell_core.decorator import loss
 from tinkerbell_core.errors import AmbiguousLoss, BadUpload, UnknownLoss
 from tinkerbell_core.registry import LossRegistry, resolve
-from tinkerbell_core.spec import LossSpec, Provenance, loss
+from tinkerbell_core.spec import LossSpec, Provenance
 from tinkerbell_core.types import LossDescription
 
 

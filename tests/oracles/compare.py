@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from tests.oracles.form import Entry, Record, tensor
-from tinkerbell_core.dryrun import run_loss
 from tinkerbell_core.registry import LossRegistry
+from tinkerbell_core.run import run_loss
 
 RELATIVE = 5e-5
 """Of float64 records: of each number itself."""

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from tinkerbell_core.decorator import loss
 from tinkerbell_core.functional import aggregate, effective_mask, target_logprobs
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.plugins import hookimpl
-from tinkerbell_core.spec import LossSpec, loss
+from tinkerbell_core.spec import LossSpec
 
 
 @loss(coupling="sequence", inputs=("target_tokens",), optional_inputs=("weights",), finite=("weights",))

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import msgspec
 
-from tinkerbell_core.digest import captured, is_installed
+from tinkerbell_core.captures import captured, is_installed
 from tinkerbell_core.errors import BadUpload
 from tinkerbell_core.serialization.format import (
     Array,

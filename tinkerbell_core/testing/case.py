@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinkerbell_core.dryrun import discover, plausible_settings, run_loss
+from tinkerbell_core.dryrun import discover, plausible_settings
 from tinkerbell_core.errors import TinkerbellError
 from tinkerbell_core.example_inputs import ragged_mask
 from tinkerbell_core.logits import Head, LocalSource, Logits, plain_logits
 from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.run import run_loss
 from tinkerbell_core.spec import LossSpec
 
 _HIDDEN = 12

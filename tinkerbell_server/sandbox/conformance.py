@@ -15,7 +15,7 @@ import cloudpickle
 import torch
 from torch import Tensor
 
-from tinkerbell_core.digest import is_installed
+from tinkerbell_core.captures import is_installed
 from tinkerbell_core.errors import BadUpload, TinkerbellError
 from tinkerbell_core.serialization import pack
 from tinkerbell_core.spec import LossSpec

@@ -12,10 +12,11 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
+from tinkerbell_core.decorator import loss
 from tinkerbell_core.errors import BadUpload
 from tinkerbell_core.fxgraph.execute import GraphLoss, rebuild_graph
 from tinkerbell_core.serialization import rebuild
-from tinkerbell_core.spec import Coupling, LossSpec, Provenance, loss
+from tinkerbell_core.spec import Coupling, LossSpec, Provenance
 
 
 class Envelope(Protocol):

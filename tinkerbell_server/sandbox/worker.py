@@ -13,10 +13,11 @@ import msgspec
 import torch
 from torch import Tensor
 
-from tinkerbell_core.dryrun import dry_run, run_loss
+from tinkerbell_core.dryrun import dry_run
 from tinkerbell_core.errors import BadLoss, PlainLogitsNeeded, TinkerbellError
 from tinkerbell_core.logits.source import Statistic
 from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.run import run_loss
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_server.sandbox import shared_memory
 from tinkerbell_server.sandbox.channel import Channel

@@ -32,9 +32,10 @@ from tests.oracles.compare import difference
 from tests.oracles.dpo import MAPPING
 from tests.oracles.form import Entry, Record, tensor
 from tests.oracles.records import mapped
-from tinkerbell_core.dryrun import dry_run, run_loss
+from tinkerbell_core.dryrun import dry_run
 from tinkerbell_core.errors import BadData, BadHyperparameter
 from tinkerbell_core.registry import LossRegistry
+from tinkerbell_core.run import run_loss
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.testing import check_loss
 

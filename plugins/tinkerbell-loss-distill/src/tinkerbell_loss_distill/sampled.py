@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
+from tinkerbell_core.decorator import family
 from tinkerbell_core.functional import aggregate, counted, effective_mask, masked_mean, target_logprobs
 from tinkerbell_core.hyperparameters import above
-from tinkerbell_core.spec import family
 
 on_samples = family(
     coupling="sequence",

@@ -12,9 +12,9 @@ from functools import partial
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
+from tinkerbell_core.decorator import family
 from tinkerbell_core.functional import counted_rows, effective_mask, logsumexp, target_logprobs
 from tinkerbell_core.hyperparameters import SHARE, at_least
-from tinkerbell_core.spec import family
 from tinkerbell_loss_distill.pieces import Rows, finite, jensen_shannon, kl, output, renormalised, with_tail
 from tinkerbell_loss_distill.vocabulary import distillation
 

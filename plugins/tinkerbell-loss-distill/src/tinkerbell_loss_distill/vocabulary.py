@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
+from tinkerbell_core.decorator import family
 from tinkerbell_core.functional import counted_rows, effective_mask, target_logprobs
 from tinkerbell_core.hyperparameters import SHARE, above
-from tinkerbell_core.spec import family
 from tinkerbell_loss_distill.pieces import entropy_of, finite, jensen_shannon, kl, output, whole_vocabulary
 
 distillation = family(

@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
+from tinkerbell_core.decorator import family
 from tinkerbell_core.functional import (
     aggregate_sequences,
     effective_mask,
@@ -17,7 +18,6 @@ from tinkerbell_core.functional import (
     sequence_log_ratio,
     target_logprobs,
 )
-from tinkerbell_core.spec import family
 
 Inputs = Mapping[str, Tensor]
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput, loss
+from tinkerbell_core.decorator import family
 from tinkerbell_core.functional import aggregate, counted, effective_mask, entropy, masked_mean, target_logprobs
 from tinkerbell_core.hyperparameters import above
-from tinkerbell_core.spec import family
 from tinkerbell_loss_grpo.pieces import FURTHEST, straight_through
 
 penalty = family(

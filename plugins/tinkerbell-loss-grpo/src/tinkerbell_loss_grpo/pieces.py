@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
+from tinkerbell_core.decorator import family
 from tinkerbell_core.functional import (
     aggregate,
     aggregate_sequences,
@@ -19,7 +20,6 @@ from tinkerbell_core.functional import (
     sequence_mean,
     target_logprobs,
 )
-from tinkerbell_core.spec import family
 
 FURTHEST = 20.0
 """Log-ratios are held within this of 0: exp(89) is infinite in float32, and its gradient NaN."""

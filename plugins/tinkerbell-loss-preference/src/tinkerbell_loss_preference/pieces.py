@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
+from tinkerbell_core.decorator import family
 from tinkerbell_core.functional import (
     aggregate_sequences,
     effective_mask,
@@ -19,7 +20,6 @@ from tinkerbell_core.functional import (
     sequence_sum,
     target_logprobs,
 )
-from tinkerbell_core.spec import family
 
 Inputs = Mapping[str, Tensor]
 

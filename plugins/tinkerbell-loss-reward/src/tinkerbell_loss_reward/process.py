@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinkerbell_core import LossFnOutput
+from tinkerbell_core.decorator import family
 from tinkerbell_core.functional import aggregate, counted, effective_mask, masked_mean
-from tinkerbell_core.spec import family
 from tinkerbell_loss_reward.pieces import Inputs, scores
 
 on_steps = family(

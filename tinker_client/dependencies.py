@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tinkerbell_core.digest import captured, is_installed
+from tinkerbell_core.captures import captured, is_installed
 from tinkerbell_core.spec import LossSpec
 
 Fn = Callable[..., Any]  # Any: whatever a loss takes and gives

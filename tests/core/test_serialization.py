@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tinkerbell_core.decorator import loss
 from tinkerbell_core.digest import digest_of
 from tinkerbell_core.errors import BadUpload
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.serialization import pack, rebuild
-from tinkerbell_core.spec import loss
 
 BETA = 0.1
 TABLE = {"a": [1, 2.5], ("b",): {3}}
