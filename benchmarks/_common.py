@@ -67,19 +67,19 @@ def _seconds(run: Run) -> float:
     return time.perf_counter() - started
 
 
-def row(what: str, values: Sequence[float], target: str) -> dict[str, object]:
-    """One line of the table: the median of what was measured, its spread, and what it should be, as `>= 1.1`."""
+def row(what: str, values: Sequence[float], target: str | None = None) -> dict[str, object]:
+    """One line of the table: the median of what was measured, its spread, and its target if there is one: `>= 1.1`."""
     median = statistics.median(values)
-    sign, number = target.split()
-    met = median >= float(number) if sign == ">=" else median <= float(number)
-    return {
+    line: dict[str, object] = {
         "what": what,
         "median": round(median, 3),
         "min": round(min(values), 3),
         "max": round(max(values), 3),
-        "target": target,
-        "met": met,
     }
+    if target is not None:
+        sign, number = target.split()
+        line |= {"target": target, "met": median >= float(number) if sign == ">=" else median <= float(number)}
+    return line
 
 
 def peak_memory(script: str, *arguments: str) -> int:
@@ -127,8 +127,8 @@ def show(title: str, rows: Sequence[dict[str, object]], details: dict[str, Any],
 
 
 def print_table(lines: Sequence[dict[str, object]]) -> None:
-    """Lines of one or of several benchmarks, with a column each for what `row` gives."""
-    names = ["benchmark", "what", "median", "min", "max", "target", "met"]
+    """Print the lines of one or several benchmarks, with a column for each name that one of them has."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
     cells = [names, *([str(line.get(name, "")) for name in names] for line in lines)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
     for line in cells:

@@ -189,11 +189,11 @@ def times(measured: dict[str, list[float]]) -> list[dict[str, object]]:
             lines.append({"what": f"{name} / plain: time", "median": "not installed"})
         elif variant.against in measured:
             ratios = [mine / theirs for mine, theirs in zip(measured[name], measured[variant.against], strict=True)]
-            lines.append(_line(f"{name} / plain: time", ratios, variant.time))
+            lines.append(_common.row(f"{name} / plain: time", ratios, variant.time))
     if {"frozen head", PRODUCTS} <= measured.keys():
         pairs = zip(measured["frozen head"], measured[PRODUCTS], strict=True)
         lines.insert(
-            1, _line("frozen head / the two products: time", [mine / theirs for mine, theirs in pairs], "<= 1.15")
+            1, _common.row("frozen head / the two products: time", [mine / theirs for mine, theirs in pairs], "<= 1.15")
         )
     return lines
 
@@ -205,22 +205,17 @@ def memory(names: list[str], args: argparse.Namespace) -> tuple[list[dict[str, o
     for name in names:
         variant = VARIANTS[name]
         if variant.against is not None:
-            lines.append(_line(f"{name} / plain: memory", [peaks[name] / peaks[variant.against]], variant.memory))
+            lines.append(_common.row(f"{name} / plain: memory", [peaks[name] / peaks[variant.against]], variant.memory))
     if "trainable head" in peaks:
         gradient = args.vocab * args.hidden * 4
         one, two = (_peak("trainable head", args, rows) - gradient for rows in (args.rows, 2 * args.rows))
-        lines.append(_line("trainable head: memory but its gradient, 2N rows / N", [two / one], "<= 1.2"))
+        lines.append(_common.row("trainable head: memory but its gradient, 2N rows / N", [two / one], "<= 1.2"))
     return lines, {f"MiB, {name}": peak >> 20 for name, peak in peaks.items()}
 
 
 def _peak(name: str, args: argparse.Namespace, rows: int) -> int:
     size = ["--rows", rows, "--vocab", args.vocab, "--hidden", args.hidden, "--dtype", args.dtype]
     return _common.peak_memory(__file__, name, "--device", args.device, *map(str, size))
-
-
-def _line(what: str, values: list[float], target: str | None) -> dict[str, object]:
-    line = _common.row(what, values, target or "<= inf")
-    return line if target else {name: line[name] for name in ("what", "median", "min", "max")}
 
 
 def main() -> None:
