@@ -155,7 +155,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         shape = (options.batch, options.length, options.vocab)
         found["full logits"] = pair(takes, whole, shape, options.hidden, False, options.pairs)
         hanging = losses.spec(upload(hangs), 16, {})
-        losses._patience = TimeLimits(call=0.5, per_token=0)
+        losses._patience = TimeLimits(dry_run=60, call=0.5, per_token=0)
         found["kill"] = kill(losses, hanging, options.pairs)
     finally:
         losses.close()

@@ -10,9 +10,11 @@ from tests.oracles.__main__ import mapping, outcome, peer
 from tests.oracles.records import read
 from tinkerbell_core.loss_docstring import parse_docstring
 from tinkerbell_core.registry import LossRegistry, build_registry
+from tinkerbell_server.cli.settings import settings_table
 
 ROOT = Path(__file__).parents[1]
 WHICH, PEERS = ROOT / "docs" / "which-loss.md", ROOT / "docs" / "peers.md"
+SETTINGS = ROOT / "docs" / "settings.md"
 BUILT_IN = "tinkerbell-core"
 IMPLIED = {"target_tokens", "weights"}
 """Inputs that the server makes of text, and so not worth a column."""
@@ -69,3 +71,4 @@ def with_table(page: str, name: str, table: str) -> str:
 if __name__ == "__main__":
     WHICH.write_text(with_table(WHICH.read_text(), "losses", losses()))
     PEERS.write_text(with_table(PEERS.read_text(), "peers", peers()))
+    SETTINGS.write_text(with_table(SETTINGS.read_text(), "settings", settings_table()))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tests.tables import PEERS, WHICH, losses, peers, with_table
+from tests.tables import PEERS, SETTINGS, WHICH, losses, peers, with_table
 from tinkerbell_core.registry import build_registry
+from tinkerbell_server.cli.settings import settings_table
 
 AGAIN = "out of date: run python -m tests.tables"
 
@@ -25,3 +26,8 @@ def test_what_the_page_recommends_is_a_loss() -> None:
 def test_the_table_of_matches_is_current() -> None:
     page = PEERS.read_text()
     assert page == with_table(page, "peers", peers()), AGAIN
+
+
+def test_the_table_of_settings_is_current() -> None:
+    page = SETTINGS.read_text()
+    assert page == with_table(page, "settings", settings_table()), AGAIN

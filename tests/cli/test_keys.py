@@ -40,7 +40,7 @@ def test_the_key_alone_is_on_stdout_so_that_a_shell_can_take_it(data: Path) -> N
     text = answer.stdout.strip()
     assert text.startswith("tml-")
     assert "tenant ann: read, train, upload, expires" in answer.stderr
-    assert "this is the first key" in answer.stderr
+    assert "This is the first key" in answer.stderr
     keys = Keys(data)
     found = keys.find(text)
     keys.close()

@@ -52,7 +52,7 @@ def sandbox(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def losses(sandbox: Sandbox) -> Iterator[SandboxedLosses]:
-    made = SandboxedLosses(sandbox, TimeLimits(dry_run=20, call=20), 1 << 28, contextlib.nullcontext)
+    made = SandboxedLosses(sandbox, TimeLimits(dry_run=20, call=20, per_token=0), 1 << 28, contextlib.nullcontext)
     yield made
     made.rest()
 

@@ -12,7 +12,6 @@ import pytest
 
 from tinkerbell_core.errors import BadRequest
 from tinkerbell_server.access.keys import Keys
-from tinkerbell_server.config import Settings
 
 ROWS = [[1, 2, 3], [4, 5]]
 
@@ -203,18 +202,3 @@ def test_the_audit_log_tells_who_did_what_and_no_secret(serve: Any, keys: Keys, 
     assert text not in whole
     assert "wrong" not in whole
     assert stat.S_IMODE((data / "audit.jsonl").stat().st_mode) == 0o600
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"auth": "maybe"}, "'auto', 'on' or 'off'"),
-        ({"ssl_keyfile": "k.pem"}, "TLS needs the certificate too"),
-        ({"queue_limit": 1}, "at least 2"),
-        ({"upload_limit": 0}, "at least 1"),
-        ({"rate_limit": -1}, "at least 0"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], says: str) -> None:
-    with pytest.raises(BadRequest, match=says):
-        Settings(**settings)

@@ -1,4 +1,4 @@
-"""`tinkerbell doctor`: looks for what would stop a server here, and says what to do about each."""
+"""`tinkerbell doctor`: checks whether a server can start on this machine, and names a remedy for each problem."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import click
 import msgspec
 
 from tinkerbell_server.cli.output import print_json, print_table
-from tinkerbell_server.cli.serve import NEEDED, default_data_dir
+from tinkerbell_server.cli.serve import NEEDED
+from tinkerbell_server.config import Settings
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One thing looked at: whether a server can do with it, and what was found."""
+    """The result of one check. ok: a server can start; found: what the check found."""
 
     name: str
     ok: bool
@@ -27,7 +28,7 @@ class Check(msgspec.Struct, frozen=True):
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(as_json: bool) -> None:
-    """Look for what would stop a server on this machine; exit 1 where something would."""
+    """Check whether a server can start on this machine; the exit status is 1 if a check fails."""
     checks = list(examine())
     if as_json:
         print_json(checks)
@@ -40,6 +41,7 @@ def doctor(as_json: bool) -> None:
 
 
 def examine() -> Iterator[Check]:
+    """Run all checks."""
     yield Check("python", (3, 11) <= sys.version_info[:2] <= (3, 13), platform.python_version())
     yield from map(package, NEEDED)
     yield device()
@@ -49,6 +51,7 @@ def examine() -> Iterator[Check]:
 
 
 def package(name: str) -> Check:
+    """Whether a distribution is installed."""
     try:
         return Check(name, True, version_of(name))
     except PackageNotFoundError:
@@ -56,6 +59,7 @@ def package(name: str) -> Check:
 
 
 def device() -> Check:
+    """The device that `serve --device auto` uses."""
     try:
         import torch
     except ImportError as error:
@@ -67,28 +71,29 @@ def device() -> Check:
 
 
 def data_dir() -> Check:
-    """Whether the nearest folder that exists on the way to the default data dir can be written."""
-    path = default_data_dir()
+    """Whether the default data dir can be created and written: checks its nearest parent that exists."""
+    path = Settings().data_path
     nearest = next(folder for folder in (path, *path.parents) if folder.exists())
     writable = os.access(nearest, os.W_OK)
     return Check("data dir", writable, str(path) if writable else f"{nearest} cannot be written: pass --data-dir")
 
 
 def sandbox() -> Iterator[Check]:
-    """What can confine uploaded losses here. One that is missing is no harm while the others are enough."""
+    """The mechanisms that can confine uploaded losses. A missing one is ok if the others are sufficient."""
     from tinkerbell_server.sandbox.isolation.mechanisms import enough, examine
     from tinkerbell_server.sandbox.isolation.readable_paths import readable
 
-    found = examine(readable([str(default_data_dir())]))
-    sufficient = enough(found)
-    for each in found:
+    mechanisms = examine(readable([str(Settings().data_path)]))
+    sufficient = enough(mechanisms)
+    for each in mechanisms:
         yield Check(each.name, each.works or sufficient, each.found)
-    works = ", ".join(each.name for each in found if each.works)
+    works = ", ".join(each.name for each in mechanisms if each.works)
     missing = "not possible on this machine: `serve` starts with uploads off"
     yield Check("sandboxed uploads", sufficient, f"by {works}" if sufficient else missing)
 
 
 def broken_plugins() -> Iterator[Check]:
+    """A check for each plugin that does not load, and one for the others together."""
     from tinkerbell_core.registry import build_registry
 
     _, infos = build_registry()

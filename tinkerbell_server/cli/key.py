@@ -1,8 +1,7 @@
-"""`tinkerbell key`: makes, lists and revokes API keys, in the data dir itself, whether or not a server runs on it."""
+"""`tinkerbell key`: creates, lists and revokes API keys in a data dir, whether or not a server runs on it."""
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -12,22 +11,23 @@ from typing import TYPE_CHECKING
 import click
 
 from tinkerbell_server.cli.output import print_json, print_table
-from tinkerbell_server.cli.serve import default_data_dir
-from tinkerbell_server.cli.settings import FILE, variable
+from tinkerbell_server.cli.settings import read_file
+from tinkerbell_server.config import Settings, declared
 
 if TYPE_CHECKING:
     from tinkerbell_server.access.keys import Key, Keys
 
 
-def where(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say which server's keys are meant, and how they are printed."""
+def common_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that all key commands have."""
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
         click.option(
             "--data-dir",
-            envvar=variable("data_dir"),
-            default=lambda: configured_data_dir(),
-            help="The server's data dir.  [default: the one `serve` takes]",
+            envvar=declared()["data_dir"].variable,
+            default=lambda: read_file().get("data_dir"),
+            metavar="DIRECTORY",
+            help="Data dir of the server.  [default: as for `serve`]",
         ),
     ):
         command = option(command)
@@ -36,15 +36,16 @@ def where(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.group()
 def key() -> None:
-    """API keys: who may use a server, and for what.
+    """API keys: create, list and revoke them.
 
-    Keys are kept in the server's data dir. No server need be running, and one that does sees a change at once.
+    Keys are stored in the data dir of the server. No server has to run; a running server sees a change at the next
+    request.
     """
 
 
 @key.command()
 @click.argument("name")
-@click.option("--tenant", help="Whose models and losses it works on.  [default: NAME]")
+@click.option("--tenant", help="Tenant of the key, which owns models and losses.  [default: NAME]")
 @click.option(
     "--scope",
     "scopes",
@@ -52,104 +53,101 @@ def key() -> None:
     multiple=True,
     default=("train", "upload"),
     show_default=True,
-    help="What it may do; repeatable. Each includes read, and admin all.",
+    help="What the key permits; repeatable. Each scope includes read, and admin includes all.",
 )
-@click.option("--days", type=float, help="Days until it expires.  [default: never]")
-@where
+@click.option("--days", type=float, help="Days until the key expires.  [default: never]")
+@common_options
 def create(
-    name: str, tenant: str | None, scopes: tuple[str, ...], days: float | None, data_dir: str, as_json: bool
+    name: str, tenant: str | None, scopes: tuple[str, ...], days: float | None, data_dir: str | None, as_json: bool
 ) -> None:
-    """Make a key called NAME and print it, this once: the server keeps only its hash.
+    """Create a key with this NAME and print it once: the server stores only its hash.
 
-    Keys of one tenant share models, saves and uploaded losses; no other tenant sees them. What was made before there
-    were keys belongs to the tenant `local`.
+    Keys of one tenant share models, checkpoints and uploaded losses; no other tenant sees them. Data that was created
+    before there were keys belongs to the tenant `local`.
     """
-    with opened(data_dir) as keys:
+    with open_keys(data_dir) as keys:
         first = not keys.exist()
-        made, text = keys.create(name, tenant=name if tenant is None else tenant, scopes=scopes, days=days)
-        told(data_dir, made, "create_key")
+        created, text = keys.create(name, tenant=name if tenant is None else tenant, scopes=scopes, days=days)
+        write_audit(data_dir, created, "create_key")
     if as_json:
-        print_json({**described(made), "key": text})
+        print_json({**as_dict(created), "key": text})
         return
     click.echo(text)
-    click.echo(f"\nkey {made.id} of tenant {made.tenant}: {', '.join(made.scopes)}, {ends(made)}", err=True)
-    click.echo("use it as TINKERBELL_API_KEY, or TinkerClient(url, api_key=...); it is not shown again", err=True)
+    click.echo(
+        f"\nkey {created.id} of tenant {created.tenant}: {', '.join(created.scopes)}, {end_of(created)}", err=True
+    )
+    click.echo("Set it as TINKERBELL_API_KEY or pass TinkerClient(url, api_key=...). It is not shown again.", err=True)
     if first:
-        click.echo("this is the first key: from now on the server asks everybody for one", err=True)
+        click.echo("This is the first key: from now on the server requires a key for each request.", err=True)
 
 
 @key.command("list")
-@where
-def list_(data_dir: str, as_json: bool) -> None:
-    """List keys, those that have ended too."""
-    with opened(data_dir) as keys:
-        known = keys.list()
+@common_options
+def list_(data_dir: str | None, as_json: bool) -> None:
+    """List all keys, including expired and revoked ones."""
+    with open_keys(data_dir) as keys:
+        found = keys.list()
     if as_json:
-        print_json([described(each) for each in known])
+        print_json([as_dict(each) for each in found])
         return
     rows = [
-        (each.id, each.name, each.tenant, " ".join(each.scopes), when(each.created), each.state(), ends(each))
-        for each in known
+        (each.id, each.name, each.tenant, " ".join(each.scopes), utc(each.created), each.state(), end_of(each))
+        for each in found
     ]
     print_table(["ID", "NAME", "TENANT", "SCOPES", "CREATED", "STATE", "ENDS"], rows)
 
 
 @key.command()
 @click.argument("id")
-@where
-def revoke(id: str, data_dir: str, as_json: bool) -> None:
-    """End the key with this ID, from the next request on."""
-    with opened(data_dir) as keys:
-        ended = keys.revoke(id)
-        told(data_dir, ended, "revoke_key")
+@common_options
+def revoke(id: str, data_dir: str | None, as_json: bool) -> None:
+    """Revoke the key with this ID, from the next request on."""
+    with open_keys(data_dir) as keys:
+        revoked = keys.revoke(id)
+        write_audit(data_dir, revoked, "revoke_key")
     if as_json:
-        print_json(described(ended))
+        print_json(as_dict(revoked))
     else:
-        click.echo(f"key {ended.id} ({ended.name}, tenant {ended.tenant}) is revoked")
+        click.echo(f"key {revoked.id} ({revoked.name}, tenant {revoked.tenant}) is revoked")
 
 
 @contextmanager
-def opened(data_dir: str) -> Iterator[Keys]:
+def open_keys(data_dir: str | None) -> Iterator[Keys]:
+    """The keys of a data dir; None: the default data dir."""
     from tinkerbell_server.access.keys import Keys
 
-    keys = Keys(Path(data_dir).expanduser().resolve())
+    keys = Keys(data_path(data_dir))
     try:
         yield keys
     finally:
         keys.close()
 
 
-def told(data_dir: str, key: Key, action: str) -> None:
-    """The audit log's line on a change made here."""
+def data_path(data_dir: str | None) -> Path:
+    return Settings(data_dir=data_dir).data_path
+
+
+def write_audit(data_dir: str | None, key: Key, action: str) -> None:
+    """Record a change of a key in the audit log."""
     from tinkerbell_server.access.audit import Audit
     from tinkerbell_server.access.tenants import Caller
 
-    audit = Audit(Path(data_dir).expanduser().resolve())
-    audit.write(Caller(key.tenant, key.id), action, "done", name=key.name)
+    Audit(data_path(data_dir)).write(Caller(key.tenant, key.id), action, "done", name=key.name)
 
 
-def described(key: Key) -> dict[str, object]:
+def as_dict(key: Key) -> dict[str, object]:
     import msgspec
 
     return {**msgspec.structs.asdict(key), "state": key.state()}
 
 
-def when(seconds: float) -> str:
+def utc(seconds: float) -> str:
+    """A time in seconds since 1970, as date and time in UTC."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
 
 
-def ends(key: Key) -> str:
+def end_of(key: Key) -> str:
+    """When the key ends, in words."""
     if key.revoked is not None:
-        return f"revoked {when(key.revoked)}"
-    return "never expires" if key.expires is None else f"expires {when(key.expires)} UTC"
-
-
-def configured_data_dir() -> str:
-    """The data dir `serve` takes when it is started here: tinkerbell.toml's, or the default."""
-    try:
-        configured = tomllib.loads(Path(FILE).read_text()).get("data_dir")
-    except FileNotFoundError:
-        configured = None
-    except tomllib.TOMLDecodeError as error:
-        raise click.UsageError(f"{FILE} is not TOML: {error}") from error
-    return str(configured or default_data_dir())
+        return f"revoked {utc(key.revoked)}"
+    return "never expires" if key.expires is None else f"expires {utc(key.expires)} UTC"

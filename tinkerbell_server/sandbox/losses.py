@@ -31,9 +31,9 @@ _IDLE = 32  # workers that wait for their next call; each is little memory beyon
 class TimeLimits:
     """How long a loss may take, in seconds; a call has `per_token` more for each padded position."""
 
-    dry_run: float = 5.0
-    call: float = 10.0
-    per_token: float = 0.002
+    dry_run: float
+    call: float
+    per_token: float
 
 
 @dataclass(frozen=True, slots=True)
