@@ -19,6 +19,7 @@ from typing import Literal
 import msgspec
 
 from tests.fake_losses import built_ins
+from tests.fake_tokenizer import ByteTokenizer
 from tinkerbell_core.errors import (
     BadCheckpoint,
     BadLoss,
@@ -71,6 +72,13 @@ def create_engine(settings: Settings) -> FakeEngine:
     if settings.model == "exits":
         os._exit(3)
     return FakeEngine(settings.model or "fake", settings.uploads)
+
+
+def load_tokenizer(settings: Settings) -> ByteTokenizer:
+    """The tokenizer for these settings. Raises BadCheckpoint if the model is "no-tokenizer"."""
+    if settings.model == "no-tokenizer":
+        raise BadCheckpoint("there is no tokenizer in 'no-tokenizer'")
+    return ByteTokenizer()
 
 
 class FakeEngine:

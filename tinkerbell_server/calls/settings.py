@@ -1,4 +1,4 @@
-"""Settings of models, optimisers and samplers: in range, or a BadHyperparameter that names setting and range."""
+"""Checks the settings of models, optimizers and samplers; an error names the setting and its range."""
 
 from __future__ import annotations
 
@@ -14,51 +14,57 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
 def check_name(what: str, name: str) -> None:
-    """Raise BadRequest where `name` cannot be a model id or a save's name."""
+    """Raise BadRequest if `name` cannot be the id of a model or the name of a save. what: its field, for the error."""
     if not _NAME.fullmatch(name):
         raise BadRequest(
-            f"{what} is {name[:140]!r}, but must be letters, digits, '.', '_', ':' and '-', start with a letter "
-            "or a digit, and be at most 128 long"
+            f"{what} is {name[:140]!r}, but must consist of letters, digits, '.', '_', ':' and '-', start with a "
+            "letter or a digit, and have at most 128 characters"
         )
 
 
-def create_spec(request: CreateModelRequest) -> CreateModelRequest:
-    """The same request in its one normal form: full and rank=None are said together."""
+def normalize_spec(request: CreateModelRequest) -> CreateModelRequest:
+    """The same request with full=True and rank=None set together, so that equal models have equal requests.
+
+    Raises BadHyperparameter.
+    """
     if request.rank is not None:
-        _within("rank", request.rank, 1, 1 << 16)
-    _within("alpha", request.alpha, 0, math.inf, open_below=True)
-    _within("seed", request.seed, 0, 2**63 - 1)
+        _check_range("rank", request.rank, 1, 1 << 16)
+    _check_range("alpha", request.alpha, 0, math.inf, exclude_low=True)
+    _check_range("seed", request.seed, 0, 2**63 - 1)
     if request.target_modules is not None and not request.target_modules:
-        raise BadHyperparameter("target_modules is empty: name a module, or leave it out for every linear one")
+        raise BadHyperparameter("target_modules is empty: name a module, or leave it out to adapt every linear module")
     full = request.full or request.rank is None
     return msgspec.structs.replace(request, full=full, rank=None if full else request.rank)
 
 
-def check_optim(request: OptimStepRequest) -> None:
-    _within("learning_rate", request.learning_rate, 0, math.inf)
-    for place, beta in enumerate(request.betas):
-        _within(f"betas[{place}]", beta, 0, 1, open_above=True)
-    _within("eps", request.eps, 0, math.inf)
-    _within("weight_decay", request.weight_decay, 0, math.inf)
-    _within("grad_clip_norm", request.grad_clip_norm, 0, math.inf)
+def check_optim_step(request: OptimStepRequest) -> None:
+    """Raise BadHyperparameter for a setting that is out of range."""
+    _check_range("learning_rate", request.learning_rate, 0, math.inf)
+    for position, beta in enumerate(request.betas):
+        _check_range(f"betas[{position}]", beta, 0, 1, exclude_high=True)
+    _check_range("eps", request.eps, 0, math.inf)
+    _check_range("weight_decay", request.weight_decay, 0, math.inf)
+    _check_range("grad_clip_norm", request.grad_clip_norm, 0, math.inf)
 
 
-def check_sample(request: SampleRequest) -> None:
-    _within("max_tokens", request.max_tokens, 1, 1 << 24)
-    _within("temperature", request.temperature, 0, math.inf)
-    _within("top_p", request.top_p, 0, 1, open_below=True)
-    _within("num_samples", request.num_samples, 1, 1024)
+def check_sample_settings(request: SampleRequest) -> None:
+    """Raise BadHyperparameter for a setting that is out of range; top_k -1 means no limit."""
+    _check_range("max_tokens", request.max_tokens, 1, 1 << 24)
+    _check_range("temperature", request.temperature, 0, math.inf)
+    _check_range("top_p", request.top_p, 0, 1, exclude_low=True)
+    _check_range("num_samples", request.num_samples, 1, 1024)
     if request.top_k != -1:
-        _within("top_k", request.top_k, 1, 1 << 31)
+        _check_range("top_k", request.top_k, 1, 1 << 31)
     if request.seed is not None:
-        _within("seed", request.seed, 0, 2**63 - 1)
+        _check_range("seed", request.seed, 0, 2**63 - 1)
 
 
-def _within(
-    name: str, value: float, low: float, high: float, *, open_below: bool = False, open_above: bool = False
+# not msgspec.Meta: its errors leave out the value, it accepts infinity, and structs made in Python are not checked
+def _check_range(
+    name: str, value: float, low: float, high: float, *, exclude_low: bool = False, exclude_high: bool = False
 ) -> None:
     fits = math.isfinite(value) and low <= value <= high
-    if not fits or (open_below and value == low) or (open_above and value == high):
-        above = f"{'above' if open_below else 'at least'} {low}"
-        below = "" if high == math.inf else f" and {'below' if open_above else 'at most'} {high}"
+    if not fits or (exclude_low and value == low) or (exclude_high and value == high):
+        above = f"{'above' if exclude_low else 'at least'} {low}"
+        below = "" if high == math.inf else f" and {'below' if exclude_high else 'at most'} {high}"
         raise BadHyperparameter(f"{name} is {value}, but must be {above}{below}")

@@ -64,12 +64,12 @@ from tinkerbell_server.engines.torch.network import (
     choose_device,
     choose_dtype,
     load_network,
-    load_tokenizer,
 )
 from tinkerbell_server.engines.torch.ref_logprobs import KEY, ReferenceCache, with_references
 from tinkerbell_server.engines.torch.sample_requests import Sampler
 from tinkerbell_server.engines.torch.step import Step, StepResult, run_step
 from tinkerbell_server.engines.torch.tiny_model import embedded_model
+from tinkerbell_server.engines.torch.tokenizer import load_tokenizer
 from tinkerbell_server.engines.torch.trained_model import TrainedModel, optim_step
 from tinkerbell_server.engines.torch.uploaded_losses import UploadedLosses
 from tinkerbell_server.sandbox.losses import RunContext

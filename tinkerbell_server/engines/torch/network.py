@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from tinkerbell_core.errors import BadRequest
 from tinkerbell_core.logits import plain_logits
@@ -185,14 +185,6 @@ def load_network(
     network = Network(model, str(source), device, dtype)
     network.tail = find_tail(network)
     return network
-
-
-def load_tokenizer(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Transformer:
-    """The tokenizer of a model. Raises BadRequest where there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(str(source), revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise BadRequest(f"cannot load the tokenizer of {str(source)!r}: {_first_line(error)}") from error
 
 
 @torch.no_grad()
