@@ -1,4 +1,4 @@
-"""Every check and every chore, each one session. `nox` runs lint, types, fast tests; `nox -t ci` all that CI runs."""
+"""The sessions of nox: checks, tests, builds, benchmarks. `nox` runs lint, types, fast tests; `nox -t ci` all of CI."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nox
 
-# pip, not uv: a torch wheel from --find-links or an extra index is found by pip's own configuration
+# pip, not uv: only pip reads the configuration that names an extra index or a folder with a wheel of torch
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["tests"]
@@ -18,10 +18,10 @@ ROOT = Path(__file__).parent.resolve()
 DIST = ROOT / "dist"
 CONSTRAINTS = str(ROOT / ".ci" / "constraints.txt")
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
-LINT_TOOLS = ["import-linter", "ruff"]
+LINT_TOOLS = ["deptry", "import-linter", "ruff"]
 TEST_TOOLS = ["hatchling", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "trustme"]
 SDKS = ["0.25.0", "0.30.4", "0.36.0", "0.38.0"]
-"""Versions of the Tinker SDK that are clients of this server; those before speak JSON, of which a test sends some."""
+"""The versions of the Tinker SDK that the tests use. Older versions send JSON; tests without an SDK cover it."""
 COOKBOOK = "tinker-cookbook==0.6.1"
 COOKBOOK_NEEDS = [
     "aiohttp",
@@ -35,7 +35,7 @@ COOKBOOK_NEEDS = [
     "termcolor",
     "tiktoken",
 ]
-"""What it declares, less tml-renderers, and what its arithmetic recipe asks for besides."""
+"""The dependencies of tinker-cookbook without tml-renderers, and those of its arithmetic recipe."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -51,7 +51,7 @@ def install_working_tree(session: nox.Session, *tools: str) -> None:
 
 
 def install_wheels(session: nox.Session, *tools: str) -> None:
-    """Install the files that `build` made, so that no distribution of ours comes from an index."""
+    """Install the wheels that `build` wrote, so that no distribution of this project comes from an index."""
     core = next(DIST.glob("tinkerbell_core-*.whl"))
     plugins = [str(wheel) for wheel in sorted(DIST.glob("tinkerbell_loss_*.whl"))]
     install(session, f"tinkerbell-core[demo] @ {core.as_uri()}", *tools)
@@ -62,6 +62,7 @@ def check_style(session: nox.Session) -> None:
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("lint-imports")
+    session.run("deptry", ".")
 
 
 def check_types(session: nox.Session) -> None:
@@ -71,21 +72,21 @@ def check_types(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """ruff, its formatter, and who may import whom."""
+    """ruff and its formatter, import-linter (which package may import which), deptry (declared dependencies)."""
     session.install("-c", CONSTRAINTS, *LINT_TOOLS)
     check_style(session)
 
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """mypy, strict."""
+    """mypy in strict mode, on the packages, the tools and each plugin."""
     install_working_tree(session, "mypy", "types-protobuf", *TEST_TOOLS)
     check_types(session)
 
 
 @nox.session(tags=["ci"])
 def tests(session: nox.Session) -> None:
-    """Lint, types, and every test but the slow ones: in one environment, since torch is large."""
+    """Lint, types and the tests that are not slow, in one environment because torch is large."""
     install_working_tree(session, "mypy", "types-protobuf", *LINT_TOOLS, *TEST_TOOLS)
     check_style(session)
     check_types(session)
@@ -94,7 +95,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(tags=["ci"])
 def sdk(session: nox.Session) -> None:
-    """The stock Tinker SDK, each version this server promises in turn, and the openai client, against a real server."""
+    """The tests with the stock Tinker SDK, for each supported version, and with the openai client."""
     install_working_tree(session, *TEST_TOOLS, "openai")
     for version in SDKS:
         session.install("-c", CONSTRAINTS, f"tinker=={version}")
@@ -103,7 +104,7 @@ def sdk(session: nox.Session) -> None:
 
 @nox.session(name="sdk-latest")
 def sdk_latest(session: nox.Session) -> None:
-    """The newest Tinker SDK there is, for a weekly look."""
+    """The tests with the newest Tinker SDK; run it weekly."""
     install_working_tree(session, *TEST_TOOLS)
     session.install("--upgrade", "openai", "tinker")
     session.run("pytest", "tests/tinker", *session.posargs, env=OFFLINE)
@@ -111,31 +112,31 @@ def sdk_latest(session: nox.Session) -> None:
 
 @nox.session
 def cookbook(session: nox.Session) -> None:
-    """tinker-cookbook's own loops, unmodified, against a real server: each must end, and get better. Minutes."""
+    """The unmodified training loops of tinker-cookbook against a real server: each must end and improve."""
     install_working_tree(session, f"tinker=={SDKS[-1]}", *COOKBOOK_NEEDS)
-    # it asks for tml-renderers 0.4.1; the newest found for Python 3.11 was 0.2.1, and these loops import none
+    # it requires tml-renderers 0.4.1, of which only 0.2.1 was found for Python 3.11; these loops do not import it
     session.install("--no-deps", COOKBOOK)
     session.run("python", ".ci/cookbook.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session(tags=["ci"])
 def slow(session: nox.Session) -> None:
-    """The tests that train, and the demo."""
+    """The tests that take long: training runs and the demo."""
     install_working_tree(session, "mypy", *TEST_TOOLS)
     session.run("pytest", "-m", "slow", *session.posargs, env=OFFLINE)
 
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Every distribution, by hatch, into dist/."""
+    """Build every distribution with hatch into dist/."""
     session.install("-c", CONSTRAINTS, "hatch")
-    shutil.rmtree(DIST, ignore_errors=True)  # hatch's own --clean removes what it built before the last
+    shutil.rmtree(DIST, ignore_errors=True)  # with --clean, hatch would also remove its last project's
     session.run("hatch", "build", "--all")
 
 
 @nox.session(tags=["ci"], requires=["build"])
 def wheel(session: nox.Session) -> None:
-    """The built wheels, from outside the working tree: the command, and every example."""
+    """The command line and every example with the built wheels, outside the working tree."""
     install_wheels(session, *TEST_TOOLS)
     session.chdir(session.create_tmp())
     session.run("tinkerbell", "plugin", "list")
@@ -145,7 +146,7 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session(tags=["ci"], requires=["build"])
 def plugins(session: nox.Session) -> None:
-    """Every plugin's own tests, on the built wheels: one environment and one run, since torch is slow to import."""
+    """The tests of every plugin with the built wheels, in one run because torch is slow to import."""
     install_wheels(session, *TEST_TOOLS)
     folders = [str(plugin / "tests") for plugin in PLUGINS]
     session.run("pytest", "-n", "2", *folders, *session.posargs, env=OFFLINE)
@@ -153,21 +154,21 @@ def plugins(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Train a tiny model from nothing, then with a loss of your own: about two minutes."""
+    """Train a tiny model from scratch, then with an uploaded loss: about two minutes."""
     install(session, "-e", ".[demo]")
     session.run("tinkerbell", "demo", *session.posargs, env=OFFLINE)
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Every benchmark, in one table; `nox -s bench -- --json` for programs."""
+    """Every benchmark, in one table; `nox -s bench -- --json` prints JSON."""
     install_working_tree(session, f"tinker=={SDKS[-1]}")
     session.run("python", "benchmarks/_all.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
-    """The engine's tests and the benchmarks on cuda, in the environment that runs nox (its torch knows the driver)."""
+    """The engine tests and the benchmarks on cuda, in the environment that runs nox: its torch fits the driver."""
     env = {**OFFLINE, "TINKERBELL_TEST_DEVICE": "cuda"}
     session.run(sys.executable, "-m", "pytest", "tests/engine", *session.posargs, env=env)
     session.run(sys.executable, "benchmarks/_all.py", "--device", "cuda", env=env)

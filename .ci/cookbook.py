@@ -1,7 +1,7 @@
-"""tinker-cookbook's own loops against a server on the embedded model: `python .ci/cookbook.py` runs all four.
+"""Runs four training loops of tinker-cookbook against a server with the embedded model: `python .ci/cookbook.py`.
 
-The cookbook's code is as it was installed. Given to it are a local model with its renderer, small batches, local
-data, and loss_fn="importance_sampling" where its default is stable_reinforce. Each program must end, and get better.
+The code of the cookbook is not changed. Its configuration names a local model with its renderer, small batches, local
+data, and loss_fn="importance_sampling" if the default is stable_reinforce. Each loop must end, and its metric improve.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ METRICS = {
     "arithmetic": ("env/all/reward/total", "up"),
     "guess_number": ("env/all/reward/total", "up"),
 }
-"""What is read of each program's metrics.jsonl, and where it must go."""
+"""The metric of each program in its metrics.jsonl, and the direction in which it must change."""
 
 
 def arithmetic(model: str, log: str) -> None:
-    """Reward: 0.1 less where an answer does not end. A model of random weights can learn to end it."""
+    """The reward is 0.1 lower if an answer does not end. A model with random weights can learn to end it."""
     from tinker_cookbook.recipes.math_rl import train
 
     config = train.CLIConfig(
@@ -52,7 +52,7 @@ def arithmetic(model: str, log: str) -> None:
 
 
 def supervised(model: str, log: str) -> None:
-    """Conversations of a local file: turns of guess-number, a third of them in words its environment cannot read."""
+    """Conversations from a local file: turns of guess-number. Its environment cannot parse a third of the guesses."""
     from tinker_cookbook.recipes.multiplayer_rl.guess_number.env import FAIL_TO_PARSE, SYSTEM_PROMPT
     from tinker_cookbook.renderers import TrainOnWhat
     from tinker_cookbook.supervised import train
@@ -60,16 +60,16 @@ def supervised(model: str, log: str) -> None:
 
     chance = random.Random(0)
 
-    def said() -> str:
+    def guess() -> str:
         return chance.choice(("Guess: {}", "Guess: {}", "Maybe {}")).format(chance.randrange(1024))
 
     file = Path(log).parent / "conversations.jsonl"
     with file.open("w") as out:
         for index in range(3200):
-            told = chance.choice(("Too low", "Too high", FAIL_TO_PARSE))
-            # one in eight begins as the environment does, with 230 tokens more
-            begin = [("system", SYSTEM_PROMPT)] if index % 8 == 0 else [("player", said()), ("user", told)]
-            turns = [*begin, ("assistant", said())]
+            answer = chance.choice(("Too low", "Too high", FAIL_TO_PARSE))
+            # one in eight starts with the system prompt of the environment, which has 230 tokens
+            start = [("system", SYSTEM_PROMPT)] if index % 8 == 0 else [("player", guess()), ("user", answer)]
+            turns = [*start, ("assistant", guess())]
             out.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
     builder = FromConversationFileBuilder(
         common_config=_common(model, 32, train_on_what=TrainOnWhat.ALL_ASSISTANT_MESSAGES), file_path=str(file)
@@ -90,7 +90,7 @@ def supervised(model: str, log: str) -> None:
 
 
 def guess_number(model: str, log: str) -> None:
-    """Ten turns at most, from the weights that `supervised` left. Reward: -1 for each turn that cannot be read."""
+    """At most ten turns, from the weights that `supervised` saved. The reward is -1 for each guess that is not parsed."""
     import chz
     from tinker_cookbook.checkpoint_utils import get_last_checkpoint
     from tinker_cookbook.recipes.multiplayer_rl.guess_number import train as recipe
@@ -98,7 +98,7 @@ def guess_number(model: str, log: str) -> None:
 
     start = get_last_checkpoint(str(Path(log).parent / "supervised"))
     if start is None:
-        raise SystemExit("guess_number goes on from what `supervised` saved: run that before it")
+        raise SystemExit("guess_number starts from the checkpoint that `supervised` saves: run `supervised` first")
     config = recipe.build_config(
         recipe.CLIConfig(
             model_name=model,
@@ -118,7 +118,7 @@ def guess_number(model: str, log: str) -> None:
 
 
 def dpo(model: str, log: str) -> None:
-    """Pairs of a local file; the loss is computed by the client, from forward_backward_custom."""
+    """Pairs from a local file; the client computes the loss with forward_backward_custom."""
     from tinker_cookbook.preference import train_dpo
     from tinker_cookbook.preference.dpo_datasets import DPODatasetBuilderFromComparisons
     from tinker_cookbook.preference.preference_datasets import ComparisonBuilderFromJsonl
@@ -158,9 +158,7 @@ PROGRAMS: dict[str, Callable[[str, str], None]] = {
 }
 
 
-def _common(
-    model: str, batch_size: int, **options: Any
-) -> Any:  # Any: the cookbook is not installed where this is typed
+def _common(model: str, batch_size: int, **options: Any) -> Any:  # Any: mypy runs without the cookbook
     from tinker_cookbook.supervised.types import ChatDatasetBuilderCommonConfig
 
     return ChatDatasetBuilderCommonConfig(
@@ -169,49 +167,54 @@ def _common(
 
 
 def run_all(names: list[str], folder: Path) -> int:
-    """Each program in a process of its own; the exit status."""
+    """Run each program in a new process; the exit status of this script."""
     from tests.live import live_server
 
-    wrong = 0
-    with live_server(folder, "--device", "cpu", seconds=600) as url:
+    failures = 0
+    with live_server(folder, device="cpu", seconds=600) as url:
         model = str(folder / "data" / "models" / "embedded")
-        given = {"TINKER_BASE_URL": url, "TINKER_API_KEY": "tml-local", "TINKER_TELEMETRY": "0", "HF_HUB_OFFLINE": "1"}
+        variables = {
+            "TINKER_BASE_URL": url,
+            "TINKER_API_KEY": "tml-local",
+            "TINKER_TELEMETRY": "0",
+            "HF_HUB_OFFLINE": "1",
+        }
         for name in names:
             log = folder / name
             with (folder / f"{name}.log").open("wb") as out:
                 command = [sys.executable, __file__, "--program", name, model, str(log)]
-                status = subprocess.call(command, env={**os.environ, **given}, stdout=out, stderr=out)
-            key, way = METRICS[name]
+                status = subprocess.call(command, env={**os.environ, **variables}, stdout=out, stderr=out)
+            key, direction = METRICS[name]
             numbers = _numbers(log / "metrics.jsonl", key)
-            better = _better(numbers, way)
+            better = _better(numbers, direction)
             end = "ended" if status == 0 else f"failed ({status})"
-            print(f"{name}: {end}; {_told(key, numbers)}{'' if better else '; NOT better'}", flush=True)
-            wrong += status != 0 or not better
+            print(f"{name}: {end}; {_summary(key, numbers)}{'' if better else '; NOT better'}", flush=True)
+            failures += status != 0 or not better
             if status != 0:
                 print((folder / f"{name}.log").read_text(errors="replace")[-3000:])
-    return int(wrong > 0)
+    return int(failures > 0)
 
 
 def _numbers(metrics: Path, key: str) -> list[float]:
-    """What a program logged under this name, step by step."""
+    """The value of a metric at each step at which the program logged it."""
     steps = map(json.loads, metrics.read_text().splitlines() if metrics.exists() else [])
     return [step[key] for step in steps if key in step]
 
 
 def _ends(numbers: list[float]) -> tuple[float, float]:
-    """Means of the first and of the last quarter: a reward jumps from step to step."""
+    """The means of the first and of the last quarter, because a reward varies much from step to step."""
     quarter = max(len(numbers) // 4, 1)
     return fmean(numbers[:quarter]), fmean(numbers[-quarter:])
 
 
-def _better(numbers: list[float], way: str) -> bool:
+def _better(numbers: list[float], direction: str) -> bool:
     if len(numbers) < 2:
         return False
     before, after = _ends(numbers)
-    return after > before if way == "up" else after < before
+    return after > before if direction == "up" else after < before
 
 
-def _told(key: str, numbers: list[float]) -> str:
+def _summary(key: str, numbers: list[float]) -> str:
     if not numbers:
         return f"no {key}"
     before, after = _ends(numbers)

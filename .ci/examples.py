@@ -1,4 +1,4 @@
-"""Runs every example against one server that takes uploads, in whatever environment this Python has."""
+"""Runs every example against one server that accepts uploads, in the environment of this Python."""
 
 from __future__ import annotations
 
