@@ -90,7 +90,7 @@ def supervised(model: str, log: str) -> None:
 
 
 def guess_number(model: str, log: str) -> None:
-    """At most ten turns, from the weights that `supervised` saved. The reward is -1 for each guess that is not parsed."""
+    """At most ten turns, from the weights that `supervised` saved. A guess that is not parsed has the reward -1."""
     import chz
     from tinker_cookbook.checkpoint_utils import get_last_checkpoint
     from tinker_cookbook.recipes.multiplayer_rl.guess_number import train as recipe
