@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+
+from tinker_client import TinkerClient
+from tinkerbell_server.config import Settings
+from tinkerbell_server.launch import running_server
 
 Run = Callable[[], object]
 
@@ -39,6 +45,15 @@ def write_model(folder: Path, *, vocab: int, layers: int) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     words = WordLevel({str(id): id for id in range(vocab)}, unk_token="0")
     transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def served(**settings: Any) -> Iterator[TinkerClient]:  # Any: one type for each setting
+    """A client of a server with these settings; the server's data is deleted at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        chosen, log = Settings(data_dir=str(Path(folder, "data")), **settings), Path(folder, "server.log")
+        with running_server(chosen, log=log) as server, TinkerClient(server.url) as client:
+            yield client
 
 
 def all_threads() -> int:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from tinker_client import custom_loss
 from tinker_client.backend import HFBackend
-from tinker_client.demo.server import running_server
 from tinkerbell_core import LossFnOutput
 from tinkerbell_core.functional import sequence_sum, target_logprobs
 
@@ -89,7 +88,7 @@ def measure(device: str, pairs: int) -> tuple[list[dict[str, object]], dict[str,
     ids = torch.randint(VOCAB, (ROWS, LENGTH + 1)).tolist()
     with tempfile.TemporaryDirectory() as folder:
         _common.write_model(Path(folder), vocab=VOCAB, layers=LAYERS)
-        with running_server(folder, "--device", device, "--uploads", "trusted") as client:
+        with _common.served(model=folder, device=device, uploads="trusted") as client:
             custom_loss(client, coupling="sequence", group_size=2)(prefer)
             sides = Sides(client.hf_backend, ids)
             sides.one_pass()

@@ -13,7 +13,6 @@ import _common
 import torch
 
 from tinker_client.backend import HFBackend
-from tinker_client.demo.server import running_server
 
 VOCAB, PROMPT, SAMPLES = 4096, 16, 32
 TARGETS = {2: ">= 6", 8: ">= 4"}
@@ -48,7 +47,7 @@ def measure(device: str, pairs: int, tokens: int) -> tuple[list[dict[str, object
     for layers, target in TARGETS.items():
         with tempfile.TemporaryDirectory() as folder:
             _common.write_model(Path(folder), vocab=VOCAB, layers=layers)
-            with running_server(folder, "--device", device) as client:
+            with _common.served(model=folder, device=device) as client:
                 backend = client.hf_backend
                 backend.create_model("bench", rank=16)
                 runs = [loop(backend, prompts, tokens, at_once=at_once) for at_once in (False, True)]

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import _common
@@ -124,17 +122,10 @@ def kill(losses: SandboxedLosses, spec: LossSpec, pairs: int) -> dict[str, Any]:
     return {"after the deadline": late, "next good call": again}
 
 
-def decorate(folder: Path, times: int) -> list[float]:
+def decorate(times: int) -> list[float]:
     """Seconds from the decorator to a loss that can be used, on a warm server over HTTP."""
-    from tinker_client import TinkerClient
-    from tinkerbell_server.config import Settings
-    from tinkerbell_server.launch import running_server
-
     found = []
-    with (
-        running_server(Settings(data_dir=str(folder)), log=(folder / "log").open("wb")) as server,
-        TinkerClient(server.url) as client,
-    ):
+    with _common.served() as client:
         custom_loss(client, name="warm")(guides)
         for number in range(times):
             start = time.perf_counter()
@@ -159,8 +150,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         found["kill"] = kill(losses, hanging, options.pairs)
     finally:
         losses.close()
-    with tempfile.TemporaryDirectory() as folder:
-        found["decorator"] = decorate(Path(folder), options.pairs)
+    found["decorator"] = decorate(options.pairs)
     return found
 
 

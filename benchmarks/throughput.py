@@ -14,7 +14,6 @@ import torch.nn.functional as F
 import transformers
 
 from tinker_client.backend import HFBackend
-from tinker_client.demo.server import running_server
 
 ROWS, LENGTH, VOCAB, LAYERS = 8, 256, 32_000, 8
 RANK = ALPHA = 16
@@ -79,7 +78,7 @@ def measure(device: str, pairs: int, steps: int) -> tuple[list[dict[str, object]
     rows, details = [], {"device": device, "pairs": pairs, "steps_a_pair": steps, "threads": threads}
     with tempfile.TemporaryDirectory() as folder:
         _common.write_model(Path(folder), vocab=VOCAB, layers=LAYERS)
-        with running_server(folder, "--device", device) as client:
+        with _common.served(model=folder, device=device) as client:
             for what, (share, target) in CASES.items():
                 bare = bare_loop(Path(folder), ids, share, device, steps)
                 served = served_loop(client.hf_backend, ids, share, steps)

@@ -14,8 +14,6 @@ import torch
 from throughput import LAYERS, LEARNING_RATE, LENGTH, RANK, ROWS, VOCAB, bare_loop
 from tinker import types
 
-from tinker_client.demo.server import running_server
-
 
 def served_loop(model: Any, ids: list[list[int]], steps: int) -> _common.Run:
     """So many steps as scripts write them: both requests sent, all awaited at the end. Any: a TrainingClient."""
@@ -50,7 +48,7 @@ def measure(device: str, pairs: int, steps: int) -> tuple[list[dict[str, object]
     details: dict[str, object] = {"device": device, "pairs": pairs, "threads": threads, "sdk": tinker.__version__}
     with tempfile.TemporaryDirectory() as folder:
         _common.write_model(Path(folder), vocab=VOCAB, layers=LAYERS)
-        with running_server(folder, "--device", device) as client:
+        with _common.served(model=folder, device=device) as client:
             service = tinker.ServiceClient(base_url=client.base_url)
             # the bare loop, too, leaves the head alone
             model = service.create_lora_training_client(base_model=folder, rank=RANK, train_unembed=False).result()

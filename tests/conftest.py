@@ -1,4 +1,4 @@
-"""What tests of several rooms share."""
+"""Fixtures that tests of several packages share."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 
 from tests.live import live_server
 
-PATIENT = ("--dry-run-seconds", "60", "--sandbox-seconds", "60")
-"""A machine that runs many tests at once is slow."""
+PATIENT = {"dry_run_seconds": 60.0, "sandbox_seconds": 60.0}
+"""Settings for a machine that runs many tests at once and is therefore slow."""
 
 
 @pytest.fixture(scope="session")
 def torch_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server on the embedded model that takes uploads."""
-    with live_server(tmp_path_factory.mktemp("torch-server"), *PATIENT, "--device", "cpu", seconds=280) as url:
+    with live_server(tmp_path_factory.mktemp("torch-server"), **PATIENT, device="cpu", seconds=280) as url:
         yield url

@@ -86,7 +86,7 @@ def test_a_data_dir_is_made_by_the_first_key_before_any_server(data: Path) -> No
 
 
 def test_keys_work_end_to_end(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_upload: Any) -> None:
-    with live_server(tmp_path, "--engine", FAKE_ENGINE, "--uploads", "trusted") as url:
+    with live_server(tmp_path, engine=FAKE_ENGINE, uploads="trusted") as url:
         text = key("create", "ann").stdout.strip()
         admin = key("create", "root", "--scope", "admin").stdout.strip()
         with TinkerClient(url) as nobody, pytest.raises(Unauthorized, match="asks for an API key"):

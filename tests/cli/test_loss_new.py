@@ -84,7 +84,7 @@ def site(wendy: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def server(site: Path) -> Iterator[str]:
-    with live_server(site.parent, *PATIENT, "--device", "cpu", seconds=400) as url:
+    with live_server(site.parent, **PATIENT, device="cpu", seconds=400) as url:
         yield url
 
 

@@ -60,7 +60,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (info / "entry_points.txt").write_text("[tinkerbell]\nsummed = summed\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
-        with live_server(folder, *PATIENT, "--device", "cpu", "--dtype", "float32", seconds=400) as url:
+        with live_server(folder, **PATIENT, device="cpu", dtype="float32", seconds=400) as url:
             yield url
 
 

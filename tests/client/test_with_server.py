@@ -17,7 +17,7 @@ from tinkerbell_core import errors
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with live_server(tmp_path_factory.mktemp("server"), "--engine", FAKE_ENGINE, "--uploads", "trusted") as url:
+    with live_server(tmp_path_factory.mktemp("server"), engine=FAKE_ENGINE, uploads="trusted") as url:
         yield url
 
 

@@ -141,9 +141,9 @@ def world(folder: Path, uploads: str) -> Iterator[World]:
     (folder / "canary").mkdir()
     (folder / "secret").write_text(SECRET)
     os.environ["PLANTED"] = SECRET
-    options = ["--uploads", uploads, "--device", "cpu", "--dry-run-seconds", str(TRIAL), "--sandbox-seconds", str(CALL)]
+    settings = {"uploads": uploads, "device": "cpu", "dry_run_seconds": TRIAL, "sandbox_seconds": CALL}
     try:
-        with live_server(folder, *options, seconds=300) as url, _ears() as (tcp, udp), TinkerClient(url) as client:
+        with live_server(folder, **settings, seconds=300) as url, _ears() as (tcp, udp), TinkerClient(url) as client:
             made = World(url, folder, tcp, udp, client)
             made.boot_id = client.healthz()["boot_id"]
             made.restore()

@@ -76,8 +76,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server of that model; uploads are on, so that a loss of one's own has a name."""
-    options = ("--device", "cpu", "--dtype", "float32", *PATIENT)
-    with live_server(tmp_path_factory.mktemp("tinker-server"), str(model_folder), *options, seconds=280) as url:
+    settings = {"model": str(model_folder), "device": "cpu", "dtype": "float32", **PATIENT}
+    with live_server(tmp_path_factory.mktemp("tinker-server"), **settings, seconds=280) as url:
         yield url
 
 

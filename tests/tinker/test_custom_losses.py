@@ -330,7 +330,7 @@ def test_a_malformed_loss_is_refused_at_once(hand: Hand, changes: dict[str, Any]
 @TRACED
 def test_a_server_without_uploads_leaves_losses_to_the_client(tmp_path: Path) -> None:
     ranks = {"logprobs": 1, "weights": 1}
-    with live_server(tmp_path, "--engine", FAKE_ENGINE, "--uploads", "off") as url:
+    with live_server(tmp_path, engine=FAKE_ENGINE, uploads="off") as url:
         service = tinker.ServiceClient(base_url=url)
         handle = service.create_custom_loss(likelihood, ranks).result()
         assert handle.loss_id is None

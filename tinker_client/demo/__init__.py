@@ -1,1 +1,1 @@
-"""The demo: an ordinary client that starts a server beside it, trains from nothing, then with a loss of its own."""
+"""The demo: trains a random model with a built-in loss, then with an uploaded one. Imports only the client and core."""

@@ -1,4 +1,4 @@
-"""The demo's own loss: tell the text that really follows from text found elsewhere in the same file."""
+"""The loss that the demo uploads: prefers the true continuation of a text to another part of the same file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAME = "prefer_true_text"
 
 
 def upload(client: TinkerClient) -> None:
-    """Give the server the loss; from then on `loss_fn="prefer_true_text"` is one of its losses."""
+    """Upload the loss; the server then accepts `loss_fn="prefer_true_text"`."""
 
     @custom_loss(client, name=NAME, coupling="sequence", group_size=2)
     def prefer_true_text(
@@ -26,7 +26,7 @@ def upload(client: TinkerClient) -> None:
         beta: float = 0.3,
         anchor: float = 0.05,
     ) -> LossFnOutput:
-        """Bradley-Terry on whole continuations; `anchor` keeps the model modelling the true ones."""
+        """Bradley-Terry on whole continuations; `anchor` weights the likelihood of the true ones."""
         targets = loss_fn_inputs["target_tokens"].unsqueeze(-1)
         logprobs = model_outputs.log_softmax(-1).gather(-1, targets).squeeze(-1)  # [B, T]
         counts = loss_fn_inputs["weights"] * attention_mask

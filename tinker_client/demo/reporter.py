@@ -1,4 +1,4 @@
-"""What the demo says while it runs: bars on a terminal, plain lines in a pipe, nothing for a program."""
+"""Shows the progress of the demo: bars on a terminal, lines in a pipe, nothing if the output is JSON."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    def advance(self) -> None: ...
+    """The progress of one stage."""
 
-    def measured(self, value: float) -> None: ...
+    def advance(self) -> None:
+        """Count one step."""
+        ...
+
+    def measured(self, value: float) -> None:
+        """Show a measurement."""
+        ...
 
 
 class Reporter:
-    """Plain lines, or nothing where `quiet`."""
+    """Prints lines, or nothing if `quiet`."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -26,6 +32,7 @@ class Reporter:
 
     @contextmanager
     def stage(self, title: str, steps: int, label: str) -> Iterator[Progress]:
+        """A stage of training, whose measurements are shown after `label`."""
         self.say(f"\n{title}: {steps} steps")
         yield _Lines(self, steps, label)
 
@@ -39,12 +46,12 @@ class _Lines:
         self._step += 1
 
     def measured(self, value: float) -> None:
-        # a measurement comes before its step is counted, but for the one at the start
+        # except for the first, a measurement is shown before its step is counted
         self._reporter.say(f"  step {self._step + (self._step > 0):>4}/{self._steps}  {self._label} {value:.3f}")
 
 
 class BarReporter(Reporter):
-    """A rich progress bar a stage, with the last measurement beside it."""
+    """Shows a rich progress bar for each stage, with its first and last measurement."""
 
     @contextmanager
     def stage(self, title: str, steps: int, label: str) -> Iterator[Progress]:
@@ -63,7 +70,7 @@ class BarReporter(Reporter):
 
 
 class _Bar:
-    # an int and a bar: rich names both types in a module that this one imports late
+    # object and int: the types of rich are not imported before they are needed
     def __init__(self, bars: object, task: int, label: str) -> None:
         from rich.progress import Progress as Bars
         from rich.progress import TaskID
@@ -81,5 +88,5 @@ class _Bar:
 
 
 def reporter_for_stdout(*, quiet: bool) -> Reporter:
-    """Bars where a person is watching."""
+    """Bars if stdout is a terminal, otherwise lines."""
     return BarReporter() if sys.stdout.isatty() and not quiet else Reporter(quiet=quiet)

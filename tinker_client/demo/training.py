@@ -1,10 +1,11 @@
-"""What the demo does, in order, and the numbers it ends with."""
+"""Trains the model of the demo in two stages, and measures it before, during and after."""
 
 from __future__ import annotations
 
 import math
 import shutil
 from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,18 +15,21 @@ import msgspec
 from tinker_client.backend import HFBackend
 from tinker_client.client import TinkerClient
 from tinker_client.demo import preference
+from tinker_client.demo.corpus import Corpus, Pair, pairs, read_corpus, rows
 from tinker_client.demo.reporter import Reporter
-from tinker_client.demo.text import Corpus, pairs, read_corpus, rows
 from tinker_client.results import ForwardBackwardResult
 
 MODEL = "demo"
 PROMPT = "def __init__(self, "
 IN_FLIGHT = 4
-"""Steps submitted ahead of the one waited for, so that the server never idles."""
+"""Steps submitted ahead of the step whose result is awaited, so that the server is always busy."""
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """One stretch of training: the learning rate rises over `warmup` steps, then falls to a tenth."""
+    """One stage of training.
+
+    The learning rate rises over `warmup` steps, and falls to a tenth of `learning_rate` at the end.
+    """
 
     title: str
     loss_fn: str
@@ -36,11 +40,12 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     measure_every: int
 
     def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
         return self.learning_rate * min(1.0, (step + 1) / self.warmup) * (1 - 0.9 * step / self.steps)
 
 
 LEARN = Stage(
-    title="learning to read Python from nothing",
+    title="learning Python source from random weights",
     loss_fn="cross_entropy",
     steps=300,
     batch=8,
@@ -60,14 +65,14 @@ PREFER = Stage(
 
 
 class Point(msgspec.Struct, frozen=True):
-    """A measurement on what is held out, after so many steps."""
+    """A measurement on held-out text after a number of steps."""
 
     step: int
     value: float
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What the demo found: measured on files that were never trained on."""
+    """The results of the demo. bits_per_byte and pair_accuracy are measured on files that are not trained on."""
 
     bits_per_byte: list[Point]
     pair_accuracy: list[Point]
@@ -78,18 +83,18 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     saved: str
 
 
-def tell(client: TinkerClient, out: Path, seed: int, reporter: Reporter) -> Outcome:
-    """Train, measure, sample and save."""
+def train(client: TinkerClient, out: Path, seed: int, reporter: Reporter) -> Outcome:
+    """Train in both stages, sample before and after, and save the model to `out`."""
     backend = client.hf_backend
     corpus = read_corpus(seed)
     model = backend.create_model(MODEL, full=True)
-    reporter.say(f"{len(corpus.train)} files of the standard library to learn from, {len(corpus.held_out)} held out")
-    reporter.say(f"a model of {model.trainable_parameters / 1e6:.2f} million parameters, every one of them random")
+    reporter.say(f"{len(corpus.train)} files of the standard library to train on, {len(corpus.held_out)} held out")
+    reporter.say(f"a model of {model.trainable_parameters / 1e6:.2f} million random parameters")
 
     before = _sample(backend)
     bits, train_bits = _learn(backend, corpus, Random(seed), reporter)
     preference.upload(client)
-    reporter.say(f"uploaded a loss of our own: {preference.NAME!r}")
+    reporter.say(f"uploaded the loss {preference.NAME!r}")
     accuracy = _prefer(backend, corpus, Random(seed + 1), reporter)
 
     return Outcome(
@@ -125,12 +130,17 @@ def _prefer(backend: HFBackend, corpus: Corpus, rng: Random, reporter: Reporter)
     return points
 
 
-# Any: an iterable of rows or of records, whichever the stage's loss takes
 def _train(
-    backend: HFBackend, stage: Stage, data: Any, measure: Any, label: str, reporter: Reporter
+    backend: HFBackend,
+    stage: Stage,
+    data: Iterable[list[str] | list[Pair]],
+    measure: Callable[[int], Point],
+    label: str,
+    reporter: Reporter,
 ) -> tuple[list[Point], list[ForwardBackwardResult]]:
+    """The measurements and the result of each step."""
     points, results = [measure(0)], []
-    waiting: deque[Any] = deque()
+    waiting: deque[Any] = deque()  # Any: `submit` returns futures of several result types
     with reporter.stage(stage.title, stage.steps, label) as progress:
         progress.measured(points[0].value)
         for step, batch in enumerate(data, start=1):
@@ -157,18 +167,18 @@ def _held_out_rows(corpus: Corpus) -> list[str]:
 
 
 def _bits(result: ForwardBackwardResult) -> float:
-    """Nats summed over tokens, as bits a byte: the embedded model's tokens are bytes."""
+    """The loss in bits per byte: the tokens of the embedded model are bytes."""
     return result.loss / (result.counted_tokens * math.log(2))
 
 
 def _sample(backend: HFBackend) -> str:
-    # with this seed the untrained model does not end its text at once
+    # with this seed the untrained model does not sample the end of text first
     sampled = backend.sample(PROMPT, model_id=MODEL, max_tokens=120, temperature=0.7, seed=3)
     return PROMPT + sampled.sequences[0].text
 
 
 def _save(backend: HFBackend, out: Path) -> str:
-    """Save on the server, and copy to `out`, since the server's data goes away with it."""
+    """Save on the server and copy the checkpoint to `out`, because the data of the server is deleted with it."""
     saved = out / "model"
     shutil.rmtree(saved, ignore_errors=True)
     shutil.copytree(backend.save(MODEL, name="demo").path, saved)

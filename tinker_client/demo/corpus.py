@@ -1,4 +1,4 @@
-"""Real text that every machine with Python has: the source and docstrings of the standard library, cut into rows."""
+"""The training text of the demo: the source of Python's standard library, cut into rows and preference pairs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ PROMPT_BYTES = 48
 COMPLETION_BYTES = 16
 
 Pair = dict[str, str]
-"""A preference record: prompt, chosen (the text that really follows) and rejected (from elsewhere in the same file)."""
+"""A preference record: prompt, chosen (the text that follows it) and rejected (another part of the same file)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Whole files, so that nothing held out was ever seen."""
+    """Texts of whole files, so that no held-out text is part of the training text."""
 
     train: list[str]
     held_out: list[str]
@@ -27,7 +27,7 @@ def read_corpus(seed: int) -> Corpus:
     """The standard library's top-level modules, one in eight held out."""
     folder = Path(sysconfig.get_path("stdlib"))
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.py"))]
-    # ASCII, so that a character is a byte and bits per byte are what they say
+    # ASCII only, so that the number of characters is the number of bytes
     files = [text for text in texts if text.isascii() and len(text) > 8 * ROW_BYTES]
     random.Random(seed).shuffle(files)
     held_out = len(files) // 8
@@ -35,13 +35,13 @@ def read_corpus(seed: int) -> Corpus:
 
 
 def rows(files: list[str], count: int, rng: random.Random) -> list[str]:
-    """`count` rows of ROW_BYTES, from places drawn evenly over all the text."""
+    """`count` rows of ROW_BYTES characters, at positions drawn uniformly from the whole text."""
     drawn = rng.choices(files, weights=[len(text) for text in files], k=count)
     return [_cut(text, ROW_BYTES, rng) for text in drawn]
 
 
 def pairs(files: list[str], count: int, rng: random.Random) -> list[Pair]:
-    """`count` preference records; both completions have one length, so neither wins by being short."""
+    """`count` preference records; chosen and rejected have the same length, so that length decides nothing."""
     drawn = rng.choices(files, weights=[len(text) for text in files], k=count)
     records = []
     for text in drawn:
