@@ -89,10 +89,14 @@ class FakeEngine:
         self._models: dict[str, _Model] = {}
         self._losses = built_ins()
 
+    def memory_bytes(self) -> int:
+        return 0
+
     def describe(self) -> commands.EngineDescription:
         return commands.EngineDescription(
             engine="fake",
             base_model=self._base_model,
+            base_id=_base_id(self._base_model),
             vocab_size=_VOCAB,
             max_length=_LENGTH,
             device="cpu",
@@ -169,7 +173,7 @@ class FakeEngine:
         model = self._model(command.model_id)
         if _word(command.model_id).startswith("crash-"):
             os._exit(9)
-        lengths = _lengths(command.data)
+        lengths = [row.tokens.shape[0] for row in command.data]
         for id in command.weights or [command.loss]:
             if id not in self._losses:
                 raise UnknownLoss(f"no loss {id!r} (there is: {', '.join(self._losses)})")
@@ -276,12 +280,10 @@ def _word(model_id: str) -> str:
     return model_id.rpartition("/")[2]
 
 
-def _lengths(data: list[commands.Row] | commands.TextData) -> list[int]:
-    if isinstance(data, list):
-        return [row.tokens.shape[0] for row in data]
-    if data.kind == "preferences":
-        return [len(str(item["prompt"]) + str(item[side])) for item in data.items for side in ("chosen", "rejected")]
-    return [max(len(item) - 1, 1) for item in data.items]
+def _base_id(base_model: str) -> str:
+    """The same for every name of one folder."""
+    name = os.path.realpath(base_model) if os.path.isdir(base_model) else base_model
+    return hashlib.sha256(name.encode()).hexdigest()
 
 
 def _number(content: bytes) -> float:

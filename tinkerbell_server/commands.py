@@ -1,4 +1,4 @@
-"""What an engine is: commands in, results out, one at a time. Knows nothing of HTTP."""
+"""The commands that the service sends to an engine, their results, and the interface of an engine."""
 
 from __future__ import annotations
 
@@ -28,20 +28,24 @@ MATERIALISED = "logits_materialised/"
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """One thing an engine is asked to do. A command that raises has changed nothing."""
+    """A request to an engine.
+
+    The service has checked every value before it sends a command, and an engine does not check them again. A command
+    that raises TinkerbellError has changed nothing.
+    """
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One sequence as the model sees it: token ids int64 [T], and each loss input [], [T] or [T, K], by name."""
+    """One sequence: its token ids int64 [T], and its loss inputs [], [T] or [T, K] by name."""
 
     tokens: TensorData
     inputs: dict[str, TensorData] = {}
 
 
 class TextData(msgspec.Struct, frozen=True):
-    """Data that must be tokenised where the tokenizer is: strings, chats or preference records, their shape checked.
+    """Data of a call that has to be tokenised: strings, chats or preference records whose form has been checked.
 
-    inputs: loss inputs of each row, added to what the text gives.
+    inputs: the loss inputs of each row, in addition to those that follow from the text.
     """
 
     kind: str  # "strings" | "chats" | "preferences"
@@ -54,15 +58,16 @@ class CreateModel(Command, frozen=True):
 
 
 class RunLoss(Command, frozen=True):
-    """forward (backward=False) or forward_backward. loss: an id; hyperparameters: bound.
+    """forward (backward=False) or forward_backward of a loss on rows.
 
-    weights: ids and weights of a sum made for this call; empty: the loss is the one of its id.
-    tenant: who calls, so that no two tenants share a process that runs an uploaded loss.
+    loss: the id of the loss. weights: the ids and weights of a weighted sum of losses; empty for a single loss.
+    data: checked rows, at least one, with the inputs that the loss needs. hyperparameters: the value of each one.
+    tenant: the caller's; an uploaded loss runs in a process that is not shared between tenants.
     """
 
     model_id: str
     loss: str
-    data: list[Row] | TextData
+    data: list[Row]
     hyperparameters: dict[str, Any]
     backward: bool
     tenant: str | None = None
@@ -94,13 +99,15 @@ class PromptQuestions(msgspec.Struct, frozen=True):
 
 
 class Sample(Command, frozen=True):
-    """prompt: token ids, a string or a chat. stop: token ids or strings. path: a saved model, in place of model_id.
+    """Samples that continue a prompt.
 
-    end: whether the model's own end of text stops it too. top: how many of the likeliest tokens to tell of each.
+    model_id: None for the base model. path: a saved model to sample from instead. prompt: token ids, at least one.
+    top_k: -1 for no limit. stop: token ids or strings that end a sample. end: whether the model's end-of-text tokens
+    end it too. top: how many of the likeliest tokens to report at each position.
     """
 
     model_id: str | None
-    prompt: str | list[Any]  # Any: token ids, or turns {role, content}; msgspec decodes one kind of list in a union
+    prompt: list[int]
     max_tokens: int
     temperature: float
     top_p: float
@@ -177,6 +184,20 @@ class DeleteLosses(Command, frozen=True):
     ids: list[str]
 
 
+AnyCommand = (
+    CreateModel
+    | RunLoss
+    | OptimStep
+    | Sample
+    | Samples
+    | Save
+    | Load
+    | DeleteModel
+    | RegisterLoss
+    | ImportLoss
+    | DeleteLosses
+)
+
 Result = (
     ModelInfo
     | ForwardOutput
@@ -196,10 +217,14 @@ class EngineDescription(msgspec.Struct, frozen=True, kw_only=True):
 
     uploads: how uploaded losses run here; mechanisms: what confines them; uploads_problem: why they are off.
     layers: modules an adapter can be on, by part: attention, mlp, unembed.
+    base_model: the base model's name as it was typed. base_id: the identity of its content in 64 hexadecimal digits,
+    empty if the engine cannot tell. revision: its commit on the hub.
     """
 
     engine: str
     base_model: str
+    base_id: str = ""
+    revision: str | None = None
     vocab_size: int
     max_length: int
     device: str
@@ -215,17 +240,23 @@ class EngineDescription(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Engine(Protocol):
-    """The one owner of weights and device.
+    """The owner of the weights and the device."""
 
-    `execute` raises TinkerbellError for what can be answered to the user; then nothing has changed.
-    """
+    def describe(self) -> EngineDescription:
+        """The engine and its losses; changes only if a command changes the losses."""
+        ...
 
-    def describe(self) -> EngineDescription: ...
+    def memory_bytes(self) -> int:
+        """The peak memory use so far."""
+        ...
 
     def execute(self, command: Command) -> Result:
-        """May be called on several threads; the engine sees to it that they do not meet."""
+        """Run a command. Raises TinkerbellError for the user's errors; then nothing has changed.
+
+        May be called from several threads at once; the engine takes care that only one of them uses the device.
+        """
         ...
 
     def close(self) -> None:
-        """Nothing will be asked any more; commands under way may fail."""
+        """Free what the engine holds. No command follows; commands that still run may fail."""
         ...

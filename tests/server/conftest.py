@@ -92,7 +92,7 @@ class Caller:
         return {model["model_id"]: model for model in self.http.get("/list_models").json()["models"]}
 
     def engine_pid(self) -> int:
-        (pid,) = children(self.server.process.pid)
+        (pid,) = [child for child in children(self.server.process.pid) if module_of(child).endswith("engines.process")]
         return pid
 
     def kill_engine(self) -> None:
@@ -116,6 +116,15 @@ def children(pid: int) -> list[int]:
         with contextlib.suppress(FileNotFoundError):
             found += [int(child) for child in (task / "children").read_text().split()]
     return found
+
+
+def module_of(pid: int) -> str:
+    """The module that a process runs with `python -m`; empty if it has ended."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except FileNotFoundError:
+        return ""
+    return words[words.index(b"-m") + 1].decode() if b"-m" in words else ""
 
 
 def upload(name: str = "mine", payload: bytes = b"pickle", **changes: Any) -> RegisterLossRequest:

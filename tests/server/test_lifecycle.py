@@ -205,7 +205,7 @@ def test_an_engine_that_never_starts_is_given_up(tmp_path: Path) -> None:
         service = Service(Settings(engine=FAKE_ENGINE, model="exits", data_dir=str(tmp_path)))
         service.start()
         try:
-            assert not await service.supervisor.settled()
+            assert not await service.bases.default.supervisor.settled()
             with pytest.raises(TinkerbellError, match="there is no engine"):
                 await service.losses(Caller())
         finally:

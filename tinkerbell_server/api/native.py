@@ -1,4 +1,4 @@
-"""The guide's API over plain HTTP. Thin: a body is parsed, `Service` does the work, the answer is encoded.
+"""The native API over plain HTTP: decodes each body, passes it to the service, and encodes the answer.
 
 Bodies are msgpack (`Content-Type: application/msgpack`) or JSON (`application/json`); anything else is a 415. Answers
 come in the format of `Accept` where it names one of the two, else in that of the request's body, else in JSON. In JSON,
@@ -67,15 +67,15 @@ from tinkerbell_core.types import (
 from tinkerbell_server.http.auth import Endpoint, allowed, caller_of
 from tinkerbell_server.http.errors import HttpError, answer, decode, read_body
 from tinkerbell_server.service import upload_checks
-from tinkerbell_server.service.futures import Call
-from tinkerbell_server.service.intake import Request as Submitted
+from tinkerbell_server.service.futures import digest_of
+from tinkerbell_server.service.intake import ModelRequest, Submission
 from tinkerbell_server.service.service import Service
 
 _MAX_WAIT = 30.0
 _MOST_KEY = 200
 _SMALL = 4 << 20
 
-SUBMITTED: dict[str, type[Submitted]] = {
+SUBMITTED: dict[str, type[ModelRequest]] = {
     "create_model": CreateModelRequest,
     "forward": ForwardRequest,
     "forward_backward": ForwardRequest,
@@ -121,7 +121,7 @@ async def list_models(request: Request) -> Response:
 
 async def register_custom_loss(request: Request) -> Response:
     service = _service(request)
-    upload_checks.check_on(await service.supervisor.described())
+    upload_checks.check_uploads_on(await service.bases.default.supervisor.described())
     body = await read_body(request, upload_checks.BODY_LIMIT, upload_checks.too_large())
     upload = decode(request, body, RegisterLossRequest)
     return answer(request, await service.library.register(caller_of(request), upload))
@@ -156,14 +156,23 @@ async def future(request: Request) -> Response:
     return answer(request, await _service(request).future(caller_of(request), request_id, min(wait, _MAX_WAIT)))
 
 
-def _submit(kind: str, type_: type[Submitted]) -> Endpoint:
+def _submit(kind: str, type_: type[ModelRequest]) -> Endpoint:
     async def endpoint(request: Request) -> Response:
         body = await (_large if type_ is ForwardRequest else _small)(request)
         submitted = decode(request, body, type_)
         key = request.headers.get("idempotency-key")
         if key is not None and len(key) > _MOST_KEY:
             raise BadRequest(f"Idempotency-Key has {len(key)} characters, but may have {_MOST_KEY}")
-        return answer(request, await _service(request).submit(caller_of(request), Call(kind, body, key), submitted))
+        caller = caller_of(request)
+        submission = Submission(
+            caller=caller,
+            kind=kind,
+            content=submitted,
+            # always with the tenant's name before it: a client chooses the key, so it may contain any text
+            key=None if key is None else f"{caller.tenant}/{key}",
+            digest=digest_of(kind, body),
+        )
+        return answer(request, await _service(request).submit(submission))
 
     return endpoint
 

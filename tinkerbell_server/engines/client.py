@@ -1,4 +1,4 @@
-"""The API's end of one engine process, from its start to its death."""
+"""The API process's connection to one engine process, from its start to its end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import msgspec
 
 from tinkerbell_core.errors import EngineLost, TinkerbellError
-from tinkerbell_server.commands import EngineDescription
+from tinkerbell_server.commands import AnyCommand, EngineDescription
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines import framing
 
@@ -18,11 +18,11 @@ _REPLY = msgspec.msgpack.Decoder(framing.Reply)
 
 
 class EngineRefused(TinkerbellError):
-    """The engine says why it cannot start; starting it again would not help."""
+    """The engine has refused to start, with its reason; starting it again would not help."""
 
 
 class EngineClient:
-    """One running engine. `description` is what it last said of itself; `closed` is set when it is gone."""
+    """One engine process. `description` is the last one that it sent; `closed` is set when the process has ended."""
 
     def __init__(
         self,
@@ -35,16 +35,16 @@ class EngineClient:
         self.memory_bytes = description.memory_bytes
         self.closed = asyncio.Event()
         self._process, self._reader, self._writer = process, reader, writer
-        self._asked = 0
+        self._calls = 0
         self._waiting: dict[int, asyncio.Future[framing.Reply]] = {}
         self._watch = asyncio.create_task(self._wait())
-        self._listen = asyncio.create_task(self._hear())
+        self._receiver = asyncio.create_task(self._receive())
 
     @classmethod
     async def start(cls, settings: Settings) -> EngineClient:
-        """Start the process and wait until it can be asked.
+        """Start the process and wait until it is ready.
 
-        Raises EngineRefused with the engine's own reason, or EngineLost where it died without one.
+        Raises EngineRefused with the engine's reason, or EngineLost if it died without one.
         """
         ours, theirs = socket.socketpair()
         with theirs:
@@ -65,9 +65,7 @@ class EngineClient:
             first = _REPLY.decode(await framing.read(reader))
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
-            raise EngineLost(
-                f"the engine {_ended(await process.wait())} while it was starting; its log says why"
-            ) from None
+            raise EngineLost(f"the engine {_ended(await process.wait())} while it was starting; read its log") from None
         except asyncio.CancelledError:
             writer.close()
             process.kill()
@@ -88,19 +86,19 @@ class EngineClient:
         """How the process ended, in words."""
         return _ended(self._process.returncode)
 
-    async def execute(self, command: framing.AnyCommand, *, apart: bool = False) -> bytes:
-        """The command's Result, in msgpack. Raises what the engine raised, or EngineLost.
+    async def execute(self, command: AnyCommand, *, overlaps: bool = False) -> bytes:
+        """Execute a command; its Result in msgpack. Raises the engine's error, or EngineLost.
 
-        apart: the command waits for a sandbox most of its time, and the engine does others meanwhile.
+        overlaps: the command waits for a sandbox most of its time, and the engine executes others meanwhile.
         """
-        if self._listen.done():
+        if self._receiver.done():
             raise EngineLost(f"the engine {self.end}")
-        self._asked += 1
-        number = self._asked
+        self._calls += 1
+        number = self._calls
         reply_to = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
-            framing.write(self._writer, msgspec.msgpack.encode(framing.Ask(number, command, apart)))
-            with contextlib.suppress(ConnectionError):  # that it is gone is heard by _hear, which answers
+            framing.write(self._writer, msgspec.msgpack.encode(framing.Call(number, command, overlaps)))
+            with contextlib.suppress(ConnectionError):  # _receive detects the end and answers
                 await self._writer.drain()
             reply = await reply_to
         finally:
@@ -111,8 +109,8 @@ class EngineClient:
         self.memory_bytes = reply.memory_bytes
         return bytes(reply.result)
 
-    async def _hear(self) -> None:
-        """Give each reply to who waits for it, until there are none; then tell all who still wait."""
+    async def _receive(self) -> None:
+        """Pass each reply to its call, until the connection ends; then fail the calls that still wait."""
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 reply = _REPLY.decode(await framing.read(self._reader))
@@ -125,7 +123,7 @@ class EngineClient:
                 waiting.set_exception(EngineLost(f"the engine {self.end}"))
 
     async def stop(self, grace: float = 3.0) -> None:
-        """End the process: by closing its socket, else by force."""
+        """End the process by closing its socket, then by signals."""
         self._writer.close()
         for force in (self._process.terminate, self._process.kill):
             try:

@@ -1,4 +1,4 @@
-"""What API and engine say to each other: msgpack frames with an 8-byte length before each."""
+"""Messages between the API process and an engine: msgpack frames, each after its length in 8 bytes."""
 
 from __future__ import annotations
 
@@ -9,48 +9,21 @@ import struct
 import msgspec
 
 from tinkerbell_core.errors import Problem
-from tinkerbell_server.commands import (
-    CreateModel,
-    DeleteLosses,
-    DeleteModel,
-    EngineDescription,
-    ImportLoss,
-    Load,
-    OptimStep,
-    RegisterLoss,
-    RunLoss,
-    Sample,
-    Samples,
-    Save,
-)
-
-AnyCommand = (
-    CreateModel
-    | RunLoss
-    | OptimStep
-    | Sample
-    | Samples
-    | Save
-    | Load
-    | DeleteModel
-    | RegisterLoss
-    | ImportLoss
-    | DeleteLosses
-)
+from tinkerbell_server.commands import AnyCommand, EngineDescription
 
 
-class Ask(msgspec.Struct, frozen=True):
-    """A command and its number. apart: it spends its time in a sandbox, and runs beside others."""
+class Call(msgspec.Struct, frozen=True):
+    """A command and its number. overlaps: it spends its time in a sandbox, so it may run beside other commands."""
 
     number: int
     command: AnyCommand
-    apart: bool = False
+    overlaps: bool = False
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The answer to the command of this number. result: the Result in msgpack.
+    """The answer to the call of this number. result: the Result in msgpack.
 
-    description: at start and when the losses change.
+    description: sent at start, and when the losses change. memory_bytes: the peak on the device.
     """
 
     result: msgspec.Raw = msgspec.Raw()
@@ -64,6 +37,7 @@ _LENGTH = struct.Struct("<Q")
 
 
 def send(sock: socket.socket, frame: bytes) -> None:
+    """Send a frame."""
     sock.sendall(_LENGTH.pack(len(frame)))
     sock.sendall(frame)
 
@@ -75,6 +49,7 @@ def receive(sock: socket.socket) -> bytearray | None:
 
 
 def write(writer: asyncio.StreamWriter, frame: bytes) -> None:
+    """Send a frame; `drain` the writer afterwards."""
     writer.write(_LENGTH.pack(len(frame)))
     writer.write(frame)
 

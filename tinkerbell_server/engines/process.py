@@ -1,8 +1,8 @@
-"""The engine's own process: one engine, one socket to the API. Commands take turns but for those that wait elsewhere.
+"""The engine process: executes the commands of one socket, in order, except those that wait for a sandbox.
 
 `python -m tinkerbell_server.engines.process --fd N`. The first frame in is the Settings as JSON, the first frame out a
 Reply that holds the engine's description or the reason why there is none. The process ends when the API's end of the
-socket does.
+socket is closed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Protocol
 import msgspec
 
 from tinkerbell_core.errors import BadRequest, Problem, TinkerbellError
-from tinkerbell_server.commands import DeleteLosses, Engine, ImportLoss, RegisterLoss
+from tinkerbell_server.commands import AnyCommand, DeleteLosses, Engine, ImportLoss, RegisterLoss
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines import framing
 
@@ -32,7 +32,7 @@ log = logging.getLogger("tinkerbell.engine")
 
 
 def serve(sock: socket.socket) -> int:
-    """Run an engine for whoever holds the other end; the exit status."""
+    """Run an engine for the process at the other end of the socket; the exit status."""
     frame = framing.receive(sock)
     if frame is None:
         return 0
@@ -43,55 +43,54 @@ def serve(sock: socket.socket) -> int:
     except TinkerbellError as error:
         framing.send(sock, msgspec.msgpack.encode(framing.Reply(problem=Problem.of(error))))
         return 1
-    except Exception as error:  # a plugin or a model's own code ran: say why to the API, which says it to the user
+    except Exception as error:  # code of a plugin or of a model ran: the API reports the reason
         log.exception("the engine could not start")
         framing.send(sock, msgspec.msgpack.encode(framing.Reply(problem=_internal(error))))
         return 1
     framing.send(sock, msgspec.msgpack.encode(first))
-    _take_turns(sock, engine)
+    _execute_calls(sock, engine)
     return 0
 
 
-def _take_turns(sock: socket.socket, engine: Engine) -> None:
-    """Answer commands until the API hangs up: in order here, those that are apart on threads of their own."""
-    speaking = threading.Lock()
-    turns: queue.SimpleQueue[framing.Ask | None] = queue.SimpleQueue()
+def _execute_calls(sock: socket.socket, engine: Engine) -> None:
+    """Answer calls until the API closes the socket: in order on this thread, those that overlap on others."""
+    sending = threading.Lock()
+    calls: queue.SimpleQueue[framing.Call | None] = queue.SimpleQueue()
 
-    def reply(ask: framing.Ask) -> None:
-        frame = msgspec.msgpack.encode(msgspec.structs.replace(answer(engine, ask.command), number=ask.number))
-        with speaking, contextlib.suppress(ConnectionError):  # nobody waits for it any more
+    def answer(call: framing.Call) -> None:
+        frame = msgspec.msgpack.encode(msgspec.structs.replace(execute(engine, call.command), number=call.number))
+        with sending, contextlib.suppress(ConnectionError):  # the API has closed the socket
             framing.send(sock, frame)
 
-    def listen() -> None:
-        decoder = msgspec.msgpack.Decoder(framing.Ask)
+    def receive() -> None:
+        decoder = msgspec.msgpack.Decoder(framing.Call)
         with contextlib.suppress(ConnectionError):
             while (frame := framing.receive(sock)) is not None:
-                ask = decoder.decode(frame)
-                if ask.apart:
-                    apart.submit(reply, ask)
+                call = decoder.decode(frame)
+                if call.overlaps:
+                    overlapping.submit(answer, call)
                 else:
-                    turns.put(ask)
-        turns.put(None)
+                    calls.put(call)
+        calls.put(None)
 
-    with ThreadPoolExecutor(thread_name_prefix="apart") as apart:
-        threading.Thread(target=listen, name="listen", daemon=True).start()
-        while (ask := turns.get()) is not None:
-            reply(ask)
-        engine.close()  # or the threads would wait for sandboxes
+    with ThreadPoolExecutor(thread_name_prefix="overlapping") as overlapping:
+        threading.Thread(target=receive, name="receive", daemon=True).start()
+        while (call := calls.get()) is not None:
+            answer(call)
+        engine.close()  # otherwise the threads would wait for sandboxes
 
 
-def answer(engine: Engine, command: framing.AnyCommand) -> framing.Reply:
-    """What the engine says to one command, its errors included."""
+def execute(engine: Engine, command: AnyCommand) -> framing.Reply:
+    """The reply to one command: its result or its error, and the memory that the engine uses."""
     try:
         result = msgspec.msgpack.encode(engine.execute(command))
     except TinkerbellError as error:
         return framing.Reply(problem=Problem.of(error))
-    except Exception as error:  # a loss was run: whatever it did, the other models of this engine live on
+    except Exception as error:  # a loss can raise anything; the other models of this engine must not be affected
         log.exception("%s raised", type(command).__name__)
         return framing.Reply(problem=_internal(error))
-    description = engine.describe()
-    changed = description if isinstance(command, RegisterLoss | ImportLoss | DeleteLosses) else None
-    return framing.Reply(msgspec.Raw(result), description=changed, memory_bytes=description.memory_bytes)
+    changed = engine.describe() if isinstance(command, RegisterLoss | ImportLoss | DeleteLosses) else None
+    return framing.Reply(msgspec.Raw(result), description=changed, memory_bytes=engine.memory_bytes())
 
 
 class EngineModule(Protocol):
@@ -114,8 +113,8 @@ def _internal(error: Exception) -> Problem:
     return Problem("TinkerbellError", text)
 
 
-def _leave_with(parent: int) -> None:
-    # a long command would not see the socket close, and a killed API cannot say good-bye
+def _exit_with(parent: int) -> None:
+    # a long command does not see that the socket is closed, and a killed API process closes nothing
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(0)
@@ -125,10 +124,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="tinkerbell-engine")
     parser.add_argument("--fd", type=int, required=True)
     options = parser.parse_args(arguments)
-    # Ctrl-C reaches every process of a terminal; the API decides when this one ends
+    # Ctrl-C is sent to every process of a terminal; the API process ends this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
     with socket.socket(fileno=options.fd) as sock:
         try:
             return serve(sock)

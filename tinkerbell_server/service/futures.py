@@ -1,4 +1,4 @@
-"""Requests that were accepted and answer later. Each is in the store from the first moment; knows no HTTP."""
+"""Futures: the accepted requests, each recorded in the store, and their results as soon as they have ended."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -24,21 +23,21 @@ KEEP = 2000
 _PRUNE_EVERY = 200
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What was sent: which kind of request, its bytes, and the key that makes it repeatable."""
+def digest_of(kind: str, body: bytes) -> str:
+    """The sha256 of a request's kind and bytes: what two requests with one idempotency key must have in common."""
+    return hashlib.sha256(kind.encode() + b"\0" + body).hexdigest()
 
-    kind: str
-    body: bytes
-    key: str | None = None
+
+class KeyReused(Conflict):
+    """An idempotency key was used before, for another request."""
 
     @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.kind.encode() + b"\0" + self.body).hexdigest()
+    def kind(self) -> str:
+        return "Conflict"
 
 
 class Futures:
-    """Every accepted request. `position` says how many are ahead of one that is queued."""
+    """The futures of one server. position: how many jobs run before a queued one, by its id."""
 
     def __init__(self, store: Store, position: Callable[[str], int | None]) -> None:
         self.stopping = asyncio.Event()
@@ -47,28 +46,29 @@ class Futures:
         self._any = asyncio.Event()
         self._since_prune = 0
 
-    def repeated(self, call: Call) -> Request | None:
-        """The request that this call repeats. Raises Conflict where its key was used for something else."""
-        request = None if call.key is None else self._store.request_of_key(call.key)
-        if request is not None and request.payload != call.digest:
-            raise Conflict(
-                f"the idempotency key {call.key!r} was used for another {request.kind} request; use a new key a request"
+    def repeated(self, key: str | None, digest: str) -> Request | None:
+        """The request that was accepted with this key. Raises KeyReused if it had another digest."""
+        request = None if key is None else self._store.request_of_key(key)
+        if request is not None and request.payload != digest:
+            raise KeyReused(
+                f"the idempotency key {key!r} was used for another {request.kind} request; use a new key for each "
+                "request"
             )
         return request
 
-    def accept(self, call: Call, model_id: str | None, tenant: str) -> Request:
-        """Record a new request."""
+    def accept(self, tenant: str, kind: str, *, key: str | None, digest: str, parent: str | None) -> str:
+        """Record a new request; its qualified id. parent: the model, run or sampler that it belongs to."""
         request_id = qualified(tenant, "req-" + secrets.token_hex(12))
-        request = Request(request_id, model_id, call.kind, call.key, call.digest, "queued", None, None)
-        self._store.add_request(request)
-        self._open[request.id] = asyncio.Event()
-        return request
+        self._store.add_request(Request(request_id, parent, kind, key, digest, "queued", None, None))
+        self._open[request_id] = asyncio.Event()
+        return request_id
 
     def running(self, request_id: str) -> None:
+        """Record that the engine is executing a request."""
         self._store.running(request_id)
 
     def finish(self, request_id: str, result: bytes | None, problem: Problem | None) -> None:
-        """Record how a request ended and wake who waits for it."""
+        """Record how a request ended, and wake those who wait for it."""
         self._store.finish(request_id, result, problem)
         event = self._open.pop(request_id, None)
         if event is not None:
@@ -81,14 +81,14 @@ class Futures:
             self._store.prune(KEEP_SECONDS, KEEP)
 
     async def wait(self, request_id: str, seconds: float) -> Future:
-        """The future, when it has finished or after `seconds`, or when the server stops."""
+        """The future, as soon as it has finished, after `seconds`, or when the server stops."""
         event = self._open.get(request_id)
         if event is not None:
             await self._or_stopping(event, seconds)
         return self.future(request_id)
 
     async def finished(self, model_id: str, after: int, seconds: float) -> list[Finished]:
-        """What has ended of a model or sampler since `after`: as soon as something has, or nothing after `seconds`."""
+        """The requests of a model or sampler that ended since `after`, once there is one; none after `seconds`."""
         deadline = time.monotonic() + seconds
         while True:
             event = self._any
@@ -99,7 +99,7 @@ class Futures:
             await self._or_stopping(event, left)
 
     async def _or_stopping(self, event: asyncio.Event, seconds: float) -> None:
-        """Wait for an event, but not for longer than `seconds`, nor when the server stops."""
+        """Wait for an event, at most `seconds`, and not after the server stops."""
         if seconds <= 0 or self.stopping.is_set():
             return
         waits = [asyncio.ensure_future(event.wait()), asyncio.ensure_future(self.stopping.wait())]
@@ -110,15 +110,15 @@ class Futures:
                 wait.cancel()
 
     def future(self, request_id: str) -> Future:
-        """The future as it stands. Raises UnknownFuture."""
+        """The future in its present state. Raises UnknownFuture."""
         request = self._store.request(request_id)
         if request is None:
             raise UnknownFuture(
-                f"no request {request_id!r}; results are kept for {KEEP_SECONDS / 3600:.0f} hours, "
+                f"no request {request_id!r}: results are kept for {KEEP_SECONDS / 3600:.0f} hours, "
                 f"and only the newest {KEEP}"
             )
         queued = request.state == "queued"
-        # Any: a Raw where there is a result, which the encoder of either format takes
+        # Any: a Raw if there is a result, which the encoder of either format takes
         result: Any = None if request.result is None else msgspec.Raw(request.result)
         return Future(
             request_id=request.id,

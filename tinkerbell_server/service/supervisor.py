@@ -1,4 +1,4 @@
-"""Keeps one engine running: starts it, notices its death, starts it again. Knows nothing of models or requests."""
+"""Keeps the engine of one base running: starts it, detects its death and starts it again."""
 
 from __future__ import annotations
 
@@ -16,39 +16,47 @@ from tinkerbell_server.engines.client import EngineClient, EngineRefused
 log = logging.getLogger("tinkerbell.server")
 
 ATTEMPTS = 5
-"""Failed starts in a row before the supervisor gives up."""
+"""Failed starts in a row after which the supervisor gives up."""
 
 _STABLE_SECONDS = 10.0
 
+Status = Literal["starting", "ok", "engine_down"]
+
 
 class Supervisor:
-    """One engine after the other.
+    """One engine process after another, all of the same base.
 
-    born: called with each new engine before anybody else may use it; died: when one that was ready is gone.
+    on_start: awaited with each new engine before others may use it; on_death: called when an engine that was ready
+    has ended.
     """
 
     def __init__(
         self,
         settings: Settings,
-        born: Callable[[EngineClient], Awaitable[None]],
-        died: Callable[[EngineClient], None],
+        on_start: Callable[[EngineClient], Awaitable[None]],
+        on_death: Callable[[EngineClient], None],
     ) -> None:
-        self.status: Literal["starting", "ok", "engine_down"] = "starting"
+        self.status: Status = "starting"
         self.problem: str | None = None
         self.restarts = 0
-        self.description: EngineDescription | None = None
-        self._settings, self._born, self._died = settings, born, died
-        self._engine: EngineClient | None = None
-        self._changed = asyncio.Condition()
         self.gave_up = False
+        self._settings, self._on_start, self._on_death = settings, on_start, on_death
+        self._engine: EngineClient | None = None
+        self._last: EngineDescription | None = None
+        self._changed = asyncio.Condition()
+
+    @property
+    def description(self) -> EngineDescription | None:
+        """The description of the running engine, or of the last one; None before the first."""
+        return self._last if self._engine is None else self._engine.description
 
     async def run(self) -> None:
-        """Until cancelled, or until starting has failed too often."""
+        """Start engines until cancelled, or until too many starts have failed in a row."""
         failures = 0
         while failures < ATTEMPTS:
             began = time.monotonic()
             try:
-                await self._one_life()
+                await self._run_one()
             except EngineRefused as refusal:
                 self.problem = refusal.message
                 if self.description is None:
@@ -58,14 +66,14 @@ class Supervisor:
             log.error("%s", self.problem)
             failures = 0 if time.monotonic() - began > _STABLE_SECONDS else failures + 1
             self.restarts += 1
-            await self._become("engine_down")
+            await self._set_status("engine_down")
             await asyncio.sleep(min(0.1 * 2**failures, 5.0))
         self.gave_up = True
-        await self._become("engine_down")
+        await self._set_status("engine_down")
         log.error("the engine is not started again: %s", self.problem)
 
     async def engine(self) -> EngineClient:
-        """The running engine, once there is one. Raises EngineLost when there will be none."""
+        """The running engine, as soon as there is one. Raises EngineLost if no engine will be started."""
         async with self._changed:
             while self._engine is None or self._engine.closed.is_set():
                 self._check()
@@ -73,44 +81,40 @@ class Supervisor:
             return self._engine
 
     async def described(self) -> EngineDescription:
-        """What the engine says of itself, or said before it died. Raises EngineLost when there is none."""
+        """`description`, as soon as there is one. Raises EngineLost if no engine will be started."""
         async with self._changed:
-            while self.description is None or self.gave_up:
+            while (description := self.description) is None or self.gave_up:
                 self._check()
                 await self._changed.wait()
-            return self.description
+            return description
 
     async def settled(self) -> bool:
-        """Wait for the first engine to be ready (True) or refused (False)."""
+        """Wait until the first engine is ready (True) or has refused to start (False)."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.status == "ok" or self.gave_up)
             return not self.gave_up
 
-    def refresh(self, engine: EngineClient) -> None:
-        """Take over what the engine said last."""
-        self.description = engine.description
-
     def _check(self) -> None:
         if self.gave_up:
             raise EngineLost(
-                f"there is no engine: {self.problem}; see the server's log, put it right and start the server again"
+                f"there is no engine: {self.problem}; read the server's log, correct the cause and start the server "
+                "again"
             )
 
-    async def _one_life(self) -> None:
+    async def _run_one(self) -> None:
         engine = await EngineClient.start(self._settings)
         try:
-            await self._born(engine)
-            self.refresh(engine)
+            await self._on_start(engine)
             self._engine, self.problem = engine, None
-            await self._become("ok")
+            await self._set_status("ok")
             await engine.closed.wait()
-            self._died(engine)
+            self._on_death(engine)
             raise EngineLost(f"the engine {engine.end}")
         finally:
-            self._engine = None
+            self._engine, self._last = None, engine.description
             await engine.stop()
 
-    async def _become(self, status: Literal["starting", "ok", "engine_down"]) -> None:
+    async def _set_status(self, status: Status) -> None:
         async with self._changed:
             self.status = status
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""Uploaded losses, from the wire to an envelope that may go to the engine. Never unpickles."""
+"""Checks an uploaded loss before it is sent to the engine. Never unpickles it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tinkerbell_core.types import UPLOAD_LIMIT, LossDescription, RegisterLossReq
 from tinkerbell_server.commands import EngineDescription
 
 BODY_LIMIT = UPLOAD_LIMIT * 4 // 3 + UPLOAD_LIMIT
-"""The most bytes the body of an upload may have: the payload as base64, its source and its examples."""
+"""The most bytes in the body of an upload: the payload in base64, its source and its example inputs."""
 
 
-def check_on(engine: EngineDescription) -> None:
-    """Raise UploadsOff where the engine takes no uploads, with the reason."""
+def check_uploads_on(engine: EngineDescription) -> None:
+    """Raise UploadsOff with the reason if the engine accepts no uploads."""
     if engine.uploads == "off":
-        why = engine.uploads_problem or "its operator can start it with --uploads sandboxed"
-        raise UploadsOff(f"this server takes no uploaded losses: {why}; or install the loss as a plugin")
+        reason = engine.uploads_problem or "its operator can start it with --uploads sandboxed"
+        raise UploadsOff(f"this server accepts no uploaded losses: {reason}; or install the loss as a plugin")
 
 
 def too_large(size: int | None = None) -> UploadTooLarge:
@@ -38,7 +38,7 @@ def too_large(size: int | None = None) -> UploadTooLarge:
 
 
 def check_upload(upload: RegisterLossRequest, losses: Sequence[LossDescription]) -> None:
-    """Raise BadUpload or UploadTooLarge for what the engine should not even see."""
+    """Raise BadUpload or UploadTooLarge for an upload that must not reach the engine."""
     if len(upload.payload) > UPLOAD_LIMIT:
         raise too_large(len(upload.payload))
     magic = importlib.util.MAGIC_NUMBER.hex()
@@ -60,10 +60,10 @@ def check_upload(upload: RegisterLossRequest, losses: Sequence[LossDescription])
     check_upload_name(upload.name, [loss.name for loss in losses if loss.provenance.kind == "entry_point"])
 
 
-def readable(upload: RegisterLossRequest) -> RegisterLossRequest:
-    """A graph with its text, unless it came with one; any other upload as it is. Raises BadUpload for no such graph.
+def with_source(upload: RegisterLossRequest) -> RegisterLossRequest:
+    """The upload; if it is a graph without source text, with its text added. Raises BadUpload for an invalid graph.
 
-    The process that rebuilds a graph checks it again, and believes nothing of this.
+    The process that rebuilds a graph checks it again.
     """
     if upload.kind != "graph":
         return upload
@@ -71,8 +71,8 @@ def readable(upload: RegisterLossRequest) -> RegisterLossRequest:
     return upload if upload.source else msgspec.structs.replace(upload, source=text_of(graph))
 
 
-def known(upload: RegisterLossRequest, losses: Sequence[LossDescription]) -> LossDescription | None:
-    """The loss that this upload has become already, where its name still stands for it."""
+def find_registered(upload: RegisterLossRequest, losses: Sequence[LossDescription]) -> LossDescription | None:
+    """The registered loss with this content, if it is the latest version of its name."""
     try:
         latest = resolve(upload.name, losses)
     except UnknownLoss:
@@ -82,5 +82,5 @@ def known(upload: RegisterLossRequest, losses: Sequence[LossDescription]) -> Los
 
 
 def job_id(upload: RegisterLossRequest, owner: str) -> str:
-    """What an upload is called while it waits for the engine."""
+    """The id of the job that registers an upload."""
     return "upload-" + hashlib.sha256(f"{owner}/{upload.name}@{upload.digest}".encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Completions in OpenAI's words: a body becomes samples, samples become choices. Knows no HTTP; imports no torch."""
+"""Completions and chat completions of the OpenAI API: decodes bodies into samples, and samples into choices."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from typing import Any
 
 import msgspec
 
-from tinkerbell_core.errors import BadHyperparameter, BadRequest, TinkerbellError, UnknownModel, did_you_mean
+from tinkerbell_core.errors import BadHyperparameter, BadRequest, UnknownModel, did_you_mean
+from tinkerbell_core.tensors import to_numpy
 from tinkerbell_core.types import SampledSequence, SampleOutput, SampleRequest
-from tinkerbell_server.access.tenants import owner_of, qualified, unqualified
+from tinkerbell_server.access.tenants import Caller, owner_of, qualified, unqualified
 from tinkerbell_server.api.tinker.checkpoints import Checkpoints
-from tinkerbell_server.api.tinker.requests import TinkerRequests, told
+from tinkerbell_server.api.tinker.requests import TinkerRequests
 from tinkerbell_server.api.tinker.store import Checkpoint
-from tinkerbell_server.calls.sample import sample_command
-from tinkerbell_server.calls.tensors import as_array
-from tinkerbell_server.commands import EngineDescription, Sample
-from tinkerbell_server.service.queue import Job
+from tinkerbell_server.commands import EngineDescription
+from tinkerbell_server.service.intake import SampleOptions, Submission
 
 Json = dict[str, Any]  # Any: JSON values of several types
 
@@ -27,9 +26,9 @@ _MOST_TOP = 20
 
 
 class Body(msgspec.Struct, frozen=True, kw_only=True):
-    """What both kinds of completion take.
+    """The fields of both kinds of completion.
 
-    A field that is new to us is ignored; what we know and cannot honour is in `_NEUTRAL`.
+    An unknown field is ignored; fields that are known but not supported are in `_NEUTRAL`.
     """
 
     model: str
@@ -43,7 +42,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Completion(Body, frozen=True):
-    """logprobs: of how many of the likeliest tokens, besides the one that was drawn."""
+    """logprobs: how many of the most likely tokens to report, in addition to the one that was drawn."""
 
     prompt: Any  # Any: a string, token ids, or a list of either
     logprobs: int | None = None
@@ -69,30 +68,29 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
-"""Fields that this server knows and cannot honour, with the values that ask for nothing; null does, too."""
+"""Fields that are not supported, with the values that have no effect; null has none either."""
 
 
 class Completions:
-    """The samplers of one server, by name."""
+    """Completions by the base model, the models in training and the saved weights."""
 
     def __init__(self, requests: TinkerRequests, checkpoints: Checkpoints) -> None:
         self._requests, self._checkpoints = requests, checkpoints
 
     def models(self, tenant: str) -> list[str]:
-        """The base model, models in training, saved weights."""
+        """The names that a tenant can use: the base model, models in training, saved weights."""
         saved = self._requests.store.of_tenant(Checkpoint, tenant)
         live = [unqualified(one.id) for one in self._requests.service.store.models() if owner_of(one.id) == tenant]
         return [self._requests.base.name, *live, *(one.id for one in saved if one.kind != "external_weights")]
 
-    async def complete(self, tenant: str, body: bytes) -> tuple[Json, bool]:
-        """The answer to a completion, and whether it is wanted as a stream."""
+    async def complete(self, caller: Caller, body: bytes) -> tuple[Json, bool]:
+        """The answer to a completion, and whether it is to be streamed."""
         sent = _parse(body, Completion)
         engine = await self._requests.engine()
-        model_id, path = self._named(tenant, sent.model, engine)
-        prompts = _prompts(sent.prompt)
-        top = sent.logprobs or 0
-        requests = [_request(sent, prompt, sent.max_tokens or 16) for prompt in prompts]
-        outputs = await self._draw(tenant, [_command(one, engine, model_id, path, top) for one in requests])
+        model_id, path = self._find(caller.tenant, sent.model, engine)
+        options = SampleOptions(path=path, top=_top(sent.logprobs or 0, engine))
+        requests = [_request(sent, model_id, prompt, sent.max_tokens or 16) for prompt in _prompts(sent.prompt)]
+        outputs = await self._draw(caller, requests, options)
         choices: list[Json] = []
         for output in outputs:
             for sequence in output.sequences:
@@ -107,15 +105,16 @@ class Completions:
                 )
         return _answer("text_completion", "cmpl", sent.model, choices, outputs), bool(sent.stream)
 
-    async def chat(self, tenant: str, body: bytes) -> tuple[Json, bool]:
-        """The answer to a chat completion, and whether it is wanted as a stream."""
+    async def chat(self, caller: Caller, body: bytes) -> tuple[Json, bool]:
+        """The answer to a chat completion, and whether it is to be streamed."""
         sent = _parse(body, ChatCompletion)
         engine = await self._requests.engine()
-        model_id, path = self._named(tenant, sent.model, engine)
-        longest = sent.max_completion_tokens or sent.max_tokens or engine.max_length
-        request = _request(sent, [_message(place, one) for place, one in enumerate(sent.messages)], longest)
-        command = _command(request, engine, model_id, path, (sent.top_logprobs or 0) if sent.logprobs else 0)
-        outputs = await self._draw(tenant, [command])
+        model_id, path = self._find(caller.tenant, sent.model, engine)
+        longest = sent.max_completion_tokens or sent.max_tokens
+        messages = [_message(place, one) for place, one in enumerate(sent.messages)]
+        top = _top((sent.top_logprobs or 0) if sent.logprobs else 0, engine)
+        options = SampleOptions(path=path, top=top, fill=longest is None)
+        outputs = await self._draw(caller, [_request(sent, model_id, messages, longest or 1)], options)
         choices = [
             {
                 "index": index,
@@ -127,8 +126,8 @@ class Completions:
         ]
         return _answer("chat.completion", "chatcmpl", sent.model, choices, outputs), bool(sent.stream)
 
-    def _named(self, tenant: str, name: str, engine: EngineDescription) -> tuple[str | None, str | None]:
-        """The model id, or the folder, of a name; neither: the base."""
+    def _find(self, tenant: str, name: str, engine: EngineDescription) -> tuple[str | None, str | None]:
+        """The model's id, or the folder of its weights; neither for the base. Raises UnknownModel."""
         base = self._requests.base
         if name in (base.name, *base.also):
             return None, None
@@ -140,37 +139,22 @@ class Completions:
             raise UnknownModel(
                 f"no model {name[:160]!r}{did_you_mean(name, known)} (GET /v1/models lists what there is)"
             )
-        return model.id, None
+        return name, None
 
-    async def _draw(self, tenant: str, commands: Sequence[Sample]) -> list[SampleOutput]:
-        self._requests.check_room(tenant)
-        results = [self._queued(tenant, command) for command in commands]
-        return [msgspec.msgpack.decode(await result, type=SampleOutput) for result in results]
-
-    def _queued(self, tenant: str, command: Sample) -> asyncio.Future[bytes]:
-        result: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-
-        def failed(error: TinkerbellError) -> None:
-            if not result.done():
-                result.set_exception(told(error))
-
-        self._requests.service.queue.put(
-            Job(
-                id=f"completion-{secrets.token_hex(8)}",
-                kind="sample",
-                tenant=tenant,
-                model_id=command.model_id or f"sampler:{command.path or ''}",
-                command=lambda: command,
-                started=lambda: None,
-                done=lambda drawn: None if result.done() else result.set_result(drawn),
-                failed=failed,
-            )
-        )
-        return result
+    async def _draw(
+        self, caller: Caller, requests: Sequence[SampleRequest], options: SampleOptions
+    ) -> list[SampleOutput]:
+        """The samples of each prompt, drawn together."""
+        submissions = [
+            Submission(caller=caller, kind="sample", content=request, sample=options) for request in requests
+        ]
+        intake = self._requests.service.intake
+        results = await asyncio.gather(*(intake.run(submission) for submission in submissions))
+        return [msgspec.msgpack.decode(result, type=SampleOutput) for result in results]
 
 
 def chunks(answer: Json) -> list[Json]:
-    """The answer as events of a stream: what each choice says, then why it ended."""
+    """The answer as the events of a stream: the text of each choice, then its finish reason."""
     chat = answer["object"] == "chat.completion"
     head = {key: answer[key] for key in ("id", "created", "model")}
     head["object"] = "chat.completion.chunk" if chat else "text_completion"
@@ -193,7 +177,9 @@ def _parse(body: bytes, type_: type[Any]) -> Any:  # Any: one of the two bodies,
         for name, neutral in _NEUTRAL.items():
             value = fields.get(name)
             if value is not None and value not in neutral:
-                raise BadHyperparameter(f"{name} is {str(value)[:80]!r}, which this server cannot do: leave it out")
+                raise BadHyperparameter(
+                    f"{name} is {str(value)[:80]!r}, which this server does not support: leave it out"
+                )
         return msgspec.convert(fields, type_)
     except msgspec.ValidationError as error:
         raise BadRequest(str(error)[:500]) from None
@@ -201,7 +187,7 @@ def _parse(body: bytes, type_: type[Any]) -> Any:  # Any: one of the two bodies,
         raise BadRequest(f"the body is not JSON: {str(error)[:500]}") from None
 
 
-def _prompts(prompt: Any) -> list[Any]:  # Any: strings or token ids, looked at by `sample_command`
+def _prompts(prompt: Any) -> list[Any]:  # Any: strings or token ids, checked by the intake
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
         return prompt
     return [prompt]
@@ -216,8 +202,10 @@ def _message(place: int, message: Json) -> dict[str, str]:
     return {"role": message["role"], "content": content}
 
 
-def _request(sent: Body, prompt: Any, max_tokens: int) -> SampleRequest:  # Any: as in SampleRequest
+# Any: as in SampleRequest
+def _request(sent: Body, model_id: str | None, prompt: Any, max_tokens: int) -> SampleRequest:
     return SampleRequest(
+        model_id=model_id,
         prompt=prompt,
         max_tokens=max_tokens,
         temperature=1.0 if sent.temperature is None else sent.temperature,
@@ -228,13 +216,11 @@ def _request(sent: Body, prompt: Any, max_tokens: int) -> SampleRequest:  # Any:
     )
 
 
-def _command(
-    request: SampleRequest, engine: EngineDescription, model_id: str | None, path: str | None, top: int
-) -> Sample:
-    if not 0 <= top <= _MOST_TOP:
-        raise BadHyperparameter(f"log-probabilities of {top} tokens are asked for, but at most {_MOST_TOP} can be")
-    command = sample_command(request, engine)
-    return msgspec.structs.replace(command, model_id=model_id, path=path, top=min(top, engine.vocab_size))
+def _top(count: int, engine: EngineDescription) -> int:
+    """How many of the most likely tokens to report at each position. Raises BadHyperparameter."""
+    if not 0 <= count <= _MOST_TOP:
+        raise BadHyperparameter(f"log-probabilities of {count} tokens are requested, but {_MOST_TOP} is the limit")
+    return min(count, engine.vocab_size)
 
 
 def _answer(kind: str, prefix: str, model: str, choices: list[Json], outputs: Sequence[SampleOutput]) -> Json:
@@ -251,10 +237,10 @@ def _answer(kind: str, prefix: str, model: str, choices: list[Json], outputs: Se
 
 
 def _tops(sequence: SampledSequence) -> list[list[tuple[str, float]]]:
-    """The likeliest tokens at each place; a token is told by its id, since half a character is no text."""
+    """The most likely tokens at each position, written as ids: a token may hold a part of a character."""
     if sequence.top is None:
         return [[] for _ in sequence.tokens]
-    ids, logprobs = as_array(sequence.top.ids), as_array(sequence.top.logprobs)
+    ids, logprobs = to_numpy(sequence.top.ids), to_numpy(sequence.top.logprobs)
     return [
         [(_token(token), float(logprob)) for token, logprob in zip(*row, strict=True)]
         for row in zip(ids.tolist(), logprobs.tolist(), strict=True)

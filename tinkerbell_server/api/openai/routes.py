@@ -1,7 +1,4 @@
-"""Completions under /v1, as OpenAI's clients speak them, from the base model and every adapter by its name.
-
-A stream's events are sent when a sample is whole.
-"""
+"""Routes of the OpenAI API under /v1. The events of a stream are sent when its sample is complete."""
 
 from __future__ import annotations
 
@@ -20,13 +17,13 @@ from tinkerbell_server.api.tinker.http import (
     body_of,
     for_tenant,
     json_response,
-    later,
     status_of,
     tenant_of,
     tinker_server,
+    with_retry_after,
 )
 from tinkerbell_server.api.tinker.requests import NotHere
-from tinkerbell_server.http.auth import allowed
+from tinkerbell_server.http.auth import allowed, caller_of
 
 log = logging.getLogger("tinkerbell.server")
 
@@ -56,12 +53,12 @@ async def model(request: Request) -> Response:
 
 
 async def completions(request: Request) -> Response:
-    answer, stream = await tinker_server(request).completions.complete(tenant_of(request), await body_of(request))
+    answer, stream = await tinker_server(request).completions.complete(caller_of(request), await body_of(request))
     return _streamed(answer) if stream else json_response(answer)
 
 
 async def chat_completions(request: Request) -> Response:
-    answer, stream = await tinker_server(request).completions.chat(tenant_of(request), await body_of(request))
+    answer, stream = await tinker_server(request).completions.chat(caller_of(request), await body_of(request))
     return _streamed(answer) if stream else json_response(answer)
 
 
@@ -79,19 +76,19 @@ def _streamed(answer: Json) -> Response:
 
 
 def _answering(endpoint: Endpoint) -> Endpoint:
-    """The endpoint with every error sent as the client reads it."""
+    """The endpoint, with every error in the form that clients of the OpenAI API read."""
 
-    async def answered(request: Request) -> Response:
+    async def guarded(request: Request) -> Response:
         try:
             return await endpoint(request)
         except TinkerbellError as error:
             kind = "server_error" if isinstance(error, EngineLost) else "invalid_request_error"
             message = for_tenant(request, error).message
-            told = {"message": message, "type": kind, "param": None, "code": error.kind}
-            return later(json_response({"error": told}, status_of(error)), error)
-        except Exception:  # a bug of ours: the client hears that it is one, and the log says which
+            body = {"message": message, "type": kind, "param": None, "code": error.kind}
+            return with_retry_after(json_response({"error": body}, status_of(error)), error)
+        except Exception:  # a bug: the client gets a general message, and the log has the details
             log.exception("%s %s", request.method, request.url.path)
-            told = {"message": "internal error, see the server's log", "type": "server_error", "param": None}
-            return json_response({"error": told}, 500)
+            body = {"message": "internal error, see the server's log", "type": "server_error", "param": None}
+            return json_response({"error": body}, 500)
 
-    return answered
+    return guarded

@@ -1,4 +1,4 @@
-"""Which chunks are one call of a loss that sees its rows together. Nothing on the wire says so. Knows no queue."""
+"""Regroups the chunks into which the SDK splits a call, for losses that couple rows."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinkerbell_core.errors import BadData, BadRequest
+from tinkerbell_core.tensors import to_numpy
 from tinkerbell_core.types import ForwardRequest, LossDescription
 from tinkerbell_server.api.tinker.decode import ForwardCall, config_of
 from tinkerbell_server.api.tinker.store import Run
-from tinkerbell_server.calls.tensors import as_array
-from tinkerbell_server.commands import EngineDescription
 
 GROUP_ID = "group_id"
-"""The input, an integer a row, by which a client says which rows belong together."""
+"""An input with one integer for each row: rows with the same integer belong together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A chunk of a loss that couples its rows. groups: the `group_id` of each row, where they were sent."""
+    """A chunk of a call whose loss couples rows. groups: the `group_id` of each row, if they were sent."""
 
     run: Run
     call: ForwardCall
     loss: LossDescription
-    engine: EngineDescription
     groups: tuple[int, ...] | None = None
 
     @property
@@ -40,21 +38,21 @@ class Chunk:
         )
 
 
-def couples(loss: LossDescription, call: ForwardCall) -> bool:
-    """Whether this loss, called so, may not be run on a part of its rows."""
+def couples_rows(loss: LossDescription, call: ForwardCall) -> bool:
+    """Whether this call must see all of its rows at once, or all rows of a group."""
     return loss.coupling == "batch" or loss.group_size > 1 or call.config.get("aggregation", "sum") != "sum"
 
 
 def take_groups(loss: LossDescription, call: ForwardCall) -> tuple[int, ...] | None:
-    """Take the `group_id` out of each datum of a loss that does not read it itself. Raises BadData."""
+    """Remove the `group_id` from each datum, unless the loss reads it; the ids, if they were sent. Raises BadData."""
     if loss.reads(GROUP_ID) or not any(GROUP_ID in datum["loss_fn_inputs"] for datum in call.data):
         return None
     groups = []
     for index, datum in enumerate(call.data):
         sent = datum["loss_fn_inputs"].pop(GROUP_ID, None)
-        ids = None if sent is None else as_array(sent).reshape(-1)
+        ids = None if sent is None else to_numpy(sent).reshape(-1)
         if ids is None or ids.size == 0 or ids.dtype.kind != "i" or (ids != ids[0]).any():
-            raise BadData(f"data[{index}]: {GROUP_ID!r} must be one integer, and of every row where one row has it")
+            raise BadData(f"data[{index}]: {GROUP_ID!r} must be one integer, and every row needs it if one row has it")
         groups.append(int(ids[0]))
     return tuple(groups)
 
@@ -62,7 +60,7 @@ def take_groups(loss: LossDescription, call: ForwardCall) -> tuple[int, ...] | N
 def forward_request(run: Run, calls: Sequence[ForwardCall], loss: LossDescription) -> ForwardRequest:
     """The rows of all these chunks, as one request."""
     return ForwardRequest(
-        model_id=run.model_id,
+        model_id=run.id,
         data=[datum for call in calls for datum in call.data],
         loss_fn=loss.id,
         loss_fn_config={**config_of(loss, calls[0].config)},
@@ -70,15 +68,15 @@ def forward_request(run: Run, calls: Sequence[ForwardCall], loss: LossDescriptio
 
 
 def calls_of(chunks: Sequence[Chunk], doubt: str | None) -> list[int]:
-    """How many of these consecutive chunks, each continuing the one before, are each call: all of them are one.
+    """The number of chunks in each call, for consecutive chunks that may continue one another. Usually all are one.
 
-    doubt: why they may be something else. Then, and wherever each row has a `group_id`, those alone say it: chunks
-    that share a group are one call. Raises BadRequest where nothing says it, or where a group is not whole.
+    doubt: why the chunks may not be one call. Then, and if every row has a `group_id`, the groups decide: chunks that
+    share a group are one call. Raises BadRequest if nothing decides, or if a group is incomplete.
     """
     groups = [chunk.groups for chunk in chunks if chunk.groups is not None]
     loss = chunks[0].loss
     if doubt == MISSING and chunks[0].batch:
-        # what came may be whole groups, but a batch has no size that would tell
+        # groups can be counted, but a batch has no known size
         raise BadRequest(f"loss {loss.name!r} sees its whole batch, and {doubt}; send the call again")
     if len(groups) < len(chunks):
         if doubt is None:
@@ -103,15 +101,15 @@ def calls_of(chunks: Sequence[Chunk], doubt: str | None) -> list[int]:
     return counts
 
 
-MISSING = "a request before these rows never came, which may have been the rest of their call"
+MISSING = "a request before these rows did not arrive, and it may hold the rest of their call"
 
-TORN = "a request behind these rows has come, but not those in between, which may be the rest of their call"
+TORN = "a request behind these rows has arrived, but not those in between, which may hold the rest of their call"
 
-SEVERAL = "several requests of it came at once behind another, which may be one call or many"
+SEVERAL = "several requests with it arrived together behind another, and they may be one call or many"
 
 
 def _check_whole(loss: LossDescription, groups: Sequence[int]) -> None:
-    """Rows of one group stand together, and are as many as the loss takes. Raises BadData."""
+    """Check that the rows of each group are consecutive and as many as the loss takes. Raises BadData."""
     size = loss.group_size
     if size < 2:
         return
@@ -121,5 +119,5 @@ def _check_whole(loss: LossDescription, groups: Sequence[int]) -> None:
         if found[group] != size or set(groups[start : start + size]) != {group}:
             raise BadData(
                 f"loss {loss.name!r} takes rows in groups of {size}, each of one {GROUP_ID!r}, but group {group} "
-                f"has {found[group]} rows here, or not side by side: send each group whole, row by row"
+                f"has {found[group]} rows, or they are not consecutive: send all rows of a group one after the other"
             )

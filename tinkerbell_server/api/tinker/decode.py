@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from tinkerbell_core.errors import BadData, BadHyperparameter, BadRequest
-from tinkerbell_core.types import LossDescription, TensorData
+from tinkerbell_core.tensors import Array, from_bytes, from_numpy, to_bytes, to_numpy
+from tinkerbell_core.types import DTYPES, LossDescription, TensorData
 from tinkerbell_server.api.tinker import protocol
 from tinkerbell_server.api.tinker import wire_pb2 as wire
-from tinkerbell_server.calls.tensors import Array, as_array, as_tensor, from_array
+from tinkerbell_server.calls.tensors import as_tensor
 
 Config = dict[str, bool | int | float | str | None]
 
@@ -92,7 +93,7 @@ def json_tokens(whose: str, model_input: protocol.ModelInputBody) -> TensorData:
     wrong = next((token for token in tokens if type(token) is not int or not -(2**63) <= token < 2**63), None)
     if wrong is not None:
         raise BadData(f"{whose} holds {str(wrong)[:40]!r}, but token ids are integers")
-    return from_array(np.asarray(tokens, dtype=np.int64))
+    return from_numpy(np.asarray(tokens, dtype=np.int64))
 
 
 # Any: JSON not looked at yet
@@ -103,12 +104,12 @@ def json_tensor(whose: str, value: Any) -> TensorData:
     dtype = value.get("dtype", "float32")
     if dtype not in ("float32", "int64"):
         raise BadData(f"{whose} has dtype {str(dtype)[:40]!r}, but must have float32 or int64")
-    numbers = as_array(as_tensor(value["data"], whose)).astype(dtype)
+    numbers = to_numpy(as_tensor(value["data"], whose)).astype(dtype)
     shape = value.get("shape")
     if value.get("sparse_crow_indices") is not None:
         crow, col = (np.asarray(value.get(f"sparse_{name}_indices"), dtype=np.int64) for name in ("crow", "col"))
-        return from_array(_dense(whose, numbers, crow, col, shape or []))
-    return TensorData(from_array(numbers).data, dtype, tuple(shape) if shape is not None else numbers.shape)
+        return from_numpy(_dense(whose, numbers, crow, col, shape or []))
+    return TensorData(to_bytes(numbers, dtype), dtype, tuple(shape) if shape is not None else numbers.shape)
 
 
 def same_widths(data: list[dict[str, Any]]) -> list[int] | None:
@@ -130,14 +131,14 @@ def same_widths(data: list[dict[str, Any]]) -> list[int] | None:
         targets = inputs.get("target_tokens")
         widths.append(targets.shape[1] if targets is not None and len(targets.shape) == 2 else 0)
         if "target_tokens" in ragged and "weights" not in inputs and widths[-1]:
-            inputs["weights"] = from_array(np.ones(targets.shape, dtype=np.float32))
+            inputs["weights"] = from_numpy(np.ones(targets.shape, dtype=np.float32))
     for datum in data:
         inputs = datum["loss_fn_inputs"]
         for name, tensor in inputs.items():
             widest = ragged.get(name, ragged.get("target_tokens") if name == "weights" else None)
             if widest is not None and len(tensor.shape) == 2:
-                padded = np.pad(as_array(tensor), ((0, 0), (0, widest - tensor.shape[1])))
-                inputs[name] = from_array(padded)
+                padded = np.pad(to_numpy(tensor), ((0, 0), (0, widest - tensor.shape[1])))
+                inputs[name] = from_numpy(padded)
     return widths
 
 
@@ -194,16 +195,14 @@ def _proto_datum(whose: str, datum: wire.Datum) -> dict[str, Any]:  # Any: as in
         kind = chunk.WhichOneof("chunk")
         if kind != "encoded_text":
             raise BadData(f"{whose} has a chunk of type {kind!r}, but this model reads text tokens only")
-        if len(chunk.encoded_text.tokens) % 4:
-            raise BadData(f"{whose}: its tokens are no int32 array")
-        pieces.append(np.frombuffer(chunk.encoded_text.tokens, dtype="<i4"))
+        pieces.append(from_bytes(chunk.encoded_text.tokens, "int32", f"{whose}: tokens"))
     tokens = np.concatenate(pieces).astype(np.int64) if pieces else np.zeros(0, dtype=np.int64)
     inputs = {name: _proto_tensor(f"{whose}: {name!r}", tensor) for name, tensor in datum.loss_fn_inputs.items()}
     for name, tensor in datum.loss_fn_inputs.items():
         # no shape is that of one number too; an input of each token stays flat, and is refused for its length
         if not tensor.shape and inputs[name].shape == (1,) and len(tokens) != 1 and name not in _OF_TOKENS:
             inputs[name] = TensorData(inputs[name].data, inputs[name].dtype, ())
-    return {"model_input": from_array(tokens), "loss_fn_inputs": inputs}
+    return {"model_input": from_numpy(tokens), "loss_fn_inputs": inputs}
 
 
 def _proto_tensor(whose: str, tensor: wire.Tensor) -> TensorData:
@@ -212,11 +211,10 @@ def _proto_tensor(whose: str, tensor: wire.Tensor) -> TensorData:
         raise BadData(f"{whose} has no dtype this server knows ({tensor.dtype})")
     if tensor.WhichOneof("layout") == "sparse_csr":
         csr = tensor.sparse_csr
-        values = np.frombuffer(csr.values, dtype=np.dtype(dtype).newbyteorder("<"))
-        crow, col = np.frombuffer(csr.crow_indices, dtype="<i8"), np.frombuffer(csr.col_indices, dtype="<i8")
-        return from_array(_dense(whose, values, crow, col, tensor.shape))
-    size = {"float32": 4, "int64": 8, "int32": 4, "bfloat16": 2}[dtype]
-    shape = tuple(tensor.shape) if tensor.shape else (len(tensor.dense) // size,)
+        values = from_bytes(csr.values, dtype, whose)
+        crow, col = (from_bytes(indices, "int64", whose) for indices in (csr.crow_indices, csr.col_indices))
+        return from_numpy(_dense(whose, values, crow, col, tensor.shape))
+    shape = tuple(tensor.shape) if tensor.shape else (len(tensor.dense) // DTYPES[dtype],)
     return as_tensor(TensorData(tensor.dense, dtype, shape), whose)
 
 

@@ -1,25 +1,24 @@
-"""An asample body as a command: the prompt, the settings, and what is asked of the prompt. Imports no torch."""
+"""Decodes an asample body: the prompt, the settings, and the questions about the prompt."""
 
 from __future__ import annotations
 
-import msgspec
 import numpy as np
 
 from tinkerbell_core.errors import BadData, BadHyperparameter
+from tinkerbell_core.tensors import from_numpy, to_numpy
 from tinkerbell_core.types import SampleRequest, TensorData
 from tinkerbell_server.api.tinker import decode, protocol
 from tinkerbell_server.api.tinker.store import Layout
-from tinkerbell_server.calls.sample import sample_command
-from tinkerbell_server.calls.tensors import as_array, from_array
-from tinkerbell_server.commands import EngineDescription, PromptQuestions, Sample
+from tinkerbell_server.commands import EngineDescription, PromptQuestions
+from tinkerbell_server.service.intake import SampleOptions
 
 _MOST_TOP = 1024
 
 
-def sample_of(sent: protocol.Sample, engine: EngineDescription) -> Sample:
-    """Raises BadData for the prompt, BadHyperparameter for a setting."""
+def sample_request(sent: protocol.Sample, engine: EngineDescription) -> tuple[SampleRequest, SampleOptions]:
+    """The request of a body. Raises BadData for the prompt, BadHyperparameter for a setting."""
     params = sent.sampling_params
-    ids = as_array(decode.json_tokens("prompt", sent.prompt)).tolist()
+    ids = to_numpy(decode.json_tokens("prompt", sent.prompt)).tolist()
     if not ids:
         raise BadData("prompt is empty: give at least one token to continue from")
     room = engine.max_length - len(ids)
@@ -40,18 +39,17 @@ def sample_of(sent: protocol.Sample, engine: EngineDescription) -> Sample:
         seed=params.seed,
         num_samples=sent.num_samples,
     )
-    command = sample_command(request, engine)
-    return msgspec.structs.replace(
-        command,
-        # a list says what stops the sample, an empty one that nothing does
+    options = SampleOptions(
+        # a list names what stops the sample; if it is empty, nothing does
         end=params.stop is None,
         top=_within("topk_sample_logprobs", sent.topk_sample_logprobs, engine.vocab_size),
         questions=_questions(sent, len(ids), engine.vocab_size),
     )
+    return request, options
 
 
 def layout_of(sent: protocol.Sample) -> Layout | None:
-    """Where the cells are that are asked about, where they come as sparse CSR; `sample_of` has checked them."""
+    """The layout of the target tensor if it is sparse; `sample_request` has checked it."""
     asked = sent.target_prompt_logprobs
     if asked is None or asked.get("sparse_crow_indices") is None:
         return None
@@ -94,14 +92,14 @@ def _targets(sent: protocol.Sample, length: int, vocab_size: int) -> TensorData 
     whose = "target_prompt_logprobs"
     layout = layout_of(sent)
     if layout is None:
-        ids = as_array(decode.json_tensor(whose, sent.target_prompt_logprobs))
+        ids = to_numpy(decode.json_tensor(whose, sent.target_prompt_logprobs))
     else:
-        # 0 is what a sparse tensor has where nothing is listed, and a token: so the ids are moved by one
+        # an entry that a sparse tensor does not list is 0, which is also a token: so the ids are shifted by one
         moved = {**sent.target_prompt_logprobs, "data": [token + 1 for token in sent.target_prompt_logprobs["data"]]}
-        ids = as_array(decode.json_tensor(whose, moved)) - 1
+        ids = to_numpy(decode.json_tensor(whose, moved)) - 1
     if ids.dtype.kind != "i" or ids.ndim != 2 or ids.shape[0] != length - 1:
         raise BadData(f"{whose} has shape {list(ids.shape)}, but must be token ids of shape [{length - 1}, K]")
     if ids.size and (ids.min() < -1 or ids.max() >= vocab_size):
         wrong = int(ids[(ids < -1) | (ids >= vocab_size)].flat[0])
         raise BadData(f"{whose} holds {wrong}, but token ids go from 0 to {vocab_size - 1}, and -1 asks nothing")
-    return from_array(ids.astype(np.int64))
+    return from_numpy(ids.astype(np.int64))

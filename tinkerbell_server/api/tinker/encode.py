@@ -9,10 +9,10 @@ import msgspec
 import numpy as np
 
 from tinkerbell_core.errors import Problem
+from tinkerbell_core.tensors import Array, to_bytes, to_numpy
 from tinkerbell_core.types import ForwardOutput, OptimStepOutput, PromptScores, SampleOutput, TensorData, TopLogprobs
 from tinkerbell_server.api.tinker import wire_pb2 as wire
 from tinkerbell_server.api.tinker.store import Layout, StoredRequest
-from tinkerbell_server.calls.tensors import Array, as_array
 
 _REDUCTIONS = ("sum", "mean", "min", "max")
 
@@ -141,29 +141,29 @@ def sample_response(output: SampleOutput, asked: StoredRequest) -> bytes:
     for sequence in output.sequences:
         sent = message.sequences.add(
             stop_reason=wire.STOP_REASON_STOP if sequence.stop_reason == "stop" else wire.STOP_REASON_LENGTH,
-            tokens=np.asarray(sequence.tokens, dtype="<i4").tobytes(),
-            logprobs=np.asarray(sequence.logprobs, dtype="<f4").tobytes(),
+            tokens=to_bytes(sequence.tokens, "int32"),
+            logprobs=to_bytes(sequence.logprobs, "float32"),
         )
         if sequence.top is not None:
             sent.topk_sampled_logprobs.CopyFrom(_top(sequence.top))
     prompt = output.prompt or PromptScores()
     if prompt.logprobs is not None:
-        message.prompt_logprobs = as_array(prompt.logprobs).astype("<f4").tobytes()
+        message.prompt_logprobs = to_bytes(to_numpy(prompt.logprobs), "float32")
     if prompt.top is not None:
         message.topk_prompt_logprobs.CopyFrom(_top(prompt.top))
     if prompt.targets is not None:
-        message.target_prompt_logprobs.CopyFrom(_targets(as_array(prompt.targets), asked.layout))
+        message.target_prompt_logprobs.CopyFrom(_targets(to_numpy(prompt.targets), asked.layout))
     if prompt.drawn is not None:
-        message.prompt_alt_tokens.tokens.CopyFrom(tensor(as_array(prompt.drawn.ids)))
-        message.prompt_alt_tokens.logprobs.CopyFrom(tensor(as_array(prompt.drawn.logprobs)))
+        message.prompt_alt_tokens.tokens.CopyFrom(tensor(to_numpy(prompt.drawn.ids)))
+        message.prompt_alt_tokens.logprobs.CopyFrom(tensor(to_numpy(prompt.drawn.logprobs)))
     return message.SerializeToString()
 
 
 def _top(top: TopLogprobs) -> wire.TopkLogprobs:
     length, k = top.ids.shape
     return wire.TopkLogprobs(
-        token_ids=as_array(top.ids).astype("<i4").tobytes(),
-        logprobs=as_array(top.logprobs).astype("<f4").tobytes(),
+        token_ids=to_bytes(to_numpy(top.ids), "int32"),
+        logprobs=to_bytes(to_numpy(top.logprobs), "float32"),
         k=k,
         length=length,
     )
@@ -175,9 +175,9 @@ def _targets(found: Array, layout: Layout | None) -> wire.Tensor:
         return tensor(found)
     rows = np.repeat(np.arange(found.shape[0]), np.diff(layout.crow))
     sparse = wire.SparseCsr(
-        values=found[rows, layout.col].astype("<f4").tobytes(),
-        crow_indices=np.asarray(layout.crow, dtype="<i8").tobytes(),
-        col_indices=np.asarray(layout.col, dtype="<i8").tobytes(),
+        values=to_bytes(found[rows, layout.col], "float32"),
+        crow_indices=to_bytes(layout.crow, "int64"),
+        col_indices=to_bytes(layout.col, "int64"),
     )
     return wire.Tensor(sparse_csr=sparse, dtype=wire.DTYPE_FLOAT32, shape=found.shape)
 
@@ -185,22 +185,22 @@ def _targets(found: Array, layout: Layout | None) -> wire.Tensor:
 def tensor(array: Array) -> wire.Tensor:
     """A dense tensor, float32 or int64."""
     if array.dtype.kind == "f":
-        return wire.Tensor(dense=array.astype("<f4").tobytes(), dtype=wire.DTYPE_FLOAT32, shape=array.shape)
-    return wire.Tensor(dense=array.astype("<i8").tobytes(), dtype=wire.DTYPE_INT64, shape=array.shape)
+        return wire.Tensor(dense=to_bytes(array, "float32"), dtype=wire.DTYPE_FLOAT32, shape=array.shape)
+    return wire.Tensor(dense=to_bytes(array, "int64"), dtype=wire.DTYPE_INT64, shape=array.shape)
 
 
 def _batched(arrays: Sequence[Array]) -> wire.BatchedTensor:
-    offsets = np.cumsum([0, *(array.nbytes for array in arrays)], dtype="<i8")
+    offsets = np.cumsum([0, *(array.nbytes for array in arrays)])
     return wire.BatchedTensor(
-        data=b"".join(array.tobytes() for array in arrays),
-        offsets=offsets.tobytes(),
+        data=b"".join(to_bytes(array, "float32") for array in arrays),
+        offsets=to_bytes(offsets, "int64"),
         dtype=wire.DTYPE_FLOAT32,
         trailing_shape=arrays[0].shape[1:],
     )
 
 
 def _float32(data: TensorData) -> Array:
-    return np.ascontiguousarray(as_array(data), dtype="<f4")
+    return to_numpy(data).astype("float32", copy=False)
 
 
 # Any: JSON values of several types

@@ -1,10 +1,10 @@
-"""Bodies in and answers out, as a Tinker client wants them: an error is JSON, and has no status the client retries."""
+"""Reads bodies and writes answers as Tinker clients expect them: errors are JSON, with statuses that end a retry."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,16 +14,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from tinkerbell_core.errors import BadRequest, EngineLost, Problem, TinkerbellError, TooManyRequests
-from tinkerbell_core.registry import resolve
-from tinkerbell_core.types import LossDescription
 from tinkerbell_server.access.audit import AuditedAction
-from tinkerbell_server.access.tenants import LOCAL, unqualified_problem, visible
-from tinkerbell_server.api.tinker.decode import ForwardCall
+from tinkerbell_server.access.tenants import LOCAL, unqualified_problem
 from tinkerbell_server.api.tinker.server import TinkerServer
-from tinkerbell_server.api.tinker.store import StoredRequest
-from tinkerbell_server.api.tinker.training import CUSTOM, served_name
-from tinkerbell_server.calls.loss_lookup import uploads_in
-from tinkerbell_server.commands import EngineDescription
 from tinkerbell_server.http.auth import User, caller_of
 from tinkerbell_server.http.errors import HttpError, read_body
 
@@ -31,79 +24,83 @@ log = logging.getLogger("tinkerbell.server")
 
 PROTOBUF = "application/x-protobuf"
 
-_SAID = (400, 401, 403, 404, 410, 413)
-"""Statuses that a client raises at once. 409, 429 and 5xx it sends again for minutes, 402 for an hour."""
+_NOT_RETRIED = (400, 401, 403, 404, 410, 413)
+"""Statuses that a client raises at once. It retries 409, 429 and 5xx for minutes, and 402 for an hour."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def tinker_server(request: Request) -> TinkerServer:
+    """The Tinker side of the server that a request was sent to."""
     server: TinkerServer = request.app.state.tinker
     return server
 
 
 def with_json_errors(endpoint: Endpoint) -> Endpoint:
-    """The endpoint with every error sent as the client reads it."""
+    """The endpoint, with every error in the form that the client reads."""
 
-    async def answered(request: Request) -> Response:
+    async def guarded(request: Request) -> Response:
         try:
             return await endpoint(request)
         except TinkerbellError as error:
-            return refused(request, error)
+            return error_response(request, error)
         except ClientDisconnect:
             return Response(status_code=499)
-        except Exception:  # a bug of ours: the client hears that it is one, and the log says which
+        except Exception:  # a bug: the client gets a general message, and the log has the details
             log.exception("%s %s", request.method, request.url.path)
             return json_response({"detail": "internal error, see the server's log"}, 500)
 
-    return answered
+    return guarded
 
 
-def refused(request: Request, error: TinkerbellError) -> Response:
-    """The error's sentence as `detail`, where the SDK and people look for it."""
+def error_response(request: Request, error: TinkerbellError) -> Response:
+    """An error with its message in `detail`, which the SDK shows."""
     problem = for_tenant(request, error)
-    told = {"detail": problem.message, "error": problem.message, "kind": problem.kind}
-    return later(json_response(told, status_of(error)), error)
+    body = {"detail": problem.message, "error": problem.message, "kind": problem.kind}
+    return with_retry_after(json_response(body, status_of(error)), error)
 
 
 def for_tenant(request: Request, error: TinkerbellError) -> Problem:
-    """An error as the request's tenant reads it."""
+    """An error in which models have the names that the request's tenant uses."""
     user = request.scope.get("user")
     return unqualified_problem(user.caller.tenant if isinstance(user, User) else LOCAL, Problem.of(error))
 
 
-def later(response: Response, error: TinkerbellError) -> Response:
-    """A refusal that says when to come again, where there is a when."""
+def with_retry_after(response: Response, error: TinkerbellError) -> Response:
+    """The response, with a Retry-After header if the error has a time."""
     if isinstance(error, TooManyRequests):
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     return response
 
 
 def status_of(error: TinkerbellError) -> int:
-    """Its status, where that is one a client raises at once, else 400."""
+    """The status of an error if clients raise it at once, otherwise 400."""
     if isinstance(error, EngineLost):
-        return 503  # a restart is under way: to send it again is right
+        return 503  # the engine restarts, so a retry is right
     if isinstance(error, TooManyRequests):
-        return 429  # the queue is full for now: the same holds
+        return 429  # the queue has room again later
     status = error.http_status if isinstance(error, HttpError) else error.status
-    return status if status in _SAID else 400
+    return status if status in _NOT_RETRIED else 400
 
 
 # Any: JSON values of several types
 def json_response(value: Any, status: int = 200) -> Response:
+    """A value as JSON."""
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
 async def body_of(request: Request) -> bytes:
-    """The body, decompressed. Raises BadRequest where it is too large or no zstd."""
+    """The body, decompressed. Raises BadRequest if it is too large or not valid zstd."""
     mebibytes = tinker_server(request).requests.service.settings.body_limit
     return await body_within(
-        request, mebibytes << 20, HttpError(f"a body may have {mebibytes} MiB; send fewer datums a call", 413)
+        request,
+        mebibytes << 20,
+        HttpError(f"the limit for a body is {mebibytes} MiB; send fewer datums in a call", 413),
     )
 
 
 async def body_within(request: Request, limit: int, too_large: TinkerbellError) -> bytes:
-    """As `body_of`, of at most `limit` bytes before and after decompression. Raises `too_large`."""
+    """Like `body_of`, with at most `limit` bytes before and after decompression. Raises `too_large`."""
     body = await read_body(request, limit, too_large)
     encoding = request.headers.get("content-encoding", "identity")
     if encoding == "identity":
@@ -114,7 +111,7 @@ async def body_within(request: Request, limit: int, too_large: TinkerbellError) 
         with zstandard.ZstdDecompressor().stream_reader(body) as reader:
             plain = reader.read(limit + 1)
     except zstandard.ZstdError as error:
-        raise BadRequest(f"the body is no zstd: {error}") from None
+        raise BadRequest(f"the body is not valid zstd: {error}") from None
     if len(plain) > limit:
         raise too_large
     return plain
@@ -122,7 +119,7 @@ async def body_within(request: Request, limit: int, too_large: TinkerbellError) 
 
 @contextmanager
 def audit_refusals(request: Request, action: str | None, sha256: str | None = None) -> Iterator[None]:
-    """Tell of an action that was refused before anything was accepted; of none, nothing."""
+    """Log a named action that is refused in the block, before it was accepted."""
     try:
         yield
     except TinkerbellError as error:
@@ -132,34 +129,8 @@ def audit_refusals(request: Request, action: str | None, sha256: str | None = No
 
 
 def audit_immediate(request: Request, action: str, name: str | None = None) -> AuditedAction:
-    """Tell of an action that ends with its answer; a context manager, to which the name may come later."""
+    """The audit entry of an action that ends with its answer: a context manager; its name can be set later."""
     return tinker_server(request).requests.service.audit.watch(caller_of(request), action, name)
-
-
-def accepted(request: Request, action: str, request_id: str, sha256: str | None = None) -> None:
-    """Tell of an accepted request when it has ended."""
-    requests = tinker_server(request).requests
-    asked = requests.store.get(StoredRequest, request_id)
-    name = None if asked is None else asked.path or asked.parent
-    requests.watch(request_id, requests.service.audit.watch(caller_of(request), action, name, sha256))
-
-
-def audit_failure(request: Request, request_id: str, call: ForwardCall, engine: EngineDescription) -> None:
-    """Tell of an accepted call of somebody's upload if it fails: a training run is thousands that do not."""
-    requests, caller = tinker_server(request).requests, caller_of(request)
-    name = _upload(call, visible(caller.tenant, engine.losses))
-    if name is not None:
-        action = "forward_backward" if call.backward else "forward"
-        requests.watch(request_id, requests.service.audit.watch(caller, action, name), failures_only=True)
-
-
-def _upload(call: ForwardCall, losses: Sequence[LossDescription]) -> str | None:
-    if call.loss_fn == CUSTOM:
-        return str(call.config.get("loss_id"))
-    try:
-        return " ".join(uploads_in(resolve(served_name(call.loss_fn), losses))) or None
-    except BadRequest:
-        return None  # the request itself is told why
 
 
 def tenant_of(request: Request) -> str:

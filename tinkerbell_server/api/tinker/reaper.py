@@ -1,4 +1,4 @@
-"""What nobody needs any more is given back: models and losses of sessions that are over, and what has expired."""
+"""Frees ended sessions and expired checkpoints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from tinkerbell_server.access.tenants import Caller
 from tinkerbell_server.api.tinker.custom_losses import CustomLosses
 from tinkerbell_server.api.tinker.queries import Queries
 from tinkerbell_server.api.tinker.requests import TinkerRequests
@@ -19,22 +20,26 @@ from tinkerbell_server.commands import DeleteModel
 log = logging.getLogger("tinkerbell.server")
 
 EVERY = 60.0
+"""Seconds between two passes."""
 
 SILENT_SECONDS = 3600.0
-"""A session that was not heard for so long is over; its client sends a heartbeat every 10 seconds."""
+"""A session without a heartbeat for this long has ended; its client sends one every 10 seconds."""
 
 
 class Reaper:
+    """Frees what ended sessions hold."""
+
     def __init__(self, requests: TinkerRequests, queries: Queries, losses: CustomLosses) -> None:
         self._requests, self._queries, self._losses = requests, queries, losses
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run a pass every minute, until cancelled."""
         while True:
             await asyncio.sleep(EVERY)
             self.once()
 
     def once(self) -> None:
+        """One pass."""
         self._queries.sweep()
         for session in self._requests.store.all(Session):
             if not session.ended and session.last_seen < time.time() - SILENT_SECONDS:
@@ -44,11 +49,11 @@ class Reaper:
                 self._release(session)
 
     def _release(self, session: Session) -> None:
-        """Its models and losses leave the device, its unnamed weights the disk; what was saved by name stays."""
+        """Delete the models, the losses and the unnamed weights of a session; what was saved by name remains."""
         store = self._requests.store
         for run in store.of_parent(Run, session.id):
             if not run.ended:
-                log.info("session %s is over: model %s leaves the device", session.id, run.id)
+                log.info("session %s has ended: deleting model %s", session.id, run.id)
                 store.put(msgspec.structs.replace(run, ended=True))
                 self._delete(run)
         self._losses.release(session)
@@ -58,9 +63,6 @@ class Reaper:
                 shutil.rmtree(Path(sampler.folder), ignore_errors=True)
 
     def _delete(self, run: Run) -> None:
-        def ended(_: object) -> None:
-            """Nobody asked for it."""
-
-        drop = DeleteModel(model_id=run.model_id)
-        name = f"{run.model_id}-over"
-        self._requests.queue_many(run.tenant, name, "delete_model", run.model_id, lambda: drop, ended, ended)
+        command = DeleteModel(model_id=run.model_id)
+        id = f"{run.model_id}-over"
+        self._requests.service.intake.run_unobserved(Caller(run.tenant), "delete_model", command, id)

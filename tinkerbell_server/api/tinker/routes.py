@@ -123,7 +123,7 @@ async def sampler(request: Request) -> Response:
 
 
 async def asample(request: Request) -> Response:
-    request_id, sequences = await tinker_server(request).sampling.sample(tenant_of(request), await body_of(request))
+    request_id, sequences = await tinker_server(request).sampling.sample(caller_of(request), await body_of(request))
     return json_response({"request_id": unqualified(request_id), "sample_sequence_ids": sequences})
 
 

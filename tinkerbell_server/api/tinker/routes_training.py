@@ -1,4 +1,4 @@
-"""What a TrainingClient sends: each answered at once with the id of a future."""
+"""Routes of the TrainingClient; each answers at once with the id of a future."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tinkerbell_core.errors import BadRequest, TooManyRequests
-from tinkerbell_server.access.tenants import unqualified
+from tinkerbell_server.access.tenants import Caller, unqualified
 from tinkerbell_server.api.tinker import decode, protocol
 from tinkerbell_server.api.tinker.http import (
     PROTOBUF,
     Endpoint,
-    accepted,
-    audit_failure,
     audit_refusals,
     body_of,
     body_within,
@@ -25,43 +23,41 @@ from tinkerbell_server.api.tinker.http import (
     tinker_server,
 )
 from tinkerbell_server.api.tinker.server import TinkerServer
+from tinkerbell_server.http.auth import caller_of
 from tinkerbell_server.service import upload_checks
 
-Taken = Callable[[TinkerServer, str, bytes], Awaitable[tuple[str, str]]]
+Submit = Callable[[TinkerServer, Caller, bytes], Awaitable[tuple[str, str]]]
 
 
-def future(take: Taken, action: str | None = None) -> Endpoint:
-    """An endpoint that answers the id of a request and of its model. action: what the audit calls it."""
+def future(submit: Submit, action: str | None = None) -> Endpoint:
+    """An endpoint that answers with the id of a request and of its model. action: its name in the audit log."""
 
     async def endpoint(request: Request) -> Response:
         body = await body_of(request)
         with _numbered(request, lambda: protocol.numbered(body)), audit_refusals(request, action):
-            request_id, model_id = await take(tinker_server(request), tenant_of(request), body)
-        if action is not None:
-            accepted(request, action, request_id)
+            request_id, model_id = await submit(tinker_server(request), caller_of(request), body)
         return json_response({"request_id": unqualified(request_id), "model_id": model_id})
 
     return endpoint
 
 
-create_model = future(lambda server, tenant, body: server.training.create(tenant, body), "create_model")
-optim_step = future(lambda server, tenant, body: server.training.optim_step(tenant, body))
-save_weights = future(lambda server, tenant, body: server.checkpoints.save(tenant, body, "weights"), "save_weights")
+create_model = future(lambda server, caller, body: server.training.create(caller, body), "create_model")
+optim_step = future(lambda server, caller, body: server.training.optim_step(caller, body))
+save_weights = future(lambda server, caller, body: server.checkpoints.save(caller, body, "weights"), "save_weights")
 save_weights_external = future(
-    lambda server, tenant, body: server.checkpoints.save(tenant, body, "external_weights"), "save_weights_external"
+    lambda server, caller, body: server.checkpoints.save(caller, body, "external_weights"), "save_weights_external"
 )
 save_weights_for_sampler = future(
-    lambda server, tenant, body: server.checkpoints.save_for_sampler(tenant, body), "save_weights_for_sampler"
+    lambda server, caller, body: server.checkpoints.save_for_sampler(caller, body), "save_weights_for_sampler"
 )
-load_weights = future(lambda server, tenant, body: server.checkpoints.load(tenant, body), "load_weights")
+load_weights = future(lambda server, caller, body: server.checkpoints.load(caller, body), "load_weights")
 
 
 async def create_custom_loss(request: Request) -> Response:
     body = await body_within(request, upload_checks.BODY_LIMIT, upload_checks.too_large())
     action, sha256 = "create_custom_loss", hashlib.sha256(body).hexdigest()
     with audit_refusals(request, action, sha256):
-        request_id = await tinker_server(request).losses.create(tenant_of(request), body)
-    accepted(request, action, request_id, sha256)
+        request_id = await tinker_server(request).losses.create(caller_of(request), body, sha256)
     return json_response({"request_id": unqualified(request_id)})
 
 
@@ -95,18 +91,16 @@ async def get_info(request: Request) -> Response:
 
 async def _forward(request: Request, *, backward: bool) -> Response:
     body = await body_of(request)
-    engine = await tinker_server(request).requests.engine()
     proto = request.headers.get("content-type", "").partition(";")[0] == PROTOBUF
     with _numbered(request, lambda: decode.numbered(body) if proto else protocol.numbered(body)):
         call = decode.from_proto(body) if proto else decode.from_json(body, backward=backward)
-        request_id, model_id = await tinker_server(request).training.forward(tenant_of(request), call, body)
-    audit_failure(request, request_id, call, engine)
+        request_id, model_id = await tinker_server(request).training.forward(caller_of(request), call, body)
     return json_response({"request_id": unqualified(request_id), "model_id": model_id})
 
 
 @contextmanager
 def _numbered(request: Request, number: Callable[[], tuple[str, int | None]]) -> Iterator[None]:
-    """A request that is refused for good has used up its seq_id: a client sends the next one, not this one again."""
+    """Pass over the seq_id of a request that is refused in the block: the client continues with the next one."""
     try:
         yield
     except BadRequest as error:

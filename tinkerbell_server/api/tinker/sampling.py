@@ -1,32 +1,35 @@
-"""Samplers of Tinker clients: the base model, a checkpoint, or a run's weights as they were."""
+"""Sampling sessions of Tinker clients: of the base model, of a checkpoint, or of the weights of a run."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
 from tinkerbell_core.errors import BadRequest
-from tinkerbell_server.access.tenants import qualified, unqualified
+from tinkerbell_server.access.tenants import Caller, qualified, unqualified
 from tinkerbell_server.api.tinker import decode_sample, protocol
 from tinkerbell_server.api.tinker.checkpoints import Checkpoints, sampler_id_of
 from tinkerbell_server.api.tinker.paths import TinkerPath
 from tinkerbell_server.api.tinker.requests import TinkerRequests
-from tinkerbell_server.api.tinker.store import Run, Sampler
-from tinkerbell_server.commands import Sample
+from tinkerbell_server.api.tinker.store import Run, Sampler, StoredRequest
+from tinkerbell_server.service.intake import Submission
 from tinkerbell_server.service.store import Finished
 
 CLONE = 1_000_000_000
-"""A clone of a sampling session numbers its requests from this many times its number."""
+"""A clone of a sampling session numbers its requests from its own number times this."""
 
 
 class Sampling:
+    """The sampling sessions of one server."""
+
     def __init__(self, requests: TinkerRequests, checkpoints: Checkpoints) -> None:
         self._requests, self._checkpoints = requests, checkpoints
 
     def create_session(self, tenant: str, body: bytes) -> str:
-        """create_sampling_session: its id."""
+        """create_sampling_session: the id of the new session."""
         sent = protocol.parse(body, protocol.CreateSamplingSession)
         session = self._requests.session(tenant, sent.session_id)
         if sent.base_model is not None:
@@ -46,36 +49,42 @@ class Sampling:
         return sampler.id
 
     def join(self, tenant: str, sampler_id: str) -> int:
-        """join_sampling_session: which clone this is, from 1."""
+        """join_sampling_session: the number of the new clone, from 1."""
         sampler = self._requests.sampler(tenant, sampler_id)
         self._requests.store.put(msgspec.structs.replace(sampler, clones=sampler.clones + 1))
         return sampler.clones + 1
 
     def describe(self, tenant: str, sampler_id: str) -> dict[str, str]:
-        """What GET /samplers/{id} answers."""
+        """The answer of GET /samplers/{id}."""
         sampler = self._requests.sampler(tenant, sampler_id)
         told = {"sampler_id": sampler.id, "base_model": sampler.base_model}
         return told if sampler.model_path is None else {**told, "model_path": sampler.model_path}
 
-    async def sample(self, tenant: str, body: bytes) -> tuple[str, list[str]]:
-        """asample: the request's id, and an id for each sequence it will have."""
+    async def sample(self, caller: Caller, body: bytes) -> tuple[str, list[str]]:
+        """asample: the request's id, and an id for each sequence of its result."""
         engine = await self._requests.engine()
         sent = protocol.parse(body, protocol.Sample)
-        sampler = self._sampler(tenant, sent)
-        key = f"{sampler.id}/{sent.seq_id if sent.seq_id is not None else f'at/{time.time_ns()}'}"
-        request_id = self._requests.repeated(tenant, key, "sample", body)
-        if request_id is None:
-            command = decode_sample.sample_of(sent, engine)
-            layout = decode_sample.layout_of(sent)
-            request_id = self._requests.accept(tenant, "sample", key, body, parent=sampler.id, layout=layout)
-            # samples of one network stand in one queue, so that they are drawn together
-            queue = sampler.id if sampler.follows is not None else f"sampler:{sampler.folder or ''}"
-            self._requests.queue(tenant, request_id, "sample", queue, lambda: self._now(command, sampler))
+        sampler = self._sampler(caller.tenant, sent)
+        follows = sampler.follows is not None
+        request, options = decode_sample.sample_request(sent, engine)
+        submission = Submission(
+            caller=caller,
+            kind="sample",
+            content=request,
+            sample=replace(options, path=self._folder(sampler)),
+            key=f"{sampler.id}/{sent.seq_id if sent.seq_id is not None else f'at/{time.time_ns()}'}",
+            # samples with the same weights share a lane, so that they are drawn together
+            lane=sampler.id if follows else None,
+        )
+        record = StoredRequest(
+            id="", tenant=caller.tenant, parent=sampler.id, kind="sample", layout=decode_sample.layout_of(sent)
+        )
+        request_id = await self._requests.submit(submission, body, record)
         return request_id, [f"{unqualified(request_id)}-{index}" for index in range(sent.num_samples)]
 
     # Any: JSON values of several types
     async def retrieve_futures(self, tenant: str, body: bytes, most: float) -> dict[str, Any]:
-        """What has ended of a sampling session since its client asked last, waited for at most `most` seconds."""
+        """The requests of a session that ended since the client's last question; waits at most `most` seconds."""
         sent = protocol.parse(body, protocol.RetrieveFutures)
         sampler = self._requests.sampler(tenant, sent.target.sampling_session_id)
         seconds = most if sent.timeout is None else min(most, sent.timeout)
@@ -97,17 +106,14 @@ class Sampling:
         name = f"sampler:{sent.model_path or 'base'}"
         return Sampler(id=name, tenant=tenant, base_model=self._requests.base.name, folder=folder)
 
-    def _now(self, command: Sample, sampler: Sampler) -> Sample:
-        """With the folder of the weights at this moment, which a follower changes."""
-        folder = sampler.folder
-        if sampler.follows is not None:
-            run = self._requests.store.get(Run, sampler.follows)
-            folder = folder if run is None else run.follower
-        return msgspec.structs.replace(command, path=folder)
+    def _folder(self, sampler: Sampler) -> str | None:
+        """The weights of a sampler; the newest of its run, if it follows one."""
+        run = None if sampler.follows is None else self._requests.store.get(Run, sampler.follows)
+        return sampler.folder if run is None else run.follower
 
 
 def _clone_of(key: str | None) -> int | None:
-    """Which clone of its session sent a sample, by the seq_id at the end of its key."""
+    """The number of the clone that sent a sample, from the seq_id at the end of its key."""
     seq = (key or "").rpartition("/")[2]
     return int(seq) // CLONE if seq.isdecimal() else None
 

@@ -1,4 +1,4 @@
-"""Requests of one run in the order of their seq_id, whatever order they arrive in. Knows only numbers."""
+"""Puts the requests of each run in the order of their seq_id, and joins the chunks of calls that the SDK split."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Generic, TypeVar
 
 import msgspec
@@ -16,22 +17,20 @@ from tinkerbell_core.types import ForwardOutput
 from tinkerbell_server.api.tinker import encode
 from tinkerbell_server.api.tinker.chunks import MISSING, SEVERAL, TORN, Chunk, calls_of, forward_request
 from tinkerbell_server.api.tinker.requests import TinkerRequests
-from tinkerbell_server.api.tinker.store import Run
-from tinkerbell_server.commands import EngineDescription
-from tinkerbell_server.engines.framing import AnyCommand
-from tinkerbell_server.service.intake import Request
+from tinkerbell_server.api.tinker.store import Run, StoredRequest
+from tinkerbell_server.service.intake import Held, Submission
 
 log = logging.getLogger("tinkerbell.server")
 
 GAP_SECONDS = 30.0
-"""How long requests wait for one that is missing before them, from the last arrival on."""
+"""How long requests wait for a missing one before them, counted from the last arrival."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Released(Generic[T]):
-    """Consecutive requests whose turn has come in one go. after_gap: the one before them never came.
+    """Consecutive requests whose turn has come together. after_gap: the one before them did not arrive in time.
 
     held: those that still wait for another.
     """
@@ -43,9 +42,9 @@ class Released(Generic[T]):
 
 @dataclass(slots=True)
 class SequenceBuffer(Generic[T]):
-    """The requests of one run. release: takes those whose turn has come.
+    """The requests of one run. release: called with those whose turn has come.
 
-    A client sends the first chunk of a call last, so that its arrival releases them together.
+    A client sends the first chunk of a call last, so that its arrival releases all of them together.
     """
 
     name: str
@@ -55,14 +54,16 @@ class SequenceBuffer(Generic[T]):
     _timer: asyncio.TimerHandle | None = None
 
     def late(self, seq: int) -> bool:
-        """Whether its turn is over: it was given up after a gap, or it was never sent to this server."""
+        """Whether this number has had its turn, because its request arrived or because the wait for it ended."""
         return seq < self.next or seq in self._held
 
     def arrive(self, seq: int, item: T) -> None:
+        """Add a request, and release those whose turn has come."""
         self._held[seq] = item
         self._flush()
 
     def close(self) -> None:
+        """Cancel the timer."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -82,156 +83,135 @@ class SequenceBuffer(Generic[T]):
 
     def _skip(self) -> None:
         first = min(self._held)
-        log.warning("%s: seq_id %d did not arrive in %g s; going on with %d", self.name, self.next, GAP_SECONDS, first)
+        log.warning(
+            "%s: seq_id %d did not arrive within %g s; continuing with %d", self.name, self.next, GAP_SECONDS, first
+        )
         self.next = first
         self._flush(after_gap=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A request in its line. start: queues it, or fails its future. call: of a loss that couples its rows."""
+    """A request of a run. held: None for a number whose request was refused. chunk: if its loss couples rows."""
 
-    request_id: str
-    start: Callable[[], None]
-    call: Chunk | None = None
+    held: Held | None
+    chunk: Chunk | None = None
 
 
 class Sequencer:
-    """Every run's line."""
+    """The requests of every run."""
 
     def __init__(self, requests: TinkerRequests) -> None:
         self._requests = requests
-        self._sequencer: dict[str, SequenceBuffer[Waiting]] = {}
+        self._buffers: dict[str, SequenceBuffer[Waiting]] = {}
 
     def close(self) -> None:
-        for line in self._sequencer.values():
-            line.close()
+        """Cancel all timers."""
+        for buffer in self._buffers.values():
+            buffer.close()
 
-    def take(
+    async def submit(
         self,
         run: Run,
         seq: int | None,
-        kind: str,
+        submission: Submission,
         body: bytes,
-        start: Callable[[str], None],
+        record: StoredRequest,
         chunk: Chunk | None = None,
-        **details: object,
     ) -> str:
-        """Take a request in, or know it again; its id. start: given the id when its turn has come, which may raise.
+        """Accept a request, which is queued when its number is next; its qualified id.
 
-        Raises BadRequest where its number is none or was used, TooManyRequests where the queue is full.
+        Raises BadRequest for a number below 1 or one that was used, TooManyRequests if the queue is full.
         """
         key = f"{run.id}/{seq}"
         if seq is None:
             key = f"{run.id}/at/{time.time_ns()}"
         elif seq < 1:
             raise BadRequest(f"seq_id is {seq}, but requests of a model are numbered from 1")
-        repeated = self._requests.repeated(run.tenant, key, kind, body)
-        if repeated is not None:
-            return repeated
-        self._check_turn(run, seq)
-        request_id = self._requests.accept(run.tenant, kind, key, body, parent=run.id, **details)
-        self._wait(run, seq, Waiting(request_id, lambda: self._guarded(request_id, start), chunk))
-        return request_id
+        submission = replace(submission, key=key, before_accept=partial(self._check_turn, run, seq))
+        return await self._requests.submit(submission, body, record, partial(self._hold, run, seq, chunk))
 
     def pass_over(self, tenant: str, model_id: str, seq: int | None) -> None:
-        """A request was refused before it was accepted: those behind it need not wait for it."""
+        """Note that the request of a number was refused, so that those behind it do not wait for it."""
         run = self._requests.store.get(Run, model_id, tenant)
         if run is None or run.ended or seq is None or seq < 1:
             return
-        if not self._line(run).late(seq):
-            self._wait(run, seq, Waiting("", lambda: None))
+        if not self._buffer(run).late(seq):
+            self._arrive(run, seq, Waiting(None))
 
-    def command(self, tenant: str, request: Request, kind: str, engine: EngineDescription) -> Callable[[], AnyCommand]:
-        """What the engine is to do for a request. Raises what is wrong with it, and once what its model has lost."""
-        command = self._requests.command(tenant, request, kind, engine)
-        self._requests.service.admission.tell_notice(request, engine)
-        return command
-
-    def _guarded(self, request_id: str, start: Callable[[str], None]) -> None:
-        try:
-            start(request_id)
-        except TinkerbellError as error:
-            self._requests.fail(request_id, error)
-
-    def _line(self, run: Run) -> SequenceBuffer[Waiting]:
-        if run.id not in self._sequencer:
-            self._sequencer[run.id] = SequenceBuffer(run.id, run.next_seq, self._release)
-        return self._sequencer[run.id]
+    def _buffer(self, run: Run) -> SequenceBuffer[Waiting]:
+        if run.id not in self._buffers:
+            self._buffers[run.id] = SequenceBuffer(run.id, run.next_seq, self._release)
+        return self._buffers[run.id]
 
     def _check_turn(self, run: Run, seq: int | None) -> None:
-        line = self._line(run)
-        if seq is not None and line.late(seq):
+        buffer = self._buffer(run)
+        if seq is not None and buffer.late(seq):
             raise BadRequest(
-                f"seq_id {seq} of model {run.id!r} comes too late: the model is at {line.next} already "
-                "(a request that does not arrive is given up after a while)"
+                f"seq_id {seq} of model {run.id!r} arrived too late: the model is at {buffer.next} already "
+                f"(the server waits {GAP_SECONDS:g} s for a missing request)"
             )
 
-    def _wait(self, run: Run, seq: int | None, waiting: Waiting) -> None:
+    def _hold(self, run: Run, seq: int | None, chunk: Chunk | None, held: Held) -> None:
         if seq is None:
-            waiting.start()
-            return
-        line = self._line(run)
-        before = line.next
-        line.arrive(seq, waiting)
-        if line.next != before:
-            self._requests.touch(run.id, next_seq=line.next)
+            self._requests.service.intake.queue_held([held])
+        else:
+            self._arrive(run, seq, Waiting(held, chunk))
+
+    def _arrive(self, run: Run, seq: int, waiting: Waiting) -> None:
+        buffer = self._buffer(run)
+        before = buffer.next
+        buffer.arrive(seq, waiting)
+        if buffer.next != before:
+            self._requests.touch(run.id, next_seq=buffer.next)
 
     def _release(self, released: Released[Waiting]) -> None:
         ready = released.ready
         while ready:
-            first = ready[0].call
+            first = ready[0].chunk
             if first is None:
-                ready[0].start()
+                if ready[0].held is not None:
+                    self._requests.service.intake.queue_held([ready[0].held])
                 ready = ready[1:]
                 continue
             count = 1
-            while count < len(ready) and first.continues(ready[count].call):
+            while count < len(ready) and first.continues(ready[count].chunk):
                 count += 1
             behind = released.ready[0] is not ready[0]
             doubt = SEVERAL if behind and count > 1 else MISSING if released.after_gap and not behind else None
-            if count == len(ready) and any(first.continues(held.call) for held in released.held):
+            if count == len(ready) and any(first.continues(held.chunk) for held in released.held):
                 doubt = doubt or TORN
-            self._run_calls(ready[:count], doubt)
+            joined = [(one.held, one.chunk) for one in ready[:count] if one.held is not None and one.chunk is not None]
+            self._run_calls(joined, doubt)
             ready = ready[count:]
 
-    def _run_calls(self, chunks: list[Waiting], doubt: str | None) -> None:
-        """Consecutive chunks of one loss that couples its rows, as the calls they are."""
+    def _run_calls(self, chunks: list[tuple[Held, Chunk]], doubt: str | None) -> None:
+        """Queue consecutive chunks of one loss that couples its rows, grouped into the calls that they are."""
         try:
-            counts = calls_of([chunk.call for chunk in chunks if chunk.call is not None], doubt)
-        except BadRequest as error:
-            for chunk in chunks:
-                self._requests.fail(chunk.request_id, error)
+            for held, _ in chunks:
+                if held.submission.problem is not None:
+                    raise held.submission.problem
+            counts = calls_of([chunk for _, chunk in chunks], doubt)
+        except TinkerbellError as error:
+            for held, _ in chunks:
+                self._requests.service.intake.fail(held, error)
             return
         for count in counts:
-            if count == 1:
-                chunks[0].start()
-            else:
-                self._run_joined(chunks[:count])
+            self._run_call(chunks[:count])
             chunks = chunks[count:]
 
-    def _run_joined(self, chunks: list[Waiting]) -> None:
-        """Chunks of one call of a loss that couples its rows, run as the one call they are."""
-        joined = [chunk.call for chunk in chunks if chunk.call is not None]
-        calls = [chunk.call for chunk in joined]
-        first = chunks[0].request_id
-
-        def finish(result: bytes) -> None:
-            output = msgspec.msgpack.decode(result, type=ForwardOutput)
-            parts = encode.split(output, [len(call.data) for call in calls])
-            for chunk, part in zip(chunks, parts, strict=True):
-                self._requests.finish(chunk.request_id, msgspec.msgpack.encode(part))
-
-        def fail(error: TinkerbellError) -> None:
-            for chunk in chunks:
-                self._requests.fail(chunk.request_id, error)
-
-        try:
-            kind = "forward_backward" if calls[0].backward else "forward"
-            run = joined[0].run
-            request = forward_request(run, calls, joined[0].loss)
-            command = self.command(run.tenant, request, kind, joined[0].engine)
-        except TinkerbellError as error:
-            fail(error)
+    def _run_call(self, chunks: list[tuple[Held, Chunk]]) -> None:
+        """Queue the chunks of one call as one job, whose result is split among them."""
+        helds = [held for held, _ in chunks]
+        if len(chunks) == 1:
+            self._requests.service.intake.queue_held(helds)
             return
-        self._requests.queue_many(run.tenant, first, kind, request.model_id, command, finish, fail)
+        calls = [chunk.call for _, chunk in chunks]
+        first = chunks[0][1]
+
+        def split(result: bytes) -> list[bytes]:
+            output = msgspec.msgpack.decode(result, type=ForwardOutput)
+            return [msgspec.msgpack.encode(part) for part in encode.split(output, [len(call.data) for call in calls])]
+
+        submission = replace(helds[0].submission, content=forward_request(first.run, calls, first.loss))
+        self._requests.service.intake.queue_held(helds, submission, split)

@@ -120,11 +120,11 @@ class StoredRequest(Record, frozen=True):
 R = TypeVar("R", bound=Record)
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS store (
+CREATE TABLE IF NOT EXISTS records (
     kind TEXT NOT NULL, id TEXT NOT NULL, tenant TEXT NOT NULL, parent TEXT NOT NULL, created REAL NOT NULL,
     body BLOB NOT NULL, PRIMARY KEY (kind, id));
-CREATE INDEX IF NOT EXISTS records_tenant ON store (kind, tenant, created);
-CREATE INDEX IF NOT EXISTS records_parent ON store (kind, parent, created);
+CREATE INDEX IF NOT EXISTS records_tenant ON records (kind, tenant, created);
+CREATE INDEX IF NOT EXISTS records_parent ON records (kind, parent, created);
 """
 
 
@@ -143,7 +143,7 @@ class TinkerStore:
     def put(self, record: Record) -> None:
         """Add a record, or bring it up to date."""
         self._db.execute(
-            "INSERT OR REPLACE INTO store (kind, id, tenant, parent, created, body) VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO records (kind, id, tenant, parent, created, body) VALUES (?, ?, ?, ?, ?, ?)",
             (
                 type(record).__name__,
                 record.id,
@@ -157,13 +157,13 @@ class TinkerStore:
     def get(self, type_: type[R], id: str, tenant: str | None = None) -> R | None:
         """tenant None: of any, for what the server itself asks."""
         row = self._db.execute(
-            "SELECT body FROM store WHERE kind = ? AND id = ? AND ? IN (tenant, '')",
+            "SELECT body FROM records WHERE kind = ? AND id = ? AND ? IN (tenant, '')",
             (type_.__name__, id, tenant or ""),
         ).fetchone()
         return None if row is None else msgspec.msgpack.decode(row[0], type=type_)
 
     def drop(self, record: Record) -> None:
-        self._db.execute("DELETE FROM store WHERE kind = ? AND id = ?", (type(record).__name__, record.id))
+        self._db.execute("DELETE FROM records WHERE kind = ? AND id = ?", (type(record).__name__, record.id))
 
     def of_tenant(self, type_: type[R], tenant: str) -> list[R]:
         """Newest first."""
@@ -177,13 +177,13 @@ class TinkerStore:
         """Newest first, of every tenant."""
         return self._rows(type_, "? = ''", "")
 
-    def forget_asked(self, before: float) -> None:
+    def forget_requests(self, before: float) -> None:
         """Requests that are older than their results."""
-        self._db.execute("DELETE FROM store WHERE kind = 'StoredRequest' AND created < ?", (before,))
+        self._db.execute("DELETE FROM records WHERE kind = 'StoredRequest' AND created < ?", (before,))
 
     def _rows(self, type_: type[R], where: str, value: str) -> list[R]:
         rows = self._db.execute(
-            f"SELECT body FROM store WHERE kind = ? AND {where} ORDER BY created DESC, rowid DESC",
+            f"SELECT body FROM records WHERE kind = ? AND {where} ORDER BY created DESC, rowid DESC",
             (type_.__name__, value),
         )
         return [msgspec.msgpack.decode(row[0], type=type_) for row in rows]

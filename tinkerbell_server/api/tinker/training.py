@@ -1,29 +1,27 @@
-"""Training runs of Tinker clients: made, and stepped by requests that each say their place in the run's line."""
+"""Training runs of Tinker clients: creates their models and submits their numbered requests."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
-from tinkerbell_core.errors import BadHyperparameter, BadRequest, UnknownLoss
+from tinkerbell_core.errors import BadHyperparameter, BadRequest, TinkerbellError, UnknownLoss
 from tinkerbell_core.registry import resolve
-from tinkerbell_core.types import CreateModelRequest, ForwardRequest, OptimStepRequest
-from tinkerbell_server.access.tenants import qualified, visible
+from tinkerbell_core.types import CreateModelRequest, ForwardRequest, LossDescription, OptimStepRequest
+from tinkerbell_server.access.tenants import Caller, visible
 from tinkerbell_server.api.tinker import decode, protocol
-from tinkerbell_server.api.tinker.chunks import Chunk, couples, forward_request, take_groups
+from tinkerbell_server.api.tinker.chunks import Chunk, couples_rows, forward_request, take_groups
 from tinkerbell_server.api.tinker.custom_losses import CustomLosses
 from tinkerbell_server.api.tinker.requests import TinkerRequests
 from tinkerbell_server.api.tinker.sequencer import Sequencer
-from tinkerbell_server.api.tinker.store import Run
-from tinkerbell_server.calls.settings import create_spec
+from tinkerbell_server.api.tinker.store import Run, StoredRequest
 from tinkerbell_server.commands import EngineDescription
-from tinkerbell_server.service.intake import Request
+from tinkerbell_server.service.intake import Submission
 
 CUSTOM = "custom"
-"""What the wire calls every loss of create_custom_loss; `loss_id` in the config says which."""
+"""The protocol's name for every loss of create_custom_loss; `loss_id` in the config names one."""
 
 ALPHA = 32.0
-"""The wire has no alpha; this is the one everybody uses."""
+"""The protocol has no alpha; this is the usual value."""
 
 
 class Training:
@@ -32,28 +30,22 @@ class Training:
     def __init__(self, requests: TinkerRequests, sequencer: Sequencer, losses: CustomLosses) -> None:
         self._requests, self._sequencer, self._losses = requests, sequencer, losses
 
-    async def create(self, tenant: str, body: bytes) -> tuple[str, str]:
+    async def create(self, caller: Caller, body: bytes) -> tuple[str, str]:
         """create_model: the request's id and the model's."""
-        requests = self._requests
+        requests, tenant = self._requests, caller.tenant
         sent = protocol.parse(body, protocol.CreateModel)
         engine = await requests.engine()
         session = requests.session(tenant, sent.session_id)
         requests.base.check(sent.base_model)
         check_optimizer(sent.optimizer_config)
         model_id = model_id_of(session.id, sent.model_seq_id)
-        key = f"{model_id}/create"
-        repeated = requests.repeated(tenant, key, "create_model", body)
-        if repeated is not None:
-            return repeated, model_id
         lora = sent.lora_config or protocol.LoraConfig()
-        spec = create_spec(
-            CreateModelRequest(
-                model_id=qualified(tenant, model_id),
-                rank=lora.rank,
-                alpha=ALPHA,
-                target_modules=target_modules(lora, engine),
-                seed=lora.seed or 0,
-            )
+        content = CreateModelRequest(
+            model_id=model_id,
+            rank=lora.rank,
+            alpha=ALPHA,
+            target_modules=target_modules(lora, engine),
+            seed=lora.seed or 0,
         )
         run = Run(
             id=model_id,
@@ -68,84 +60,84 @@ class Training:
             user_metadata=sent.user_metadata,
             last_request=time.time(),
         )
-        command = requests.command(tenant, spec, "create_model", engine)
-        requests.store.put(run)
-        request_id = requests.accept(tenant, "create_model", key, body, parent=model_id)
-        requests.queue(tenant, request_id, "create_model", run.model_id, command)
-        return request_id, model_id
+        submission = Submission(
+            caller=caller,
+            kind="create_model",
+            content=content,
+            key=f"{model_id}/create",
+            action="create_model",
+            subject=model_id,
+            on_accept=lambda _: requests.store.put(run),
+        )
+        record = StoredRequest(id="", tenant=tenant, parent=model_id, kind="create_model")
+        return await requests.submit(submission, body, record), model_id
 
-    async def forward(self, tenant: str, call: decode.ForwardCall, body: bytes) -> tuple[str, str]:
+    async def forward(self, caller: Caller, call: decode.ForwardCall, body: bytes) -> tuple[str, str]:
         """forward and forward_backward: the request's id and the model's."""
         engine = await self._requests.engine()
+        run = self._requests.run(caller.tenant, call.model_id)
         kind = "forward_backward" if call.backward else "forward"
-        # a graph is for one K: it sees no weights that would tell it which targets are padding
+        # a graph has one K: it reads no weights that would mark some targets as padding
         widths = None if call.loss_fn == CUSTOM else decode.same_widths(call.data)
-
-        def make() -> ForwardRequest:
-            if call.loss_fn == CUSTOM:
-                loss, own = self._losses.called(run, call, engine)
-                return forward_request(run, [own], loss)
-            loss = resolve(served_name(call.loss_fn), visible(tenant, engine.losses))
-            decode.check_known_inputs(loss, call.data)
-            return forward_request(run, [call], loss)
-
-        run = self._requests.run(tenant, call.model_id)
-        chunk = self._chunk(run, call, engine)
-        start = self._start(run, kind, make, engine)
-        details = {"rows": len(call.data), "widths": widths}
-        return self._sequencer.take(run, call.seq_id, kind, body, start, chunk, **details), run.id
-
-    async def optim_step(self, tenant: str, body: bytes) -> tuple[str, str]:
-        sent = protocol.parse(body, protocol.OptimStep)
-        engine = await self._requests.engine()
-
-        def make() -> OptimStepRequest:
-            check_optimizer(sent.optimizer_params)
-            adam = sent.adam_params or protocol.AdamParams()
-            return OptimStepRequest(
-                model_id=run.model_id,
-                learning_rate=adam.learning_rate,
-                betas=(adam.beta1, adam.beta2),
-                eps=adam.eps,
-                weight_decay=adam.weight_decay,
-                grad_clip_norm=adam.grad_clip_norm,
-            )
-
-        run = self._requests.run(tenant, sent.model_id)
-        start = self._start(run, "optim_step", make, engine)
-        return self._sequencer.take(run, sent.seq_id, "optim_step", body, start), run.id
-
-    def _start(
-        self, run: Run, kind: str, make: Callable[[], Request], engine: EngineDescription
-    ) -> Callable[[str], None]:
-        """What a request does when its turn has come."""
-
-        def start(request_id: str) -> None:
-            command = self._sequencer.command(run.tenant, make(), kind, engine)
-            self._requests.queue(run.tenant, request_id, kind, run.model_id, command)
-
-        return start
-
-    def _chunk(self, run: Run, call: decode.ForwardCall, engine: EngineDescription) -> Chunk | None:
-        """The call as a chunk, where its loss couples rows. Raises BadData for a `group_id` that is none."""
-        if call.loss_fn == CUSTOM:
-            return None  # a graph sees one row at a time
+        content: ForwardRequest | None = None
+        loss: LossDescription | None = None
+        chunk: Chunk | None = None
+        problem: TinkerbellError | None = None
         try:
-            loss = resolve(served_name(call.loss_fn), visible(run.tenant, engine.losses))
-        except BadRequest:
-            return None  # raised when its turn comes
-        return Chunk(run, call, loss, engine, take_groups(loss, call)) if couples(loss, call) else None
+            loss, call = self._find_loss(run, call, engine)
+            if call.loss_fn != CUSTOM:
+                if couples_rows(loss, call):  # a graph sees one row at a time
+                    chunk = Chunk(run, call, loss, take_groups(loss, call))
+                decode.check_known_inputs(loss, call.data)
+            content = forward_request(run, [call], loss)
+        except TinkerbellError as error:
+            problem = error
+        submission = Submission(caller=caller, kind=kind, content=content, problem=problem, loss=loss)
+        rows = len(call.data)
+        record = StoredRequest(id="", tenant=caller.tenant, parent=run.id, kind=kind, rows=rows, widths=widths)
+        return await self._sequencer.submit(run, call.seq_id, submission, body, record, chunk), run.id
+
+    async def optim_step(self, caller: Caller, body: bytes) -> tuple[str, str]:
+        """optim_step: the request's id and the model's."""
+        sent = protocol.parse(body, protocol.OptimStep)
+        await self._requests.engine()
+        run = self._requests.run(caller.tenant, sent.model_id)
+        adam = sent.adam_params or protocol.AdamParams()
+        content = OptimStepRequest(
+            model_id=run.id,
+            learning_rate=adam.learning_rate,
+            betas=(adam.beta1, adam.beta2),
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            grad_clip_norm=adam.grad_clip_norm,
+        )
+        problem: TinkerbellError | None = None
+        try:
+            check_optimizer(sent.optimizer_params)
+        except BadHyperparameter as error:
+            problem = error
+        submission = Submission(caller=caller, kind="optim_step", content=None if problem else content, problem=problem)
+        record = StoredRequest(id="", tenant=caller.tenant, parent=run.id, kind="optim_step")
+        return await self._sequencer.submit(run, sent.seq_id, submission, body, record), run.id
+
+    def _find_loss(
+        self, run: Run, call: decode.ForwardCall, engine: EngineDescription
+    ) -> tuple[LossDescription, decode.ForwardCall]:
+        """The loss of a call, and the call in the form that the loss reads. Raises UnknownLoss, AmbiguousLoss."""
+        if call.loss_fn == CUSTOM:
+            return self._losses.called(run, call, engine)
+        return resolve(served_name(call.loss_fn), visible(run.tenant, engine.losses)), call
 
 
 def model_id_of(session_id: str, model_seq_id: int) -> str:
-    """What the client, too, calls a session's model. Raises BadRequest."""
+    """The id of a session's model, which the client computes in the same way. Raises BadRequest."""
     if model_seq_id < 0:
         raise BadRequest(f"model_seq_id is {model_seq_id}, but models of a session are numbered from 0")
     return f"{session_id}:train:{model_seq_id}"
 
 
 def target_modules(lora: protocol.LoraConfig, engine: EngineDescription) -> list[str]:
-    """The linear layers of the parts that are trained. Raises BadHyperparameter where there are none."""
+    """The linear layers of the parts that are trained. Raises BadHyperparameter if no part is."""
     parts = {"attention": lora.train_attn, "mlp": lora.train_mlp, "unembed": lora.train_unembed}
     modules = sorted({name for part, wanted in parts.items() if wanted for name in engine.layers.get(part, [])})
     if not modules:
@@ -156,9 +148,9 @@ def target_modules(lora: protocol.LoraConfig, engine: EngineDescription) -> list
 
 
 def served_name(loss_fn: str) -> str:
-    """The name here of a loss on the wire. Raises UnknownLoss for one of the hosted service that nobody else can have.
+    """This server's name of a loss of the protocol. Raises UnknownLoss for a loss of the hosted service only.
 
-    What the wire calls gspo is the paper's token form, summed; a plugin may have a gspo of its own beside it.
+    The protocol's gspo is the paper's token form, summed; a plugin may have another loss of this name.
     """
     if loss_fn == "gspo":
         return "tinkerbell-core:gspo_token"
@@ -171,7 +163,7 @@ def served_name(loss_fn: str) -> str:
 
 
 def check_optimizer(sent: dict[str, protocol.Any_] | None) -> None:
-    """Raise BadHyperparameter for any optimizer but AdamW."""
+    """Raise BadHyperparameter for an optimizer other than AdamW."""
     kind = (sent or {}).get("type", "adamw")
     if kind not in ("adamw", "adam"):
         raise BadHyperparameter(
