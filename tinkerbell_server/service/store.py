@@ -1,4 +1,4 @@
-"""What outlives the server, in one SQLite file: models, requests and their results, uploads. Knows no HTTP."""
+"""The state that survives a restart, in one SQLite file: models, requests with their results, and uploads."""
 
 from __future__ import annotations
 
@@ -6,35 +6,65 @@ import fcntl
 import os
 import sqlite3
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from tinkerbell_core.errors import Problem, TinkerbellError
 from tinkerbell_core.types import CreateModelRequest, ModelInfo, RegisterLossRequest
+from tinkerbell_server.commands import EngineDescription
+from tinkerbell_server.database import (
+    database_folder,
+    full_path,
+    make_folders,
+    make_private,
+    open_database,
+    relocated_path,
+    stored_path,
+)
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS models (
+_SCHEMA_1 = (
+    """CREATE TABLE IF NOT EXISTS models (
     id TEXT PRIMARY KEY, spec BLOB NOT NULL, info BLOB NOT NULL, steps INTEGER NOT NULL DEFAULT 0,
     pending INTEGER NOT NULL DEFAULT 0, saved_path TEXT, saved_step INTEGER, saved_optimizer INTEGER NOT NULL DEFAULT 1,
-    notice TEXT);
-CREATE TABLE IF NOT EXISTS requests (
+    notice TEXT)""",
+    """CREATE TABLE IF NOT EXISTS requests (
     id TEXT PRIMARY KEY, model_id TEXT, kind TEXT NOT NULL, key TEXT UNIQUE, payload TEXT NOT NULL, state TEXT NOT NULL,
-    result BLOB, problem BLOB, accepted REAL NOT NULL, finished REAL);
-CREATE INDEX IF NOT EXISTS requests_finished ON requests (finished);
-CREATE INDEX IF NOT EXISTS requests_of ON requests (model_id, finished);
-CREATE TABLE IF NOT EXISTS uploads (
+    result BLOB, problem BLOB, accepted REAL NOT NULL, finished REAL)""",
+    "CREATE INDEX IF NOT EXISTS requests_finished ON requests (finished)",
+    "CREATE INDEX IF NOT EXISTS requests_of ON requests (model_id, finished)",
+    """CREATE TABLE IF NOT EXISTS uploads (
     id INTEGER PRIMARY KEY, digest TEXT NOT NULL, name TEXT NOT NULL, envelope BLOB NOT NULL, created REAL NOT NULL,
-    UNIQUE (name, digest));
-"""
+    UNIQUE (name, digest))""",
+)
+
+_KINDS_WITH_PATHS = (
+    "create_model",
+    "save",
+    "load",
+    "save_weights",
+    "save_weights_external",
+    "save_weights_for_sampler",
+    "load_weights",
+)
+"""The kinds of request whose result contains a path, in one of the fields below."""
+
+_PATH_FIELDS = ("path", "saved_path", "reference")
+
+_REFERENCES = ("base", "initial")
+"""The values of `reference` that are not paths."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model as last known.
+    """A model as the store knows it. Paths are absolute.
 
-    pending: forward_backwards since the last optim_step; notice: what its next request is told.
+    base_id: the identity of the base model, None if 0.1.0 created the model. pending: number of forward_backwards since
+    the last optim_step. saved_path, saved_step, saved_optimizer: the save that the model is restored from, and whether
+    with its optimizer. notice: the error of the model's next request, which reports lost steps.
     """
 
     id: str
@@ -46,16 +76,31 @@ class Model:
     saved_step: int | None
     saved_optimizer: bool
     notice: str | None
+    base_id: str | None = None
 
-    def described(self) -> ModelInfo:
+    def current_info(self) -> ModelInfo:
+        """The description of the model with its present steps and save."""
         return msgspec.structs.replace(
             self.info, steps=self.steps, saved_path=self.saved_path, saved_step=self.saved_step
         )
 
+    def has_base(self, engine: EngineDescription) -> bool:
+        """Whether the engine's base model is the one that this model was created on.
+
+        The identities are compared if both are known, else the names.
+        """
+        if self.base_id and engine.base_id:
+            return self.base_id == engine.base_id
+        return self.info.base_model == engine.base_model
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One accepted request. result: its Result in msgpack. payload: sha256 of what was sent."""
+    """One accepted request.
+
+    key: its idempotency key. payload: the digest that a repetition must have too. state: queued, running, done or
+    failed. result: in msgpack, if it is done.
+    """
 
     id: str
     model_id: str | None
@@ -69,7 +114,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A request that has ended, and when: microseconds, no two of them the same. size: bytes of its result."""
+    """A request that has ended. at: the time in microseconds, different for each. size: bytes of its result."""
 
     id: str
     key: str | None
@@ -79,10 +124,15 @@ class Finished:
 
 
 class Store:
-    """The open file; one server at a time. Raises TinkerbellError where another server has it."""
+    """The open file.
+
+    Only one server can have a data folder open. Raises TinkerbellError if another process has, or if the file cannot be
+    opened.
+    """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folders(folder)
+        self._folder = folder
         self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,92 +144,118 @@ class Store:
             ) from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)
-        self._db = sqlite3.connect(folder / "tinkerbell.db", isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.executescript(_SCHEMA)
+        try:
+            make_private(folder)
+            self._db = open_database(folder / "tinkerbell.db", MIGRATIONS)
+        except BaseException:
+            os.close(self._lock)
+            raise
         self._last_finish = self._db.execute("SELECT coalesce(max(finished), 0) FROM requests").fetchone()[0]
 
     def close(self) -> None:
+        """Close the file, and let another server open the folder."""
         self._db.close()
         os.close(self._lock)
 
     def models(self) -> list[Model]:
-        return [_model(row) for row in self._db.execute(f"SELECT {_MODEL} FROM models ORDER BY rowid")]
+        """Every model, the oldest first."""
+        return [self._model(row) for row in self._db.execute(f"SELECT {_MODEL} FROM models ORDER BY rowid")]
 
     def model(self, model_id: str) -> Model | None:
+        """The model with this qualified id."""
         row = self._db.execute(f"SELECT {_MODEL} FROM models WHERE id = ?", (model_id,)).fetchone()
-        return None if row is None else _model(row)
+        return None if row is None else self._model(row)
 
-    def add_model(self, spec: CreateModelRequest, info: ModelInfo) -> None:
+    def add_model(self, spec: CreateModelRequest, info: ModelInfo, base_id: str) -> None:
+        """Add a model that the engine has created. base_id: of the engine's base model, empty if it is not known."""
+        reference = _convert(spec.reference, self._stored)
         self._db.execute(
-            "INSERT OR REPLACE INTO models (id, spec, info) VALUES (?, ?, ?)",
-            (spec.model_id, msgspec.msgpack.encode(spec), msgspec.msgpack.encode(info)),
+            "INSERT OR REPLACE INTO models (id, spec, info, base_id) VALUES (?, ?, ?, ?)",
+            (
+                spec.model_id,
+                msgspec.msgpack.encode(msgspec.structs.replace(spec, reference=reference)),
+                msgspec.msgpack.encode(msgspec.structs.replace(info, reference=reference, saved_path=None)),
+                base_id or None,
+            ),
         )
+
+    def set_base_id(self, model_id: str, base_id: str) -> None:
+        """Record the identity of a model's base."""
+        self._db.execute("UPDATE models SET base_id = ? WHERE id = ?", (base_id or None, model_id))
 
     def drop_model(self, model_id: str) -> None:
+        """Remove a model."""
         self._db.execute("DELETE FROM models WHERE id = ?", (model_id,))
 
-    def accumulated(self, model_id: str) -> None:
-        """A forward_backward has been done."""
+    def record_backward(self, model_id: str) -> None:
+        """Count a forward_backward that the model's next optim_step will use."""
         self._db.execute("UPDATE models SET pending = pending + 1 WHERE id = ?", (model_id,))
 
-    def stepped(self, model_id: str, step: int) -> None:
+    def record_step(self, model_id: str, step: int) -> None:
+        """Record the number of optim_steps after an optim_step."""
         self._db.execute("UPDATE models SET steps = ?, pending = 0 WHERE id = ?", (step, model_id))
 
-    def saved(self, model_id: str, path: str, step: int) -> None:
-        """What the model would come back as: everything up to `step`, but not the gradient accumulated since."""
+    def record_save(self, model_id: str, path: str, step: int) -> None:
+        """Record a save with the optimizer's state, which the model can be restored from."""
         self._db.execute(
-            "UPDATE models SET saved_path = ?, saved_step = ?, saved_optimizer = 1 WHERE id = ?", (path, step, model_id)
+            "UPDATE models SET saved_path = ?, saved_step = ?, saved_optimizer = 1 WHERE id = ?",
+            (self._stored(path), step, model_id),
         )
 
-    def loaded(self, model_id: str, path: str, step: int, *, optimizer: bool) -> None:
+    def record_load(self, model_id: str, path: str, step: int, *, optimizer: bool) -> None:
+        """Record that the model is in the state of a save, with or without the optimizer's state."""
         self._db.execute(
             "UPDATE models SET steps = ?, pending = 0, saved_path = ?, saved_step = ?, saved_optimizer = ?,"
             " notice = NULL WHERE id = ?",
-            (step, path, step, optimizer, model_id),
+            (step, self._stored(path), step, optimizer, model_id),
         )
 
-    def returned(self, model_id: str, *, fresh: bool) -> None:
-        """The model stands at its last save again, or at its beginning."""
-        if fresh:
+    def reset_model(self, model_id: str, *, forget_save: bool) -> None:
+        """Set the model back to its last save, or to its initial state if it has none or `forget_save` is set."""
+        if forget_save:
             self._db.execute("UPDATE models SET saved_path = NULL, saved_step = NULL WHERE id = ?", (model_id,))
         self._db.execute("UPDATE models SET steps = coalesce(saved_step, 0), pending = 0 WHERE id = ?", (model_id,))
 
-    def notice(self, model_id: str, text: str | None) -> None:
+    def set_notice(self, model_id: str, text: str | None) -> None:
+        """Set or clear the error of the model's next request."""
         self._db.execute("UPDATE models SET notice = ? WHERE id = ?", (text, model_id))
 
     def add_request(self, request: Request) -> None:
+        """Record an accepted request."""
         self._db.execute(
             "INSERT INTO requests (id, model_id, kind, key, payload, state, accepted) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (request.id, request.model_id, request.kind, request.key, request.payload, request.state, time.time()),
         )
 
     def request(self, request_id: str) -> Request | None:
+        """The request with this qualified id."""
         return self._one_request("id", request_id)
 
-    def request_of_key(self, key: str) -> Request | None:
+    def request_with_key(self, key: str) -> Request | None:
+        """The request with this idempotency key."""
         return self._one_request("key", key)
 
-    def running(self, request_id: str) -> None:
+    def set_running(self, request_id: str) -> None:
+        """Record that the engine executes a request."""
         self._db.execute("UPDATE requests SET state = 'running' WHERE id = ?", (request_id,))
 
     def finish(self, request_id: str, result: bytes | None, problem: Problem | None) -> None:
-        # no two alike, so that who has seen one has seen all before it
+        """Record how a request ended: its result in msgpack, or the problem."""
+        # each time is different, so that a client that names the last one it has seen misses none
         self._last_finish = max(round(time.time(), 6), round(self._last_finish + 1e-6, 6))
         self._db.execute(
             "UPDATE requests SET state = ?, result = ?, problem = ?, finished = ? WHERE id = ?",
             (
                 "done" if problem is None else "failed",
-                result,
+                None if result is None else self._stored_result(request_id, result),
                 None if problem is None else msgspec.msgpack.encode(problem),
                 self._last_finish,
                 request_id,
             ),
         )
 
-    def finished(self, model_id: str, after: int) -> list[Finished]:
-        """Requests of one model or sampler that ended after `after`, a time as in `Finished`; the earliest first."""
+    def finished_after(self, model_id: str, after: int) -> list[Finished]:
+        """The requests of one model or sampler that ended after a time in microseconds, the earliest first."""
         rows = self._db.execute(
             "SELECT id, key, finished, state, length(result) FROM requests WHERE model_id = ? AND finished > ?"
             " ORDER BY finished LIMIT 1000",
@@ -188,10 +264,11 @@ class Store:
         return [Finished(row[0], row[1], round(row[2] * 1e6), row[3] == "done", row[4] or 0) for row in rows]
 
     def unfinished(self) -> list[str]:
+        """The ids of the requests that have not ended, in the order of their acceptance."""
         return [row[0] for row in self._db.execute("SELECT id FROM requests WHERE finished IS NULL ORDER BY rowid")]
 
     def prune(self, keep_seconds: float, keep: int) -> None:
-        """Drop finished requests that are older than `keep_seconds`, and all but each tenant's newest `keep`."""
+        """Remove finished requests that are older than `keep_seconds`, and all but the newest `keep` of each tenant."""
         self._db.execute("DELETE FROM requests WHERE finished < ?", (time.time() - keep_seconds,))
         self._db.execute(
             "DELETE FROM requests WHERE id IN (SELECT id FROM (SELECT id, row_number() OVER ("
@@ -201,18 +278,19 @@ class Store:
         )
 
     def uploads(self) -> list[tuple[str, RegisterLossRequest]]:
-        """Every upload and its qualified name, the one that was registered last at the end."""
+        """Every upload with its qualified name, in the order of registration."""
         rows = self._db.execute("SELECT name, envelope FROM uploads ORDER BY id")
         return [(name, msgspec.msgpack.decode(envelope, type=RegisterLossRequest)) for name, envelope in rows]
 
     def add_upload(self, name: str, upload: RegisterLossRequest) -> None:
-        """Keep an upload under its qualified name, as the latest."""
+        """Add an upload under its qualified name, or move it to the end if it exists."""
         self._db.execute(
             "INSERT OR REPLACE INTO uploads (digest, name, envelope, created) VALUES (?, ?, ?, ?)",
             (upload.digest, name, msgspec.msgpack.encode(upload), time.time()),
         )
 
     def drop_upload(self, name: str, digest: str) -> None:
+        """Remove one version of an upload."""
         self._db.execute("DELETE FROM uploads WHERE name = ? AND digest = ?", (name, digest))
 
     def _one_request(self, column: str, value: str) -> Request | None:
@@ -222,15 +300,88 @@ class Store:
         ).fetchone()
         if row is None:
             return None
-        *plain, problem = row
-        plain.append(None if problem is None else msgspec.msgpack.decode(problem, type=Problem))
-        return Request(*plain)
+        *values, result, problem = row
+        if result is not None and values[2] in _KINDS_WITH_PATHS:
+            result = _convert_result(result, self._full)
+        return Request(*values, result, None if problem is None else msgspec.msgpack.decode(problem, type=Problem))
+
+    # Any: the columns of a row of models
+    def _model(self, row: tuple[Any, ...]) -> Model:
+        id, spec, info, steps, pending, saved_path, saved_step, saved_optimizer, notice, base_id = row
+        spec = msgspec.msgpack.decode(spec, type=CreateModelRequest)
+        info = msgspec.msgpack.decode(info, type=ModelInfo)
+        return Model(
+            id=id,
+            spec=msgspec.structs.replace(spec, reference=_convert(spec.reference, self._full)),
+            info=msgspec.structs.replace(info, reference=_convert(info.reference, self._full)),
+            steps=steps,
+            pending=pending,
+            saved_path=None if saved_path is None else self._full(saved_path),
+            saved_step=saved_step,
+            saved_optimizer=bool(saved_optimizer),
+            notice=notice,
+            base_id=base_id,
+        )
+
+    def _stored(self, path: str) -> str:
+        return stored_path(self._folder, path)
+
+    def _full(self, stored: str) -> str:
+        return full_path(self._folder, stored)
+
+    def _stored_result(self, request_id: str, result: bytes) -> bytes:
+        row = self._db.execute("SELECT kind FROM requests WHERE id = ?", (request_id,)).fetchone()
+        return _convert_result(result, self._stored) if row and row[0] in _KINDS_WITH_PATHS else result
 
 
-_MODEL = "id, spec, info, steps, pending, saved_path, saved_step, saved_optimizer, notice"
+_MODEL = "id, spec, info, steps, pending, saved_path, saved_step, saved_optimizer, notice, base_id"
 
 
-def _model(row: tuple[str, bytes, bytes, int, int, str | None, int | None, int, str | None]) -> Model:
-    spec = msgspec.msgpack.decode(row[1], type=CreateModelRequest)
-    info = msgspec.msgpack.decode(row[2], type=ModelInfo)
-    return Model(row[0], spec, info, row[3], row[4], row[5], row[6], bool(row[7]), row[8])
+def _create_tables(db: sqlite3.Connection) -> None:
+    """The tables of 0.1.0, which wrote no version: they may exist already."""
+    for statement in _SCHEMA_1:
+        db.execute(statement)
+
+
+def _add_base_id_and_relative_paths(db: sqlite3.Connection) -> None:
+    """0.1.0 identified a base by its name only, and stored absolute paths."""
+    folder = database_folder(db)
+
+    def relocated(path: str) -> str:
+        return relocated_path(folder, path)
+
+    db.execute("ALTER TABLE models ADD COLUMN base_id TEXT")
+    for id, spec, info, saved_path in db.execute("SELECT id, spec, info, saved_path FROM models").fetchall():
+        db.execute(
+            "UPDATE models SET spec = ?, info = ?, saved_path = ? WHERE id = ?",
+            (
+                _convert_result(spec, relocated),
+                _convert_result(info, relocated),
+                None if saved_path is None else relocated(saved_path),
+                id,
+            ),
+        )
+    kinds = ", ".join("?" * len(_KINDS_WITH_PATHS))
+    query = f"SELECT id, result FROM requests WHERE result IS NOT NULL AND kind IN ({kinds})"
+    for id, result in db.execute(query, _KINDS_WITH_PATHS).fetchall():
+        db.execute("UPDATE requests SET result = ? WHERE id = ?", (_convert_result(result, relocated), id))
+
+
+MIGRATIONS = (_create_tables, _add_base_id_and_relative_paths)
+"""The changes of the file from one version to the next. A migration that was released is never changed."""
+
+
+def _convert(reference: str, convert: Callable[[str], str]) -> str:
+    """A `reference` with its path converted, if it is one."""
+    return reference if reference in _REFERENCES else convert(reference)
+
+
+def _convert_result(encoded: bytes, convert: Callable[[str], str]) -> bytes:
+    """A struct in msgpack with its paths converted."""
+    fields = msgspec.msgpack.decode(encoded)
+    if not isinstance(fields, dict):
+        return encoded
+    for name in _PATH_FIELDS:
+        if isinstance(fields.get(name), str):
+            fields[name] = _convert(fields[name], convert)
+    return msgspec.msgpack.encode(fields)

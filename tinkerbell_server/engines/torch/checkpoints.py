@@ -40,6 +40,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     calls: int
     initial: str
     spec: CreateModelRequest
+    base_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,13 @@ def save(
     """
     if path.exists():
         raise BadCheckpoint(f"{path} exists already: save under another name")
-    state = State(step=model.steps, calls=model.calls, initial=model.initial, spec=model.spec)
+    state = State(
+        step=model.steps,
+        calls=model.calls,
+        initial=model.initial,
+        spec=model.spec,
+        base_id=model.network.base_id,
+    )
     try:
         with _draft(path) as draft:
             if model.adapter is None:
@@ -96,7 +103,19 @@ def read(path: Path) -> Checkpoint:
 
 
 def check_base(checkpoint: Checkpoint, base: Network) -> None:
-    """Raise BadCheckpoint where an adapter says it was made for another base."""
+    """Raise BadCheckpoint if an adapter was made on another base model.
+
+    The identities are compared if both are known, else the names.
+    """
+    saved_id = checkpoint.state.base_id if checkpoint.state is not None else ""
+    if checkpoint.config is not None and saved_id and base.base_id:
+        if saved_id != base.base_id:
+            made_for = checkpoint.config.base_model_name_or_path
+            raise BadCheckpoint(
+                f"{checkpoint.path} is an adapter of another base model, {made_for!r} with the identity "
+                f"{saved_id[:12]}; this server has {base.source!r} with {base.base_id[:12]}: serve the other one"
+            )
+        return
     made_for = checkpoint.config.base_model_name_or_path if checkpoint.config is not None else None
     # a local folder may have moved: there the shapes decide
     if made_for and made_for != base.source and not Path(made_for).is_absolute() and not Path(base.source).is_dir():

@@ -181,6 +181,7 @@ class Models:
         wide = torch.float32 if self.base.dtype == torch.bfloat16 else self.base.dtype
         network = self._load_network(source, wide)
         network.model.requires_grad_(True)
+        network.base_id = self.base.base_id
         if wide != self.base.dtype:
             network.autocast = self.base.dtype
         return network
