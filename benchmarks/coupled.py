@@ -15,10 +15,11 @@ from torch import Tensor
 from tinkerbell_core.decorator import loss
 from tinkerbell_core.functional import sequence_sum, target_logprobs
 from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.tensors import from_torch
 from tinkerbell_core.types import CreateModelRequest
 from tinkerbell_server.commands import Row
 from tinkerbell_server.engines.torch.adapters import Adapters
-from tinkerbell_server.engines.torch.batching import collate, data_of
+from tinkerbell_server.engines.torch.batching import collate
 from tinkerbell_server.engines.torch.network import Network, choose_device, load_network
 from tinkerbell_server.engines.torch.step import Step, run_step
 
@@ -47,7 +48,7 @@ class Bench:
         for parameter in self.parameters:  # off LoRA's start, where half of the gradient is 0
             torch.nn.init.normal_(parameter, std=0.02)
         ids = torch.randint(VOCAB, (ROWS, LENGTH + 1))
-        self.rows = [Row(data_of(row[:-1]), {"target_tokens": data_of(row[1:])}) for row in ids]
+        self.rows = [Row(from_torch(row[:-1]), {"target_tokens": from_torch(row[1:])}) for row in ids]
 
     def step(self, tokens: int) -> list[Tensor]:
         """The gradient, with so many tokens in a micro-batch."""

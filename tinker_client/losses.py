@@ -11,15 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 from tinker_client.backend import HFBackend
-from tinker_client.dependencies import Fn, captures, modules_by_value
 from tinker_client.client import TinkerClient
-from tinker_client.encoding import tensor_data
+from tinker_client.dependencies import Fn, captures, modules_by_value
 from tinker_client.futures import TrainingFuture
 from tinker_client.serialize import Via, as_source
 from tinker_client.transport import Transport
 from tinkerbell_core.decorator import loss
 from tinkerbell_core.errors import BadUpload, UploadTooLarge
 from tinkerbell_core.spec import Coupling, LossSpec
+from tinkerbell_core.tensors import from_value
 from tinkerbell_core.types import UPLOAD_LIMIT, RegisterLossRequest
 
 F = TypeVar("F", bound=Fn)
@@ -87,7 +87,7 @@ def _envelope(
         group_size=spec.group_size,
         example_inputs=None
         if example_inputs is None
-        else {key: tensor_data(value) for key, value in example_inputs.items()},
+        else {key: from_value(value) for key, value in example_inputs.items()},
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from tinker_client.encoding import to_numpy
+from tinkerbell_core.tensors import to_numpy
 from tinkerbell_core.types import ForwardOutput
 
 

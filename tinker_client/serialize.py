@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from tinkerbell_core.errors import BadUpload, TinkerbellError
-from tinkerbell_core.serialization import pack, rebuild
+from tinkerbell_core.serialization import pack, unpack
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.types import UPLOAD_LIMIT
 
@@ -24,7 +24,7 @@ def as_source(spec: LossSpec, example_inputs: Mapping[str, Any] | None) -> bytes
     payload = pack(spec.fn)
     if len(payload) > UPLOAD_LIMIT:
         raise BadUpload(f"its source and captured values are {len(payload):,} bytes, but {UPLOAD_LIMIT:,} is the limit")
-    rebuilt = replace(spec, fn=rebuild(payload))
+    rebuilt = replace(spec, fn=unpack(payload))
     if not _same(_trial(spec, example_inputs), _trial(rebuilt, example_inputs)):
         raise BadUpload("what is rebuilt from its source does not give what it gives here")
     return payload

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
-from tinker_client.encoding import packed
+from tinker_client.encoding import encode
 from tinkerbell_core.errors import BadUpload, Problem, ServerUnreachable, TinkerbellError
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class Transport:
 
     def post(self, path: str, message: object, answer: type[T], *, as_json: bool = False) -> T:
         """Send once, whatever happens on the way: every try carries one Idempotency-Key."""
-        content = msgspec.json.encode(message) if as_json else packed(message)
+        content = msgspec.json.encode(message) if as_json else encode(message)
         headers = {
             "Content-Type": "application/json" if as_json else "application/msgpack",
             "Idempotency-Key": uuid.uuid4().hex,

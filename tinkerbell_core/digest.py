@@ -187,8 +187,9 @@ def _array(value: object) -> tuple[str, str, bytes] | None:
     """dtype, shape and bytes of a tensor or a numpy array; None for anything else."""
     torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
     if torch is not None and isinstance(value, torch.Tensor):
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        return str(value.dtype), str(tuple(value.shape)), flat.view(torch.uint8).numpy().tobytes()
+        from tinkerbell_core.tensors import from_torch  # imports numpy, which `import tinkerbell_core` does not need
+
+        return str(value.dtype), str(tuple(value.shape)), from_torch(value).data
     if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
         return str(value.dtype), str(value.shape), value.tobytes()
     return None

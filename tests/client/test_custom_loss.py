@@ -18,7 +18,7 @@ from tests.client.conftest import Listener
 from tinker_client import LossFnOutput, TinkerClient, custom_loss
 from tinkerbell_core.decorator import loss
 from tinkerbell_core.errors import BadLoss, BadUpload, UploadTooLarge
-from tinkerbell_core.serialization import rebuild
+from tinkerbell_core.serialization import unpack
 from tinkerbell_core.spec import Provenance
 from tinkerbell_core.types import LossDescription
 
@@ -73,7 +73,7 @@ def test_an_upload_says_what_it_is(listener: Listener, client: TinkerClient) -> 
     assert upload["filename"] == __file__
     assert upload["example_inputs"]["reward"]["shape"] == [4]
     assert upload["kind"] == "source"
-    sent = rebuild(base64.b64decode(upload["payload"]))
+    sent = unpack(base64.b64decode(upload["payload"]))
     assert sent(torch.ones(2), {}, None, beta=3).loss == 6
 
 
@@ -90,7 +90,7 @@ def test_an_unchanged_loss_is_not_sent_again(listener: Listener, client: TinkerC
     assert len(listener.sent("/register_custom_loss")) == 1
 
 
-@pytest.mark.parametrize(("via", "opened"), [("source", "rebuild"), ("cloudpickle", "pickle.loads")])
+@pytest.mark.parametrize(("via", "opened"), [("source", "unpack"), ("cloudpickle", "pickle.loads")])
 def test_a_loss_in_an_importable_module_travels_with_its_helpers(
     listener: Listener, client: TinkerClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, via: Any, opened: str
 ) -> None:
@@ -107,7 +107,7 @@ def test_a_loss_in_an_importable_module_travels_with_its_helpers(
     (tmp_path / "payload").write_text(uploaded(listener)["payload"])
     elsewhere = (
         "import base64, pickle, torch\n"
-        "from tinkerbell_core.serialization import rebuild\n"
+        "from tinkerbell_core.serialization import unpack\n"
         f"fn = {opened}(base64.b64decode(open({str(tmp_path / 'payload')!r}).read()))\n"
         "assert fn(torch.ones(3), {}, None).loss == 6\n"
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.graphs import LP, call, graph, payload_of
 from tinkerbell_core.errors import BadData, BadLoss, BadUpload
-from tinkerbell_core.fxgraph.execute import rebuild_graph
+from tinkerbell_core.fxgraph.execute import load_graph
 from tinkerbell_core.fxgraph.graph import MAX_NODES, parse
 from tinkerbell_core.fxgraph.operations import FUNCTIONS, METHODS
 from tinkerbell_core.fxgraph.resolve import function, method
@@ -69,7 +69,7 @@ def test_a_graph_gives_the_loss_the_metrics_and_the_gradient_of_its_function(los
     ranks = ranks_of(loss)
     inputs = [torch.randn((T, 3)[:rank]) for rank in ranks.values()]
     results = []
-    for run in (loss, rebuild_graph(payload_of(loss, ranks)).one):
+    for run in (loss, load_graph(payload_of(loss, ranks)).one):
         logprobs = inputs[0].clone().requires_grad_()
         value, metrics = run(logprobs, *inputs[1:])
         results.append((value, torch.autograd.grad(value, logprobs)[0], metrics))
@@ -89,7 +89,7 @@ def test_each_row_is_seen_without_its_padding_and_losses_add_up() -> None:
     targets, mask = torch.randint(V, (2, T)), (torch.arange(T) < torch.tensor([[T], [2]])).long()
     old, reward = torch.ones(2, T), torch.tensor([1.0, -2.0])
     inputs = {"target_tokens": targets, "old": old, "reward": reward}
-    output = rebuild_graph(payload_of(mean, {"logprobs": 1, "old": 1, "reward": 0}))(logits, inputs, mask)
+    output = load_graph(payload_of(mean, {"logprobs": 1, "old": 1, "reward": 0}))(logits, inputs, mask)
     logprobs = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     expected = sum(mean(logprobs[i, :n], old[i, :n], reward[i])[0] for i, n in ((0, T), (1, 2)))
     assert torch.allclose(output.loss, expected)
@@ -100,9 +100,9 @@ def test_each_row_is_seen_without_its_padding_and_losses_add_up() -> None:
 def test_an_input_of_another_rank_and_a_loss_that_is_no_scalar_are_refused() -> None:
     inputs = {"target_tokens": torch.zeros(1, T, dtype=torch.long), "weights": torch.ones(1)}
     with pytest.raises(BadData, match="'weights' is a number a row"):
-        rebuild_graph(payload_of(likelihood, ranks_of(likelihood)))(torch.zeros(1, T, V), inputs, torch.ones(1, T))
+        load_graph(payload_of(likelihood, ranks_of(likelihood)))(torch.zeros(1, T, V), inputs, torch.ones(1, T))
     with pytest.raises(BadLoss, match="not a scalar"):
-        rebuild_graph(payload_of(lambda logprobs: (logprobs * 2, {}), {"logprobs": 1})).one(torch.ones(T))
+        load_graph(payload_of(lambda logprobs: (logprobs * 2, {}), {"logprobs": 1})).one(torch.ones(T))
 
 
 def test_every_operation_of_the_list_is_there() -> None:
@@ -189,7 +189,7 @@ def test_a_metric_of_another_name_is_refused(key: str) -> None:
 
 def test_a_method_takes_nothing_but_a_tensor_and_an_error_names_the_node() -> None:
     shape = call("builtins.getattr", LP, "shape", name="s")
-    made = rebuild_graph(graph(shape, call("sum", {"ref": "s"}, op="call_method")))
+    made = load_graph(graph(shape, call("sum", {"ref": "s"}, op="call_method")))
     with pytest.raises(TypeError) as caught:
         made.one(torch.ones(T))
     assert caught.value.__notes__ == ["in the graph's node 'x'"]
@@ -197,7 +197,7 @@ def test_a_method_takes_nothing_but_a_tensor_and_an_error_names_the_node() -> No
 
 def test_examples_have_the_declared_ranks() -> None:
     ranks = {"logprobs": 2, "scores": 2, "reward": 0, "weights": 1}
-    made = rebuild_graph(payload_of(lambda logprobs, scores, reward, weights: (logprobs.sum(), {}), ranks))
+    made = load_graph(payload_of(lambda logprobs, scores, reward, weights: (logprobs.sum(), {}), ranks))
     examples: dict[str, Tensor] = made.examples(V)
     assert [examples[name].dim() - 1 for name in ("target_tokens", "scores", "reward", "weights")] == [2, 2, 0, 1]
 
@@ -208,7 +208,7 @@ def test_an_input_that_is_used_as_positions_is_made_up_of_whole_numbers() -> Non
         return taken + logprobs.index_select(0, index=column).sum() + weights.sum(), {}
 
     names = ("logprobs", "order", "where", "column", "weights")
-    made = rebuild_graph(payload_of(picked, dict.fromkeys(names, 1)))
+    made = load_graph(payload_of(picked, dict.fromkeys(names, 1)))
     examples = made.examples(V)
     assert [examples[name].dtype.is_floating_point for name in names[1:]] == [False, False, False, True]
     assert made.one(torch.ones(T), *(examples[name][0, :T] for name in names[1:]))[0].isfinite()

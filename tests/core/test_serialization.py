@@ -16,7 +16,7 @@ from tinkerbell_core.decorator import loss
 from tinkerbell_core.digest import digest_of
 from tinkerbell_core.errors import BadUpload
 from tinkerbell_core.output import LossFnOutput
-from tinkerbell_core.serialization import pack, rebuild
+from tinkerbell_core.serialization import pack, unpack
 
 BETA = 0.1
 TABLE = {"a": [1, 2.5], ("b",): {3}}
@@ -24,7 +24,7 @@ VECTOR = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
 
 
 def again(fn: Callable[..., Any]) -> Callable[..., Any]:
-    return rebuild(pack(fn))
+    return unpack(pack(fn))
 
 
 def helper(x: Any) -> Any:
@@ -141,4 +141,4 @@ def test_a_decorated_function_does_not_lose_its_decorator_on_the_way() -> None:
 @pytest.mark.parametrize("payload", [b"", b"\x80", b"\x81\xa9functions\x90", b"cposix\nsystem\n"])
 def test_what_is_no_baggage_is_refused(payload: bytes) -> None:
     with pytest.raises(BadUpload):
-        rebuild(payload)
+        unpack(payload)

@@ -17,9 +17,9 @@ from tinkerbell_core.decorator import loss
 from tinkerbell_core.errors import BadRequest
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.spec import LossFn
+from tinkerbell_core.tensors import from_torch
 from tinkerbell_core.types import CreateModelRequest, ForwardOutput, OptimStepOutput, RegisterLossRequest, SampleOutput
 from tinkerbell_server.commands import CreateModel, OptimStep, RegisterLoss, Row, RunLoss, Sample
-from tinkerbell_server.engines.torch.batching import data_of
 from tinkerbell_server.engines.torch.engine import TorchEngine
 
 CE = "tinkerbell-core:cross_entropy"
@@ -31,8 +31,8 @@ def rows(lengths: list[int], seed: int = 0, **inputs: list[Any]) -> list[Row]:
     made = []
     for index, length in enumerate(lengths):
         ids = torch.randint(0, 256, (length + 1,), generator=generator)
-        own = {name: data_of(torch.as_tensor(values[index])) for name, values in inputs.items()}
-        made.append(Row(data_of(ids[:-1]), {"target_tokens": data_of(ids[1:]), **own}))
+        own = {name: from_torch(torch.as_tensor(values[index])) for name, values in inputs.items()}
+        made.append(Row(from_torch(ids[:-1]), {"target_tokens": from_torch(ids[1:]), **own}))
     return made
 
 

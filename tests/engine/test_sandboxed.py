@@ -15,10 +15,10 @@ from tests.engine.calls import CE, create, gradients, normalised, pairs, rows, r
 from tests.engine.conftest import MakeEngine
 from tinkerbell_core.errors import BadLoss, LossKilled
 from tinkerbell_core.output import LossFnOutput
-from tinkerbell_server.engines.torch.batching import data_of, tensor_of
+from tinkerbell_core.tensors import from_torch, to_torch
 from tinkerbell_server.engines.torch.engine import TorchEngine
 
-AT_ONCE = {"seconds": data_of(torch.zeros(4))}
+AT_ONCE = {"seconds": from_torch(torch.zeros(4))}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_loss_and_gradient_are_those_of_the_engine(make_engine: MakeEngine, loss
     assert here.loss == pytest.approx(there.loss, rel=1e-12)
     assert here.diagnostics == pytest.approx(there.diagnostics)
     for one, other in zip(here.logprobs, there.logprobs, strict=True):
-        assert torch.allclose(tensor_of(one), tensor_of(other), rtol=1e-12)
+        assert torch.allclose(to_torch(one), to_torch(other), rtol=1e-12)
     assert same(ours, theirs, 1e-12)
 
 

@@ -246,6 +246,6 @@ def _ids(data: bytes) -> torch.Tensor:
 
 
 def _data(tensor: torch.Tensor):
-    from tinkerbell_server.engines.torch.batching import data_of
+    from tinkerbell_core.tensors import from_torch
 
-    return data_of(tensor)
+    return from_torch(tensor)

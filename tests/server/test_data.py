@@ -13,9 +13,10 @@ import pytest
 
 from tinkerbell_core.errors import BadData
 from tinkerbell_core.spec import Provenance
+from tinkerbell_core.tensors import to_numpy
 from tinkerbell_core.types import LossDescription, TensorData
 from tinkerbell_server.calls.data import parse_call
-from tinkerbell_server.calls.tensors import as_array, as_tensor
+from tinkerbell_server.calls.tensors import as_tensor
 from tinkerbell_server.commands import Row, TextData
 
 
@@ -52,7 +53,7 @@ def parse(data: Any, inputs: Any = None, loss: LossDescription = CROSS_ENTROPY, 
 
 
 def numbers(row: Row, name: str) -> list[Any]:
-    return as_array(row.inputs[name]).tolist()
+    return to_numpy(row.inputs[name]).tolist()
 
 
 def wire(array: Any) -> dict[str, Any]:
@@ -61,14 +62,14 @@ def wire(array: Any) -> dict[str, Any]:
 
 def test_token_lists_are_shifted_when_the_loss_reads_target_tokens() -> None:
     (row,) = parse([[5, 6, 7]])
-    assert as_array(row.tokens).tolist() == [5, 6]
+    assert to_numpy(row.tokens).tolist() == [5, 6]
     assert numbers(row, "target_tokens") == [6, 7]
     assert numbers(row, "weights") == [1, 1]
 
 
 def test_token_lists_stay_as_sent_when_the_caller_sends_target_tokens() -> None:
     rows = parse([[5, 6, 7], [8, 9]], {"target_tokens": [[6, 7, 8], [9, 1]]})
-    assert as_array(rows[0].tokens).tolist() == [5, 6, 7]
+    assert to_numpy(rows[0].tokens).tolist() == [5, 6, 7]
     assert numbers(rows[1], "target_tokens") == [9, 1]
     assert "weights" not in rows[0].inputs
 
@@ -84,7 +85,7 @@ def test_datums_stay_as_sent_and_carry_their_own_inputs() -> None:
         "loss_fn_inputs": {"target_tokens": wire(np.array([6, 7, 8])), "weights": [0, 1, 0.5]},
     }
     (row,) = parse([datum])
-    assert as_array(row.tokens).tolist() == [5, 6, 7]
+    assert to_numpy(row.tokens).tolist() == [5, 6, 7]
     assert row.inputs["weights"].dtype == "float32"
     assert numbers(row, "weights") == [0, 1, 0.5]
 
@@ -154,7 +155,7 @@ def test_ref_logprobs_need_not_be_sent() -> None:
         ([[1]], r"data\[0\] is 1 token long, but needs 2"),
         ([[1] * 18], r"data\[0\] has 17 tokens, but the model takes 16 at most"),
         ([[1.5, 2]], r"data\[0\] is float32, but token ids are integers"),
-        ([[1, None]], r"data\[0\] holds something that is no number"),
+        ([[1, None]], r"data\[0\] holds something that is not a number"),
         ([[[1], [2, 3]]], r"data\[0\] is a ragged list"),
         ([[[1, 2]]], r"data\[0\] has shape \[1, 2\], but token ids are one flat list"),
         ([3], r"data\[0\] is int; data is a list of one kind"),
@@ -189,7 +190,7 @@ def test_bad_data_is_refused_with_a_sentence(data: Any, sentence: str) -> None:
         ({"teacher_ids": [[2, 100], [2, 3]], "target_tokens": [[1, 1]] * 2}, "'teacher_ids' holds token id 100"),
         ({"target_tokens": 3}, "is int, but needs a list or tensor with one entry a row"),
         ({"target_tokens": wire(np.array(3))}, "a setting belongs into loss_fn_config"),
-        ({"weights": [[1, None], [1, 1]]}, r"loss_fn_inputs\['weights'\]\[0\] holds something that is no number"),
+        ({"weights": [[1, None], [1, 1]]}, r"loss_fn_inputs\['weights'\]\[0\] holds something that is not a number"),
         ({"weights": ["one", [1, 1]]}, r"loss_fn_inputs\['weights'\]\[0\] is 'one', but must be numbers"),
         ({"weights": [[math.inf], [1]]}, r"data\[0\]: 'weights' holds NaN or infinity"),
         ({"weights": [[[[1.0]]], [[[1.0]]]]}, r"'weights' has shape \[1, 1, 1\], but a row's input is"),
@@ -241,7 +242,7 @@ def test_text_is_handed_on_with_its_inputs() -> None:
     text = parse_call(records, {"margin": [1.0, 2.0]}, PAIR, vocab_size=100, max_length=16)
     assert isinstance(text, TextData)
     assert (text.kind, text.items) == ("preferences", records)
-    assert [as_array(inputs["margin"]).item() for inputs in text.inputs] == [1, 2]
+    assert [to_numpy(inputs["margin"]).item() for inputs in text.inputs] == [1, 2]
 
 
 def test_inputs_of_preference_records_have_an_entry_a_row() -> None:

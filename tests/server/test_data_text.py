@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tinkerbell_core.errors import BadData
 from tinkerbell_core.spec import Provenance
+from tinkerbell_core.tensors import to_numpy
 from tinkerbell_core.types import LossDescription
 from tinkerbell_server.calls.data import parse_call
-from tinkerbell_server.calls.tensors import as_array
 from tinkerbell_server.calls.text import rows_from_text
 from tinkerbell_server.commands import Row, TextData
 
@@ -74,14 +74,14 @@ def rows(data: list[Any], made: PreTrainedTokenizerFast, inputs: Any = None) -> 
 
 def counted(row: Row, made: PreTrainedTokenizerFast) -> str:
     """The text of the targets that count."""
-    weights = as_array(row.inputs["weights"])
-    return str(made.decode(as_array(row.inputs["target_tokens"])[weights == 1]))
+    weights = to_numpy(row.inputs["weights"])
+    return str(made.decode(to_numpy(row.inputs["target_tokens"])[weights == 1]))
 
 
 def test_a_string_is_shifted_and_counts_throughout() -> None:
     made = tokenizer()
     (row,) = rows(["abc"], made)
-    assert made.decode(as_array(row.tokens)) == "ab"
+    assert made.decode(to_numpy(row.tokens)) == "ab"
     assert counted(row, made) == "bc"
 
 
@@ -89,7 +89,7 @@ def test_a_string_is_shifted_and_counts_throughout() -> None:
 def test_assistant_tokens_of_a_chat_count(template: str) -> None:
     made = tokenizer(template)
     (row,) = rows([CHAT], made)
-    assert made.decode(as_array(row.tokens)) == "<u>hi|<a>yo|<u>2+2|<a>4"
+    assert made.decode(to_numpy(row.tokens)) == "<u>hi|<a>yo|<u>2+2|<a>4"
     assert counted(row, made) == "yo|4|"
 
 
@@ -152,6 +152,6 @@ def test_a_row_of_text_that_is_too_long_is_named_by_its_record() -> None:
 
 
 def test_inputs_of_the_call_fit_the_shifted_text() -> None:
-    assert as_array(rows(["abc"], tokenizer(), {"weights": [[0, 1]]})[0].inputs["weights"]).tolist() == [0, 1]
+    assert to_numpy(rows(["abc"], tokenizer(), {"weights": [[0, 1]]})[0].inputs["weights"]).tolist() == [0, 1]
     with pytest.raises(BadData, match="'weights' has length 3, but the row has 2 positions"):
         rows(["abc"], tokenizer(), {"weights": [[0, 1, 1]]})

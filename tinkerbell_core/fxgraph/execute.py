@@ -120,7 +120,7 @@ class GraphLoss:
             raise BadData(f"{name!r} is {shape[value.dim() - 1]} a row, but the graph was declared with {shape[rank]}")
 
 
-def rebuild_graph(payload: bytes) -> GraphLoss:
+def load_graph(payload: bytes) -> GraphLoss:
     """The loss in `payload`. Raises BadUpload for one that is not made of allowed operations alone."""
     return GraphLoss(parse(payload))
 

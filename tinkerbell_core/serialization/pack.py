@@ -27,6 +27,8 @@ from tinkerbell_core.serialization.format import (
     Value,
 )
 from tinkerbell_core.spec import LossSpec
+from tinkerbell_core.tensors import from_numpy, from_torch
+from tinkerbell_core.types import TensorData
 
 _WIDE = 1 << 63  # msgpack's integers are smaller
 
@@ -134,12 +136,14 @@ def _text_of(fn: types.FunctionType) -> tuple[str, int]:
 def _array(value: Any) -> Array | None:  # Any: a tensor, an array or anything else
     torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
     if torch is not None and type(value) is torch.Tensor and not value.requires_grad:
-        flat = value.detach().cpu().contiguous()
-        raw = flat.reshape(-1).view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-        return Array(raw, str(flat.dtype).removeprefix("torch."), tuple(flat.shape), numpy=False)
+        return _packed(from_torch(value), numpy=False)
     if numpy is not None and type(value) is numpy.ndarray and value.dtype.kind in "bifu":
-        return Array(value.tobytes(), str(value.dtype), value.shape, numpy=True)
+        return _packed(from_numpy(value), numpy=True)
     return None
+
+
+def _packed(tensor: TensorData, *, numpy: bool) -> Array:
+    return Array(tensor.data, tensor.dtype, tensor.shape, numpy)
 
 
 def _installed(value: Any) -> Named | None:  # Any: what is looked up by its own name

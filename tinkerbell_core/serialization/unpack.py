@@ -25,12 +25,14 @@ from tinkerbell_core.serialization.format import (
     Several,
     Value,
 )
+from tinkerbell_core.tensors import to_numpy, to_torch
+from tinkerbell_core.types import TensorData
 
 _MODULE = "uploaded"
 _DEPTH = 64
 
 
-def rebuild(payload: bytes) -> Callable[..., Any]:
+def unpack(payload: bytes) -> Callable[..., Any]:
     """The function in `payload`, its lines where tracebacks look for them. Raises BadUpload for one that is none."""
     try:
         baggage = msgspec.msgpack.decode(payload, type=SerializedLoss)
@@ -128,16 +130,8 @@ def _show(function: Function) -> None:
 
 
 def _array(array: Array) -> Any:  # Any: a tensor or a numpy array
-    if array.numpy:
-        import numpy
-
-        return numpy.frombuffer(bytearray(array.data), dtype=array.dtype).reshape(array.shape)
-    import torch
-
-    dtype = getattr(torch, array.dtype)
-    if not array.data:
-        return torch.empty(array.shape, dtype=dtype)
-    return torch.frombuffer(bytearray(array.data), dtype=dtype).reshape(array.shape)
+    tensor = TensorData(array.data, array.dtype, array.shape)
+    return to_numpy(tensor).copy() if array.numpy else to_torch(tensor)
 
 
 def _named(named: Named) -> Any:  # Any: whatever has that name

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from tinkerbell_core.errors import BadData
+from tinkerbell_core.tensors import INTEGERS, cast, from_numpy, to_numpy
 from tinkerbell_core.types import LossDescription, TensorData
 from tinkerbell_server.calls.rows import check_count, check_present, check_rows, row_names
-from tinkerbell_server.calls.tensors import INTEGERS, as_array, as_tensor, cast, from_array, is_tensor
+from tinkerbell_server.calls.tensors import as_tensor, is_tensor
 from tinkerbell_server.commands import Row, TextData
 
 Kind = Literal["strings", "chats", "tokens", "datums", "preferences"]
@@ -59,12 +60,12 @@ def shift(whose: str, tokens: TensorData, inputs: Inputs, counts: Sequence[bool]
 
     counts: whether each of the ids counts; all of them by default. What the caller sent by these names stands.
     """
-    ids = as_array(tokens)
+    ids = to_numpy(tokens)
     if len(ids) < 2:
         raise BadData(f"{whose} is {len(ids)} token long, but needs 2: each token is predicted from the ones before it")
     weights = [1.0] * (len(ids) - 1) if counts is None else [float(count) for count in counts[1:]]
-    given = {"target_tokens": from_array(ids[1:]), "weights": as_tensor(weights, "weights")}
-    return Row(from_array(ids[:-1]), {**given, **inputs})
+    given = {"target_tokens": from_numpy(ids[1:]), "weights": as_tensor(weights, "weights")}
+    return Row(from_numpy(ids[:-1]), {**given, **inputs})
 
 
 def _kind(data: Sequence[object]) -> Kind:

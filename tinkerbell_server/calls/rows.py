@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tinkerbell_core.errors import BadData
+from tinkerbell_core.tensors import INTEGERS, cast, to_numpy
 from tinkerbell_core.types import LossDescription, TensorData
-from tinkerbell_server.calls.tensors import INTEGERS, as_array, cast
 from tinkerbell_server.commands import Row
 
 # inputs the server computes itself when a loss asks for them and the caller sends none
@@ -69,7 +69,7 @@ def _check_tokens(whose: str, tokens: TensorData, vocab_size: int, max_length: i
 
 
 def _check_range(whose: str, ids: TensorData, vocab_size: int) -> None:
-    numbers = as_array(ids)
+    numbers = to_numpy(ids)
     if numbers.size == 0 or (numbers.min() >= 0 and numbers.max() < vocab_size):
         return
     wrong = int(numbers[(numbers < 0) | (numbers >= vocab_size)].flat[0])
@@ -101,10 +101,10 @@ def _check_finite(whose: str, row: Row, loss: LossDescription) -> None:
         tensor = row.inputs.get(name)
         if tensor is None or tensor.dtype in INTEGERS or tensor.dtype == "bool":
             continue
-        bad = ~np.isfinite(as_array(tensor))
+        bad = ~np.isfinite(to_numpy(tensor))
         weights = row.inputs.get("weights")
         if tensor.shape and weights is not None and weights.shape:
-            bad = bad[as_array(weights).reshape(weights.shape[0], -1).any(axis=1)]
+            bad = bad[to_numpy(weights).reshape(weights.shape[0], -1).any(axis=1)]
         if bad.any():
             raise BadData(
                 f"{whose}: {name!r} holds NaN or infinity where a position counts, and loss {loss.name!r} "

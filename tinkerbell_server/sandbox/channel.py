@@ -11,29 +11,17 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 import torch
 from torch import Tensor
 
+from tinkerbell_core.tensors import buffer_of, dtype_name, torch_dtype
+from tinkerbell_core.types import DTYPES
 from tinkerbell_server.sandbox import shared_memory
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.bool,
-        torch.uint8,
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
-    )
-}
+_DTYPES = {name: torch_dtype(name) for name in DTYPES}
 
 HEADER_LIMIT = 1 << 20
 """The most bytes of a message that a worker may send: its names, numbers and texts."""
@@ -67,11 +55,11 @@ class Info(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def nbytes(self) -> int:
-        return self.numel * DTYPES[self.dtype].itemsize
+        return self.numel * DTYPES[self.dtype]
 
     @classmethod
     def of(cls, tensor: Tensor) -> Info:
-        return cls(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        return cls(dtype_name(tensor), tuple(tensor.shape))
 
 
 _AT_ONCE = 1 << 18  # bytes
@@ -101,7 +89,7 @@ class Channel(Generic[T]):
         """Raises Late, or OSError where nobody listens. fds are lent: they stay open here."""
         infos = [None if tensor is None else Info.of(tensor) for tensor in tensors]
         present = [tensor for tensor in tensors if tensor is not None and tensor.numel()]
-        pieces = [bytes_of(tensor.detach().cpu().contiguous()) for tensor in present]
+        pieces = [buffer_of(tensor.detach().cpu().contiguous()) for tensor in present]
         self._write(_head(message, infos, False), pieces, fds)
 
     def send_shared(
@@ -131,12 +119,12 @@ class Channel(Generic[T]):
         message, infos, shared = self._head(struct.unpack("<I", data)[0])
         if not shared:
             return message, [None if info is None else self._tensor(info) for info in infos], fds
-        wanted = [(DTYPES[info.dtype], info.shape) for info in infos if info is not None and info.numel]
+        wanted = [(_DTYPES[info.dtype], info.shape) for info in infos if info is not None and info.numel]
         mapped = iter(shared_memory.mapped(fds[0], wanted)) if wanted else iter(())
         if wanted:
             shared_memory.close(fds.pop(0))
         tensors = [
-            None if info is None else next(mapped) if info.numel else torch.empty(info.shape, dtype=DTYPES[info.dtype])
+            None if info is None else next(mapped) if info.numel else torch.empty(info.shape, dtype=_DTYPES[info.dtype])
             for info in infos
         ]
         return message, tensors, fds
@@ -158,9 +146,9 @@ class Channel(Generic[T]):
         return message, header.tensors, header.shared
 
     def _tensor(self, info: Info) -> Tensor:
-        tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        tensor = torch.empty(info.shape, dtype=_DTYPES[info.dtype])
         if tensor.numel():
-            self._into(bytes_of(tensor))
+            self._into(buffer_of(tensor))
         return tensor
 
     def _with_fds(self, most: int) -> tuple[bytes, list[int]]:
@@ -211,12 +199,6 @@ class Channel(Generic[T]):
         if left <= 0:
             raise Late
         self._sock.settimeout(left)
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor of at least one element, to read or to write."""
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # Any: numpy's stubs know no buffers
-    return memoryview(array)
 
 
 def _head(message: msgspec.Struct, infos: list[Info | None], shared: bool) -> bytes:

@@ -11,8 +11,9 @@ from torch import Tensor
 from tinkerbell_core import errors
 from tinkerbell_core.logits import Reading
 from tinkerbell_core.logits.source import Statistic
+from tinkerbell_core.tensors import torch_dtype
 from tinkerbell_server.sandbox import shared_memory
-from tinkerbell_server.sandbox.channel import DTYPES, Channel
+from tinkerbell_server.sandbox.channel import Channel
 from tinkerbell_server.sandbox.messages import Answer, Question, ToWorker
 
 
@@ -30,7 +31,7 @@ class RemoteSource:
     def __init__(self, channel: Channel[ToWorker], count: int, vocab: int, dtype: str) -> None:
         self._channel = channel
         self.count, self.vocab = count, vocab
-        self.dtype, self.device = DTYPES[dtype], torch.device("cpu")
+        self.dtype, self.device = torch_dtype(dtype), torch.device("cpu")
         # stands for all that the engine holds
         self._token = torch.zeros((), dtype=self.dtype, requires_grad=True)
         self.kept: list[Kept] = []

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tinkerbell_core.decorator import loss
 from tinkerbell_core.errors import BadUpload
-from tinkerbell_core.fxgraph.execute import GraphLoss, rebuild_graph
-from tinkerbell_core.serialization import rebuild
+from tinkerbell_core.fxgraph.execute import GraphLoss, load_graph
+from tinkerbell_core.serialization import unpack
 from tinkerbell_core.spec import Coupling, LossSpec, Provenance
 
 
@@ -47,7 +47,7 @@ def opened(envelope: Envelope) -> LossSpec:
     if envelope.kind == "graph":
         return _of_graph(envelope)
     try:
-        fn = rebuild(envelope.payload) if envelope.kind == "source" else pickle.loads(envelope.payload)
+        fn = unpack(envelope.payload) if envelope.kind == "source" else pickle.loads(envelope.payload)
     except BadUpload:
         raise
     # Broad: unpickling, and a module's own lines, are the uploader's code, and import what they name.
@@ -72,7 +72,7 @@ def made_up(spec: LossSpec, vocab_size: int) -> dict[str, Tensor] | None:
 
 def _of_graph(envelope: Envelope) -> LossSpec:
     """No code of the uploader's: operations of our own list, in the order that they sent."""
-    fn = rebuild_graph(envelope.payload)
+    fn = load_graph(envelope.payload)
     return LossSpec(
         name=envelope.name,
         fn=fn,

@@ -9,8 +9,8 @@ import msgspec
 
 from tinkerbell_core.errors import BadUpload
 from tinkerbell_core.serialization.format import Function, Helper, Named, SerializedLoss, Value
+from tinkerbell_core.tensors import to_numpy
 from tinkerbell_core.types import RegisterLossRequest, TensorData
-from tinkerbell_server.calls.tensors import as_array
 from tinkerbell_server.scaffold.literals import literal, tensor_text
 from tinkerbell_server.scaffold.source_edit import Edited
 
@@ -143,4 +143,4 @@ def _parsed(function: Function) -> ast.FunctionDef:
 
 
 def _example(name: str, data: TensorData) -> str:
-    return tensor_text(name, as_array(data).tolist(), data.dtype)
+    return tensor_text(name, to_numpy(data).tolist(), data.dtype)

@@ -8,6 +8,8 @@ import numpy as np
 
 from tinkerbell_core.errors import BadUpload
 from tinkerbell_core.serialization.format import Array, Helper, Mapped, Named, Plain, Raw, Several, Value
+from tinkerbell_core.tensors import to_numpy
+from tinkerbell_core.types import TensorData
 
 _MOST = 4096  # numbers of a tensor that are still readable as code
 
@@ -42,10 +44,7 @@ def tensor_text(name: str, numbers: object, dtype: str) -> str:
 
 
 def _numbers(array: Array) -> object:
-    if array.dtype == "bfloat16":
-        halves = np.frombuffer(array.data, dtype="<u2").astype(np.uint32) << 16
-        return halves.view(np.float32).reshape(array.shape).tolist()
-    return np.frombuffer(array.data, dtype=array.dtype).reshape(array.shape).tolist()
+    return to_numpy(TensorData(array.data, array.dtype, array.shape)).tolist()
 
 
 def _several(kind: str, items: list[str]) -> str:

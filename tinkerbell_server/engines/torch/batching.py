@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinkerbell_core.types import TensorData
+from tinkerbell_core.tensors import to_torch
 from tinkerbell_server.commands import Row
 
 
@@ -38,28 +38,13 @@ class Batch:
         return counted.sum()
 
 
-def tensor_of(data: TensorData) -> Tensor:
-    """TensorData as a CPU tensor that owns its memory."""
-    dtype = getattr(torch, data.dtype)
-    if not data.data:
-        return torch.empty(data.shape, dtype=dtype)
-    return torch.frombuffer(bytearray(data.data), dtype=dtype).reshape(data.shape)
-
-
-def data_of(tensor: Tensor) -> TensorData:
-    """A tensor as TensorData, whatever its dtype."""
-    flat = tensor.detach().cpu().contiguous()
-    raw = flat.reshape(-1).view(torch.uint8).numpy().tobytes()
-    return TensorData(raw, str(flat.dtype).removeprefix("torch."), tuple(flat.shape))
-
-
 def collate(rows: Sequence[Row], device: torch.device) -> Batch:
     """Pad rows of the same inputs into one batch on the device."""
     lengths = tuple(row.tokens.shape[0] for row in rows)
     longest = max(lengths)
-    tokens = torch.stack([_padded(tensor_of(row.tokens), longest) for row in rows]).long()  # [B, T]
+    tokens = torch.stack([_padded(to_torch(row.tokens), longest) for row in rows]).long()  # [B, T]
     mask = (torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long()  # [B, T]
-    inputs = {name: _stack([tensor_of(row.inputs[name]) for row in rows], longest) for name in rows[0].inputs}
+    inputs = {name: _stack([to_torch(row.inputs[name]) for row in rows], longest) for name in rows[0].inputs}
     return Batch(
         tokens.to(device, non_blocking=True),
         mask.to(device, non_blocking=True),

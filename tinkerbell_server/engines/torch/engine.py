@@ -21,6 +21,7 @@ from tinkerbell_core.errors import (
     PlainLogitsNeeded,
 )
 from tinkerbell_core.spec import LossSpec
+from tinkerbell_core.tensors import from_torch
 from tinkerbell_core.types import (
     DeleteLossesOutput,
     DeleteModelOutput,
@@ -53,7 +54,6 @@ from tinkerbell_server.commands import (
 )
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines.torch import checkpoints, memory
-from tinkerbell_server.engines.torch.batching import data_of
 from tinkerbell_server.engines.torch.device_lock import DeviceLock
 from tinkerbell_server.engines.torch.loss_logits import AGAIN, stored_because
 from tinkerbell_server.engines.torch.losses import Losses
@@ -225,7 +225,7 @@ class TorchEngine:
             loss_fn=spec.id,
             loss=result.loss,
             diagnostics=result.diagnostics,
-            logprobs=None if result.logprobs is None else [data_of(logprobs) for logprobs in result.logprobs],
+            logprobs=None if result.logprobs is None else [from_torch(logprobs) for logprobs in result.logprobs],
             tokens=sum(row.tokens.shape[0] for row in rows),
             counted_tokens=result.counted_tokens,
             sequences=sequences,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.errors import BadData, BadHyperparameter
+from tinkerbell_core.tensors import from_torch
 from tinkerbell_core.types import PromptScores, SampledSequence, TopLogprobs
 from tinkerbell_server.commands import Sample
-from tinkerbell_server.engines.torch.batching import data_of
 from tinkerbell_server.engines.torch.network import Network
 from tinkerbell_server.engines.torch.prompt_logprobs import score_prompt
 from tinkerbell_server.engines.torch.sampler import Settings, Uniforms, choose
@@ -232,7 +232,7 @@ def _finished(row: _Row, tokenizer: Any) -> SampledSequence:
     top = None
     if row.tops:
         ids, logprobs = (torch.stack(parts) for parts in zip(*row.tops, strict=True))  # [n, k]
-        top = TopLogprobs(ids=data_of(ids), logprobs=data_of(logprobs))
+        top = TopLogprobs(ids=from_torch(ids), logprobs=from_torch(logprobs))
     return SampledSequence(
         tokens=row.tokens, logprobs=row.logprobs, text=text, stop_reason=row.stop_reason or "length", top=top
     )

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tinkerbell_core.tensors import from_torch, to_torch
 from tinkerbell_core.types import PromptScores, TopLogprobs
 from tinkerbell_server.commands import PromptQuestions
-from tinkerbell_server.engines.torch.batching import data_of, tensor_of
 from tinkerbell_server.engines.torch.sampler import Settings, Uniforms, choose
 
 NONE = -99999.0
@@ -34,7 +34,7 @@ def score_prompt(
     logprobs = torch.full((length,), math.nan)
     top_ids = torch.zeros(length, questions.top, dtype=torch.int32)
     top_logprobs = torch.full((length, questions.top), NONE)
-    wanted = None if questions.targets is None else tensor_of(questions.targets)  # [P - 1, K]
+    wanted = None if questions.targets is None else to_torch(questions.targets)  # [P - 1, K]
     targets = torch.zeros(0 if wanted is None else wanted.shape[0], 0 if wanted is None else wanted.shape[1])
     drawn = torch.zeros(length - 1, questions.drawn, dtype=torch.int64)
     drawn_logprobs = torch.zeros(length - 1, questions.drawn)
@@ -63,8 +63,8 @@ def score_prompt(
             drawn[start - 1 : end - 1, place] = chosen.cpu()
             drawn_logprobs[start - 1 : end - 1, place] = table.gather(-1, chosen[:, None])[:, 0].float().cpu()
     return PromptScores(
-        logprobs=data_of(logprobs) if questions.logprobs else None,
-        top=TopLogprobs(ids=data_of(top_ids), logprobs=data_of(top_logprobs)) if questions.top else None,
-        targets=None if wanted is None else data_of(targets),
-        drawn=TopLogprobs(ids=data_of(drawn), logprobs=data_of(drawn_logprobs)) if questions.drawn else None,
+        logprobs=from_torch(logprobs) if questions.logprobs else None,
+        top=TopLogprobs(ids=from_torch(top_ids), logprobs=from_torch(top_logprobs)) if questions.top else None,
+        targets=None if wanted is None else from_torch(targets),
+        drawn=TopLogprobs(ids=from_torch(drawn), logprobs=from_torch(drawn_logprobs)) if questions.drawn else None,
     )

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tinkerbell_core.errors import BadData
 from tinkerbell_core.functional import target_logprobs
+from tinkerbell_core.tensors import from_torch
 from tinkerbell_core.types import TensorData
 from tinkerbell_server.commands import Row
-from tinkerbell_server.engines.torch.batching import collate, data_of, micro_batches
+from tinkerbell_server.engines.torch.batching import collate, micro_batches
 from tinkerbell_server.engines.torch.loss_logits import model_outputs, stored_because
 from tinkerbell_server.engines.torch.memory import Budgets
 from tinkerbell_server.engines.torch.network import Network
@@ -73,7 +74,7 @@ def _score(rows: list[Row], network: Network, budgets: Budgets) -> list[TensorDa
             logprobs: Tensor = target_logprobs(logits, batch.inputs["target_tokens"], where=batch.attention_mask)
             fetched = logprobs.float().cpu()
             for position, row in enumerate(part):
-                scored[row] = data_of(fetched[position, : batch.lengths[position]])
+                scored[row] = from_torch(fetched[position, : batch.lengths[position]])
     return [logprobs for logprobs in scored if logprobs is not None]
 
 

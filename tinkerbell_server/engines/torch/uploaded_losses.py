@@ -13,9 +13,9 @@ import torch
 from tinkerbell_core.dryrun import dry_run
 from tinkerbell_core.errors import BadUpload, UploadsOff, UploadTooLarge
 from tinkerbell_core.spec import LossSpec
+from tinkerbell_core.tensors import to_torch
 from tinkerbell_core.types import UPLOAD_LIMIT, RegisterLossRequest
 from tinkerbell_server.config import Settings
-from tinkerbell_server.engines.torch.batching import tensor_of
 from tinkerbell_server.engines.torch.device_lock import DeviceLock
 from tinkerbell_server.sandbox.losses import SandboxedLosses, TimeLimits
 from tinkerbell_server.sandbox.open_upload import made_up, opened
@@ -66,7 +66,7 @@ class UploadedLosses:
     def spec(self, upload: RegisterLossRequest, vocab_size: int, device: torch.device) -> LossSpec:
         """The loss in an envelope, tried. Raises UploadsOff, BadUpload, and BadLoss with the author's traceback."""
         check_envelope(upload)
-        examples = {name: tensor_of(data) for name, data in (upload.example_inputs or {}).items()}
+        examples = {name: to_torch(data) for name, data in (upload.example_inputs or {}).items()}
         if self._losses is not None:
             return self._losses.spec(upload, vocab_size, examples)
         if self.mode != "trusted":
