@@ -48,7 +48,7 @@ class Futures:
 
     def repeated(self, key: str | None, digest: str) -> Request | None:
         """The request that was accepted with this key. Raises KeyReused if it had another digest."""
-        request = None if key is None else self._store.request_of_key(key)
+        request = None if key is None else self._store.request_with_key(key)
         if request is not None and request.payload != digest:
             raise KeyReused(
                 f"the idempotency key {key!r} was used for another {request.kind} request; use a new key for each "
@@ -65,7 +65,7 @@ class Futures:
 
     def running(self, request_id: str) -> None:
         """Record that the engine is executing a request."""
-        self._store.running(request_id)
+        self._store.set_running(request_id)
 
     def finish(self, request_id: str, result: bytes | None, problem: Problem | None) -> None:
         """Record how a request ended, and wake those who wait for it."""
@@ -92,7 +92,7 @@ class Futures:
         deadline = time.monotonic() + seconds
         while True:
             event = self._any
-            found = self._store.finished(model_id, after)
+            found = self._store.finished_after(model_id, after)
             left = deadline - time.monotonic()
             if found or left <= 0 or self.stopping.is_set():
                 return found

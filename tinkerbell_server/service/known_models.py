@@ -35,11 +35,11 @@ class KnownModels:
         model = None if model_id is None else self._store.model(model_id)
         if model is None or isinstance(request, DeleteModelRequest):
             return
-        if engine.base_model != model.info.base_model:
+        if not model.has_base(engine):
             raise Conflict(
                 f"model {model.id!r} was made on {model.info.base_model}, but this server runs {engine.base_model}; "
                 "serve that base again, or use another model_id"
             )
         if model.notice is not None and not isinstance(request, LoadRequest):
-            self._store.notice(model.id, None)
+            self._store.set_notice(model.id, None)
             raise EngineLost(model.notice)

@@ -18,7 +18,7 @@ RETRY = "send the request again to continue from there"
 
 
 def describe_loss(model: Model) -> str | None:
-    """A clause that names the work of a model that no save holds, and the state it is reset to; None if none is lost."""
+    """What a model loses when it is set back to its last save, in words; None if it loses nothing."""
     steps = model.steps - (model.saved_step or 0)
     lost = [f"{steps} optim_step{'s' if steps > 1 else ''}"] if steps > 0 else []
     lost += ["the gradient accumulated since"] if model.pending else []

@@ -33,7 +33,7 @@ from tinkerbell_server.commands import (
 )
 from tinkerbell_server.engines.client import EngineClient
 from tinkerbell_server.service.queue import FairQueue, Job, Outcome
-from tinkerbell_server.service.recovery import AGAIN, bring_back, fall_back
+from tinkerbell_server.service.recovery import RETRY, reset_models, restore_models
 from tinkerbell_server.service.save_paths import LoadByName, SaveByName, SavePaths
 from tinkerbell_server.service.step_log import StepLog
 from tinkerbell_server.service.store import Store
@@ -67,7 +67,7 @@ class Scheduler:
 
     async def restore(self, engine: EngineClient) -> None:
         """Give a new engine the uploads and the models that the previous one had."""
-        await bring_back(engine, self._store, self._store.uploads() if self._uploads else ())
+        await restore_models(engine, self._store, self._store.uploads() if self._uploads else ())
 
     def engine_died(self, engine: EngineClient) -> None:
         """Fail the jobs that were accepted and have not ended, and say what was lost. Has an effect once per engine."""
@@ -75,11 +75,11 @@ class Scheduler:
             return
         self._dead = engine
         jobs = self._queue.drain()
-        losses = fall_back(self._store, f"the engine {engine.end}", {job.model_id for job in jobs})
+        losses = reset_models(self._store, f"the engine {engine.end}", {job.model_id for job in jobs})
         self._steps.clear()
         for job in jobs:
             sentence = losses.get(job.model_id or "")
-            lost = f"; {sentence}; {AGAIN}" if sentence else "; nothing else was lost: send it again"
+            lost = f"; {sentence}; {RETRY}" if sentence else "; nothing else was lost: send it again"
             job.on_end(EngineLost(f"the engine {engine.end} before this {job.kind} was done{lost}"))
 
     async def run(self, supervisor: Supervisor) -> None:
@@ -148,7 +148,7 @@ class Scheduler:
         if info is not None:
             return msgspec.msgpack.encode(info)
         result = await engine.execute(CreateModel(spec=spec))
-        self._store.add_model(spec, msgspec.msgpack.decode(result, type=ModelInfo))
+        self._store.add_model(spec, msgspec.msgpack.decode(result, type=ModelInfo), engine.description.base_id)
         return result
 
     async def _create_and_run(self, engine: EngineClient, command: RunLoss, waited: float, *, overlaps: bool) -> bytes:
@@ -162,7 +162,7 @@ class Scheduler:
             # a call that fails changes nothing, so the model that it created must go
             await engine.execute(DeleteModel(model_id=command.model_id))
             raise
-        self._store.add_model(spec, info)
+        self._store.add_model(spec, info, engine.description.base_id)
         self._record(engine, command, result, waited)
         output = msgspec.msgpack.decode(result, type=ForwardOutput)
         return msgspec.msgpack.encode(msgspec.structs.replace(output, created=True))
@@ -176,7 +176,7 @@ class Scheduler:
         except TinkerbellError:
             await engine.execute(DeleteModel(model_id=command.model_id))
             raise
-        self._store.add_model(spec, info)
+        self._store.add_model(spec, info, engine.description.base_id)
         self._record(engine, command, result, 0.0)
         return result
 
@@ -197,17 +197,17 @@ class Scheduler:
         match command:
             case RunLoss(backward=True):
                 self._steps.ran(command.model_id, result, waited)
-                self._store.accumulated(command.model_id)
+                self._store.record_backward(command.model_id)
             case OptimStep():
                 output = msgspec.msgpack.decode(result, type=OptimStepOutput)
-                self._store.stepped(command.model_id, output.step)
+                self._store.record_step(command.model_id, output.step)
                 self._steps.stepped(output, waited, engine.memory_bytes)
             case Save(optimizer=True):
                 save = msgspec.msgpack.decode(result, type=SaveOutput)
-                self._store.saved(command.model_id, save.path, save.step)
+                self._store.record_save(command.model_id, save.path, save.step)
             case Load():
                 load = msgspec.msgpack.decode(result, type=LoadOutput)
-                self._store.loaded(command.model_id, load.path, load.step, optimizer=load.optimizer)
+                self._store.record_load(command.model_id, load.path, load.step, optimizer=load.optimizer)
             case RegisterLoss():
                 self._store.add_upload(qualified(command.owner or LOCAL, command.upload.name), command.upload)
             case _:
@@ -226,4 +226,4 @@ def existing_model(store: Store, spec: CreateModelRequest) -> ModelInfo | None:
                 f"model {spec.model_id!r} exists with {name}={actual[name]!r}, not {value!r}; "
                 "use another model_id, or delete_model first"
             )
-    return msgspec.structs.replace(model.described(), created=False)
+    return msgspec.structs.replace(model.current_info(), created=False)

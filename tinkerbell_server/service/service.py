@@ -18,7 +18,7 @@ from tinkerbell_server.service.bases import Bases
 from tinkerbell_server.service.futures import Futures
 from tinkerbell_server.service.intake import Intake, Submission
 from tinkerbell_server.service.library import Library
-from tinkerbell_server.service.recovery import fall_back
+from tinkerbell_server.service.recovery import reset_models
 from tinkerbell_server.service.save_paths import SavePaths
 from tinkerbell_server.service.store import Store
 
@@ -101,7 +101,7 @@ class Service:
     def models(self, caller: Caller) -> list[ModelInfo]:
         """The models of the caller."""
         return [
-            msgspec.structs.replace(model.described(), model_id=unqualified(model.id))
+            msgspec.structs.replace(model.current_info(), model_id=unqualified(model.id))
             for model in self.store.models()
             if owner_of(model.id) == caller.tenant
         ]
@@ -109,7 +109,7 @@ class Service:
     def _fail_unfinished(self) -> None:
         """Fail the requests that the previous server did not finish, and put models back to their last save."""
         reason = "the server was stopped"
-        losses = fall_back(self.store, reason, told=())
+        losses = reset_models(self.store, reason, informed=())
         for request_id in self.store.unfinished():
             request = self.store.request(request_id)
             sentence = losses.get(request.model_id or "") if request is not None else None

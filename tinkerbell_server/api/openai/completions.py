@@ -134,7 +134,7 @@ class Completions:
         if name.startswith("tinker://"):
             return None, self._checkpoints.find(tenant, name).folder
         model = self._requests.service.store.model(qualified(tenant, name))
-        if model is None or model.info.base_model != engine.base_model:
+        if model is None or not model.has_base(engine):
             known = self.models(tenant)
             raise UnknownModel(
                 f"no model {name[:160]!r}{did_you_mean(name, known)} (GET /v1/models lists what there is)"
