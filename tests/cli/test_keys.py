@@ -68,7 +68,7 @@ def test_keys_are_listed_without_their_secrets_and_revoked_by_id(data: Path) -> 
     [
         (["revoke", "nobody"], "no key has the id 'nobody'"),
         (["create", "Ann Smith"], "a tenant cannot be named 'Ann Smith'"),
-        (["create", "ann", "--days", "0"], "days is 0"),
+        (["create", "ann", "--days", "0"], "days must be > 0 and < 36500, but is 0"),
         (["create", "ann", "--tenant", "public"], "not 'public'"),
     ],
 )

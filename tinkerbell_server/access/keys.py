@@ -1,7 +1,7 @@
-"""API keys, in a file of their own beside the store, so that they can be made while no server runs, or one does.
+"""API keys, in a database file separate from the store, so that they can be created whether or not a server runs.
 
-A key is `tml-<id>-<secret>`. Only its sha256 is kept. Nothing is ever taken out: a key that was revoked still says that
-this server is one with keys.
+A key is the text `tml-<id>-<secret>`. The file contains only its SHA-256. Rows are never deleted: with `--auth auto`, a
+server whose keys are all revoked still requires a key.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ CREATE TABLE IF NOT EXISTS keys (
     created REAL NOT NULL, expires REAL, revoked REAL);
 """
 
-# compared with where there is no such id, so that a wrong id takes as long as a wrong secret
-_NOBODY = "0" * 64
+# compared with if the id is unknown, so that a wrong id takes as long as a wrong secret
+_NO_HASH = "0" * 64
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a key; the key itself is not. Times are seconds since 1970."""
+    """The stored properties of a key, without its text. Times are in seconds since 1970."""
 
     id: str
     name: str
@@ -45,13 +45,17 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     revoked: float | None = None
 
     def state(self, now: float | None = None) -> Literal["valid", "expired", "revoked"]:
+        """Whether the key can be used at a time, by default now."""
         if self.revoked is not None:
             return "revoked"
         return "expired" if self.expires is not None and self.expires <= (now or time.time()) else "valid"
 
 
 class Keys:
-    """The keys of one data dir. What another process changes here is seen at once."""
+    """The keys of one data dir. A change by another process is visible at once.
+
+    Raises TinkerbellError if the file cannot be opened.
+    """
 
     def __init__(self, folder: Path) -> None:
         path = folder / "keys.db"
@@ -70,16 +74,19 @@ class Keys:
     def create(
         self, name: str, *, tenant: str, scopes: Collection[str] = ("train", "upload"), days: float | None = None
     ) -> tuple[Key, str]:
-        """A new key, and its text, which cannot be had again. Every scope includes `read`, and `admin` all of them.
+        """Create a key. Returns it with its text, which cannot be read again later.
 
-        Raises BadRequest.
+        Each scope includes `read`, and `admin` includes all scopes. days: until the key expires; None: never.
+        Raises BadRequest for a tenant, a scope or a number of days that is not allowed.
         """
         check_tenant(tenant)
         for scope in scopes:
             if scope not in SCOPES:
-                raise BadRequest(f"no scope {scope!r}{did_you_mean(scope, SCOPES)} (there are: {', '.join(SCOPES)})")
+                raise BadRequest(
+                    f"no scope {scope!r}{did_you_mean(scope, SCOPES)} (the scopes are: {', '.join(SCOPES)})"
+                )
         if days is not None and not 0 < days < 36500:
-            raise BadRequest(f"days is {days:g}, but must be above 0 and below 36500: leave it out for no end")
+            raise BadRequest(f"days must be > 0 and < 36500, but is {days:g}: omit it for a key that never expires")
         now = time.time()
         key = Key(
             id=secrets.token_hex(4),
@@ -97,28 +104,29 @@ class Keys:
         return key, text
 
     def list(self) -> list[Key]:
+        """All keys, the oldest first."""
         return [_key(row) for row in self._db.execute(f"SELECT {_COLUMNS} FROM keys ORDER BY created")]
 
     def exist(self) -> bool:
-        """Whether a key was ever made here."""
+        """Whether a key was ever created in this data dir."""
         return self._db.execute("SELECT 1 FROM keys LIMIT 1").fetchone() is not None
 
     def revoke(self, id: str) -> Key:
-        """End a key, from the next request on. Raises BadRequest where there is none of this id."""
-        known = {key.id: key for key in self.list()}
-        if id not in known:
+        """Revoke a key, from the next request on. Raises BadRequest if no key has this id."""
+        ids = [key.id for key in self.list()]
+        if id not in ids:
             raise BadRequest(
-                f"no key has the id {id[:80]!r}{did_you_mean(id, known)}; `tinkerbell key list` names them all"
+                f"no key has the id {id[:80]!r}{did_you_mean(id, ids)}; `tinkerbell key list` shows all ids"
             )
         self._db.execute("UPDATE keys SET revoked = ? WHERE id = ? AND revoked IS NULL", (time.time(), id))
         return next(key for key in self.list() if key.id == id)
 
     def find(self, text: str) -> Key | None:
-        """The key that `text` is, whatever its state; None for anything else."""
+        """The key with this text, whatever its state; None if there is none."""
         id = text.removeprefix(PREFIX).partition("-")[0] if text.startswith(PREFIX) else ""
         row = self._db.execute(f"SELECT {_COLUMNS}, hash FROM keys WHERE id = ?", (id,)).fetchone()
-        right = hmac.compare_digest(_hash(text), _NOBODY if row is None else row[-1])
-        return _key(row[:-1]) if right else None
+        same = hmac.compare_digest(_hash(text), _NO_HASH if row is None else row[-1])
+        return _key(row[:-1]) if same else None
 
 
 _COLUMNS = "id, name, tenant, scopes, created, expires, revoked"

@@ -1,4 +1,4 @@
-"""How often something may happen, by name, in a sliding minute."""
+"""Limits how often an event may happen for each name in a sliding minute."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _MOST_NAMES = 4096
 
 
 class Rates:
-    """limit: times a minute for each name; 0 for no limit."""
+    """limit: events of one name in a minute; 0: no limit."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._buckets: dict[str, InMemoryBucket] = {}
 
     def take(self, name: str) -> float:
-        """0 where `name` may go, else the seconds until it may."""
+        """Count an event of `name`. Returns 0 if it is allowed, otherwise the seconds until the next one is."""
         if self._limit == 0:
             return 0.0
         now = time.monotonic_ns() // 1_000_000
@@ -30,11 +30,11 @@ class Rates:
         if bucket.put(item):
             return 0.0
         wait = bucket.waiting(item)
-        assert isinstance(wait, int)  # this kind of bucket does not answer later
+        assert isinstance(wait, int)  # a bucket in memory never returns an awaitable
         return max(wait, 1) / 1000
 
     def _forget(self, now: int) -> None:
-        """Drop names that nothing happened to lately, once there are many."""
+        """Remove names without recent events if there are many names."""
         if len(self._buckets) < _MOST_NAMES:
             return
         for bucket in self._buckets.values():

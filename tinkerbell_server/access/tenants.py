@@ -1,7 +1,7 @@
-"""Whose is what: the names a tenant says, and the names the engine and the store know. Knows no HTTP.
+"""Tenants: ids are namespaced by tenant, so a request cannot address another tenant's objects.
 
-Models, requests and uploads are qualified with their tenant where a request comes in, and told without it where an
-answer goes out. In between nobody need ask whose something is: another tenant's name cannot even be said.
+The ids of models, requests and uploads are qualified with the tenant when a request arrives, and sent without it in the
+response. The code in between needs no further checks of ownership.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from tinkerbell_core.errors import BadRequest, Problem
 from tinkerbell_core.types import Future, LossDescription
 
 LOCAL = "local"
-"""The one tenant of a server that asks for no key."""
+"""The only tenant of a server that requires no keys."""
 
 PUBLIC = "public"
-"""Owns the uploads that an admin has published; nobody's key is of this tenant."""
+"""Owns the uploads that an admin has published. No key belongs to this tenant."""
 
 SCOPES = ("read", "train", "upload", "admin")
 
@@ -28,7 +28,7 @@ _TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who sent a request. key_id None: nobody had to say."""
+    """The sender of a request. key_id: None if the request needed no key."""
 
     tenant: str = LOCAL
     key_id: str | None = None
@@ -40,7 +40,7 @@ class Caller:
 
 
 def check_tenant(name: str) -> None:
-    """Raise BadRequest where `name` cannot be a tenant's."""
+    """Raise BadRequest if a tenant cannot have this name."""
     if not _TENANT.fullmatch(name) or name == PUBLIC:
         raise BadRequest(
             f"a tenant cannot be named {name[:80]!r}: use at most 32 lower-case letters, digits, '_' and '-', "
@@ -49,7 +49,7 @@ def check_tenant(name: str) -> None:
 
 
 def qualified(tenant: str, name: str) -> str:
-    """`tenant/name`; the local tenant's plain names stay plain. No two tenants' names are ever equal."""
+    """`tenant/name`, so that names of two tenants differ; a name of the local tenant stays as it is without a slash."""
     return name if tenant == LOCAL and "/" not in name else f"{tenant}/{name}"
 
 
@@ -59,51 +59,52 @@ def owner_of(name: str) -> str:
 
 
 def unqualified(name: str) -> str:
-    """A qualified name as its tenant says it."""
+    """A qualified name without its tenant."""
     return name.partition("/")[2] if "/" in name else name
 
 
 def unqualified_text(tenant: str, text: str) -> str:
-    """A sentence with the tenant's names as it says them: `'acme/m1'` reads `'m1'`."""
+    """A sentence with the tenant removed from quoted names: `'acme/m1'` becomes `'m1'`."""
     return text.replace(f"'{tenant}/", "'")
 
 
 def unqualified_problem(tenant: str, problem: Problem) -> Problem:
+    """A problem whose message names objects as the tenant does."""
     return msgspec.structs.replace(problem, message=unqualified_text(tenant, problem.message))
 
 
 def unqualified_future(tenant: str, future: Future) -> Future:
-    """A future of this tenant as the tenant reads it."""
+    """A future of this tenant, with all ids as the tenant wrote them."""
     return msgspec.structs.replace(
         future,
         request_id=unqualified(future.request_id),
         model_id=None if future.model_id is None else unqualified(future.model_id),
-        result=future.result if tenant == LOCAL else _own_result(future.result),
+        result=future.result if tenant == LOCAL else _unqualified_result(future.result),
         problem=None if future.problem is None else unqualified_problem(tenant, future.problem),
     )
 
 
 def owner_of_loss(loss: LossDescription) -> str | None:
-    """The tenant that uploaded it; None for one that is installed."""
+    """The tenant that uploaded a loss; None if the loss is installed."""
     return (loss.provenance.owner or LOCAL) if loss.provenance.kind == "upload" else None
 
 
 def provenance_owner(tenant: str) -> str | None:
-    """The owner in a loss's provenance, and so in its id."""
+    """The owner in the provenance, and therefore in the id, of a tenant's upload."""
     return None if tenant == LOCAL else tenant
 
 
 def visible(tenant: str, losses: Sequence[LossDescription]) -> list[LossDescription]:
-    """What a tenant may see: what is installed, what is public, what is its own, which is meant first by a name."""
+    """The losses that a tenant may use: installed, public, own. If several have one name, it means the last of them."""
     return [loss for owner in (None, PUBLIC, tenant) for loss in losses if owner_of_loss(loss) == owner]
 
 
-# object: a Raw that holds one of the answers, each a map, or None
-def _own_result(result: object) -> object:
+# object: a Raw that holds a map, or None
+def _unqualified_result(result: object) -> object:
     if not isinstance(result, msgspec.Raw):
         return result
     fields = msgspec.msgpack.decode(result, type=dict[str, msgspec.Raw])
     if "model_id" in fields:
-        told = msgspec.msgpack.decode(fields["model_id"], type=str | None)
-        fields["model_id"] = msgspec.Raw(msgspec.msgpack.encode(None if told is None else unqualified(told)))
+        model_id = msgspec.msgpack.decode(fields["model_id"], type=str | None)
+        fields["model_id"] = msgspec.Raw(msgspec.msgpack.encode(None if model_id is None else unqualified(model_id)))
     return msgspec.Raw(msgspec.msgpack.encode(fields))
