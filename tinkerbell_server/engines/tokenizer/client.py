@@ -30,15 +30,16 @@ _GRACE_SECONDS = 1.0
 """How long a process may take to exit after it has closed its socket, and after each signal."""
 
 _REPLY = msgspec.msgpack.Decoder(Reply)
-_ROWS = msgspec.msgpack.Decoder(list[Row])
+_ENCODED = msgspec.msgpack.Decoder(list[msgspec.Raw])
+_ROW = msgspec.msgpack.Decoder(Row)
 _IDS = msgspec.msgpack.Decoder(list[int])
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """An encoded request, and the future that gets its result in msgpack."""
+    """A message, and the future that gets its result in msgpack."""
 
-    frame: bytes
+    message: RowsRequest | PromptRequest
     result: asyncio.Future[msgspec.Raw]
 
     def fail(self, error: TinkerbellError) -> None:
@@ -73,7 +74,7 @@ class TokenizerClient:
         engine: the description of the base model, whose vocabulary and maximum length the results are checked against.
         """
         start = Start(self._settings.to_json(), engine.vocab_size, engine.max_length)
-        self._task = asyncio.create_task(self._run(msgspec.msgpack.encode(start)))
+        self._task = asyncio.create_task(self._run(start))
 
     async def stop(self) -> None:
         """End the process. Requests that wait raise EngineLost."""
@@ -89,7 +90,8 @@ class TokenizerClient:
         Raises BadData for the text, BadRequest if the tokenizer cannot be loaded, EngineLost if the process cannot be
         started or has died twice while it read this text.
         """
-        return _ROWS.decode(await self._send(RowsRequest(text, loss)))
+        # in a thread: the rows of a long text take many megabytes, and the event loop must not wait for their decoding
+        return await asyncio.to_thread(_decode_rows, await self._send(RowsRequest(text, loss)))
 
     async def prompt(self, prompt: TextPrompt) -> list[int]:
         """The token ids of a prompt, of which there is at least one. Raises the same errors as `rows`."""
@@ -98,15 +100,11 @@ class TokenizerClient:
     async def _send(self, message: RowsRequest | PromptRequest) -> msgspec.Raw:
         if self._stopped:
             raise EngineLost(_STOPPED)
-        try:
-            frame = msgspec.msgpack.encode(message)
-        except OverflowError:
-            raise BadData("the text holds an integer that has more than 64 bits: send it as a string") from None
-        request = _Request(frame, asyncio.get_running_loop().create_future())
+        request = _Request(message, asyncio.get_running_loop().create_future())
         self._requests.put_nowait(request)
         return await request.result
 
-    async def _run(self, start: bytes) -> None:
+    async def _run(self, start: Start) -> None:
         """Send the waiting requests, one after another, until cancelled."""
         try:
             with contextlib.suppress(TinkerbellError):  # raised again for the first request
@@ -123,7 +121,7 @@ class TokenizerClient:
             if self._process is not None:
                 await self._process.stop()
 
-    async def _answer(self, request: _Request, start: bytes) -> None:
+    async def _answer(self, request: _Request, start: Start) -> None:
         end = ""
         for _ in range(_ATTEMPTS):
             try:
@@ -135,15 +133,16 @@ class TokenizerClient:
             if request.result.done():  # cancelled
                 return
             try:
-                reply = await process.exchange(request.frame)
+                result = await process.exchange(request.message)
             except EngineLost as error:
                 log.warning("%s", error.message)
                 end = process.end
                 continue
-            if reply.problem is not None:
-                request.fail(reply.problem.error())
-            elif not request.result.done():
-                request.result.set_result(reply.result)
+            except TinkerbellError as error:
+                request.fail(error)
+                return
+            if not request.result.done():
+                request.result.set_result(result)
             return
         request.fail(
             EngineLost(
@@ -152,7 +151,7 @@ class TokenizerClient:
             )
         )
 
-    async def _ready(self, start: bytes) -> _Process:
+    async def _ready(self, start: Start) -> _Process:
         """The running process, started if there is none.
 
         Raises EngineLost if it dies while it starts, and always the same error once it has refused to start.
@@ -163,11 +162,15 @@ class TokenizerClient:
             if self._process is not None:
                 await self._process.stop()
             self._process = await _Process.start()
-            first = await self._process.exchange(start)
-            if first.problem is not None:
-                self._refusal = first.problem
-                log.error("the tokenizer process cannot start: %s", first.problem.message)
-                raise first.problem.error()
+            try:
+                await self._process.exchange(start)
+            except EngineLost:
+                raise
+            except TinkerbellError as refusal:
+                log.error("the tokenizer process cannot start: %s", refusal.message)
+                self._refusal = Problem.of(refusal)
+                await self._process.stop()
+                raise
         return self._process
 
     def _fail_waiting(self, error: TinkerbellError) -> None:
@@ -176,19 +179,17 @@ class TokenizerClient:
 
 
 class _Process:
-    """One tokenizer process and the socket to it."""
+    """One tokenizer process and the socket to it, on which threads block in place of the event loop."""
 
-    def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        self._process, self._reader, self._writer = process, reader, writer
-        self._stopped = False
+    def __init__(self, process: asyncio.subprocess.Process, sock: socket.socket) -> None:
+        self._process, self._socket = process, sock
+        self._exchange: asyncio.Future[msgspec.Raw] | None = None
 
     @classmethod
     async def start(cls) -> _Process:
         """Start a process. Raises EngineLost if the system cannot start one more."""
+        ours, theirs = socket.socketpair()
         try:
-            ours, theirs = socket.socketpair()
             with theirs:
                 process = await asyncio.create_subprocess_exec(
                     sys.executable,
@@ -200,9 +201,12 @@ class _Process:
                     stdin=asyncio.subprocess.DEVNULL,
                     start_new_session=True,
                 )
-        except OSError as error:
-            raise EngineLost(f"the tokenizer process cannot be started: {error}") from error
-        return cls(process, *await asyncio.open_connection(sock=ours))
+        except BaseException as error:
+            ours.close()
+            if isinstance(error, OSError):
+                raise EngineLost(f"the tokenizer process cannot be started: {error}") from error
+            raise
+        return cls(process, ours)
 
     @property
     def pid(self) -> int:
@@ -210,8 +214,7 @@ class _Process:
 
     @property
     def ended(self) -> bool:
-        """Whether the process was stopped, or has closed its end of the socket."""
-        return self._stopped or self._reader.at_eof() or self._reader.exception() is not None
+        return self._process.returncode is not None
 
     @property
     def end(self) -> str:
@@ -221,13 +224,15 @@ class _Process:
             return "closed its socket"
         return f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
 
-    async def exchange(self, frame: bytes) -> Reply:
-        """Send a message and return the reply. Raises EngineLost if the process dies; it is ended then."""
+    async def exchange(self, message: Start | RowsRequest | PromptRequest) -> msgspec.Raw:
+        """Send a message and return the result in msgpack.
+
+        Raises the error that the process replies with, or EngineLost if the process dies, which is ended then.
+        """
+        self._exchange = asyncio.ensure_future(asyncio.to_thread(_exchange, self._socket, message))
         try:
-            framing.write(self._writer, frame)
-            await self._writer.drain()
-            return _REPLY.decode(await framing.read(self._reader))
-        except (asyncio.IncompleteReadError, ConnectionError):
+            return await asyncio.shield(self._exchange)
+        except ConnectionError:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), _GRACE_SECONDS)
             await self.stop()
@@ -235,11 +240,33 @@ class _Process:
 
     async def stop(self) -> None:
         """End the process, which has no state to save."""
-        self._stopped = True
-        self._writer.close()
         for force in (self._process.terminate, self._process.kill):
             with contextlib.suppress(ProcessLookupError):  # it has exited already
                 force()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), _GRACE_SECONDS)
-                return
+                break
+        if self._exchange is not None:
+            await asyncio.wait([self._exchange])  # the thread uses the socket until it sees that the process has ended
+            self._exchange.exception()
+        self._socket.close()
+
+
+def _exchange(sock: socket.socket, message: Start | RowsRequest | PromptRequest) -> msgspec.Raw:
+    try:
+        frame = msgspec.msgpack.encode(message)
+    except OverflowError:
+        raise BadData("the text holds an integer of more than 64 bits: send it as a string") from None
+    framing.send(sock, frame)
+    answer = framing.receive(sock)
+    if answer is None:
+        raise ConnectionResetError
+    reply = _REPLY.decode(answer)
+    if reply.problem is not None:
+        raise reply.problem.error()
+    return reply.result
+
+
+def _decode_rows(encoded: msgspec.Raw) -> list[Row]:
+    # one by one: another thread can run between two rows
+    return [_ROW.decode(row) for row in _ENCODED.decode(encoded)]

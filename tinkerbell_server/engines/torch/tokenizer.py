@@ -16,5 +16,5 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None, trust_rem
     try:
         return AutoTokenizer.from_pretrained(str(source), revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BadRequest(f"cannot load the tokenizer of {str(source)!r}: {reason}") from error
