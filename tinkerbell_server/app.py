@@ -16,7 +16,7 @@ from tinkerbell_server.api.tinker import routes as tinker_routes
 from tinkerbell_server.api.tinker.server import TinkerServer
 from tinkerbell_server.config import Settings
 from tinkerbell_server.http.auth import KeyBackend, on_refused
-from tinkerbell_server.http.errors import HANDLERS
+from tinkerbell_server.http.handlers import HANDLERS
 from tinkerbell_server.http.middleware import Limits, SecurityHeaders
 from tinkerbell_server.service.service import Service
 

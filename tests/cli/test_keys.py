@@ -89,7 +89,7 @@ def test_keys_work_end_to_end(data: Path, tmp_path: Path, monkeypatch: pytest.Mo
     with live_server(tmp_path, engine=FAKE_ENGINE, uploads="trusted") as url:
         text = key("create", "ann").stdout.strip()
         admin = key("create", "root", "--scope", "admin").stdout.strip()
-        with TinkerClient(url) as nobody, pytest.raises(Unauthorized, match="asks for an API key"):
+        with TinkerClient(url) as nobody, pytest.raises(Unauthorized, match="requires an API key"):
             nobody.list_loss_functions()
         monkeypatch.setenv("TINKER_API_KEY", text)
         with TinkerClient(url) as client:

@@ -1,4 +1,4 @@
-"""`loss new` makes a package that installs, passes its own tests and trains; of an upload too. `loss test` reports."""
+"""`loss new` writes a package that installs, passes its tests and trains, also from an upload; `loss test` reports."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tinkerbell_core.serialization import pack
 from tinkerbell_core.types import RegisterLossRequest
 from tinkerbell_server.calls.local_losses import find_specs
 from tinkerbell_server.cli import tinkerbell
-from tinkerbell_server.scaffold import names_for, new_package, written
+from tinkerbell_server.scaffold import module_from_upload, names_for, new_package
 
 STRENGTH = 0.25
 SCALES = torch.tensor([1.0, 0.5])
 
 
-def bent(x: torch.Tensor) -> torch.Tensor:
+def scaled_softplus(x: torch.Tensor) -> torch.Tensor:
     return F.softplus(x) * SCALES[1]
 
 
@@ -38,14 +38,14 @@ def softened(model_outputs, loss_fn_inputs, attention_mask, *, strength: float =
     """softplus(-log p(target)) * strength, summed: a test's own."""
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)
-    return LossFnOutput(masked_sum(strength * bent(-logprobs), mask), logprobs)
+    return LossFnOutput(masked_sum(strength * scaled_softplus(-logprobs), mask), logprobs)
 
 
 def run(*args: str | Path) -> Result:
     return CliRunner().invoke(tinkerbell, [str(arg) for arg in args])
 
 
-def envelope(kind: str = "source") -> RegisterLossRequest:
+def upload_of_softened(kind: str = "source") -> RegisterLossRequest:
     return RegisterLossRequest(
         name="soft",
         payload=pack(softened),
@@ -57,15 +57,15 @@ def envelope(kind: str = "source") -> RegisterLossRequest:
     )
 
 
-def installed(package: Path, into: Path) -> None:
-    """Install a package as pip does, where an environment of its own would take minutes."""
+def install(package: Path, into: Path) -> None:
+    """Install a package with pip into a folder: a new environment would take minutes."""
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target"]
     subprocess.run([*pip, str(into), str(package)], check=True)
 
 
 @pytest.fixture(scope="module")
 def wendy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a package that `loss new` made."""
+    """The folder of a package that `loss new` wrote."""
     folder = tmp_path_factory.mktemp("made")
     assert run("loss", "new", "wendy", "--dir", folder).exit_code == 0
     return folder / "tinkerbell-loss-wendy"
@@ -73,9 +73,9 @@ def wendy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(wendy: Path) -> Iterator[Path]:
-    """Where it is installed, for processes that are started from now on."""
+    """The folder in which the package is installed; processes that start from now on import from it."""
     folder = wendy.parent / "site"
-    installed(wendy, folder)
+    install(wendy, folder)
     root = str(Path(__file__).parents[2])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), root, os.environ.get("PYTHONPATH", "")]))
@@ -98,16 +98,16 @@ def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_new_package_installs_and_passes_its_tests(wendy: Path, site: Path) -> None:
     pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
     subprocess.run(pytest_, cwd=wendy, check=True)
-    # a process of its own, which finds the package by its entry point
-    tested = "from tinkerbell_server.cli import main; main(['loss', 'test', 'wendy'])"
-    done = subprocess.run([sys.executable, "-c", tested], cwd=wendy, capture_output=True, text=True, check=False)
+    # a new process finds the package by its entry point
+    code = "from tinkerbell_server.cli import main; main(['loss', 'test', 'wendy'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=wendy, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "checks hold" in done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_keys")
-def test_it_trains_on_a_server_that_says_what_it_is(server: str) -> None:
+def test_a_new_package_trains_on_a_server_and_loss_show_describes_it(server: str) -> None:
     with TinkerClient(server) as client:
         steps = []
         for _ in range(3):
@@ -116,59 +116,59 @@ def test_it_trains_on_a_server_that_says_what_it_is(server: str) -> None:
             steps.append(result.loss)
         assert steps == sorted(steps, reverse=True)
         custom_loss(client, name="shown", coupling="sequence", via="source")(softened)
-    for name, *says in [
+    for name, *expected in [
         ("ppo", "tinkerbell-core:ppo", "inputs           target_tokens, logprobs, advantages"),
         ("wendy", "entry_point tinkerbell-loss-wendy 0.1.0", "hyperparameter   strength: float = 0.1"),
         ("shown", "upload:shown@", "formula          softplus(-log p(target)) * strength", "def softened("),
     ]:
         shown = run("loss", "show", name, "--url", server)
         assert shown.exit_code == 0, shown.output
-        for line in says:
+        for line in expected:
             assert line in shown.output
     assert "did you mean 'wendy'" in run("loss", "show", "wendi", "--url", server).output
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_keys")
-def test_an_upload_comes_back_as_a_package_to_its_owner_alone(
+def test_only_the_owner_of_an_upload_gets_it_back_as_a_package(
     server: str, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last of this server's: from the first key on it asks for one."""
+    """Runs last of the tests on this server, which requires a key as soon as one exists."""
 
-    def again(name: str) -> Result:
+    def new_from_upload(name: str) -> Result:
         return run("loss", "new", name, "--dir", tmp_path, "--from-upload", "soft", "--url", server)
 
     with TinkerClient(server) as client:
         custom_loss(client, name="soft", coupling="sequence", via="source")(softened)
-    assert again("slightly").exit_code == 0
+    assert new_from_upload("slightly").exit_code == 0
     [spec] = find_specs(str(tmp_path / "tinkerbell-loss-slightly"))
-    assert same(spec)
+    assert equals_softened(spec)
     ann, ben = (run("key", "create", who, "--data-dir", site.parent / "data").stdout.strip() for who in ("ann", "ben"))
-    assert "asks for an API key" in again("nobody").output
+    assert "requires an API key" in new_from_upload("nobody").output
     monkeypatch.setenv("TINKERBELL_API_KEY", ann)
     with TinkerClient(server) as client:
         custom_loss(client, name="soft", coupling="sequence", via="source")(softened)
-    assert again("tootles").exit_code == 0
+    assert new_from_upload("tootles").exit_code == 0
     [spec] = find_specs(str(tmp_path / "tinkerbell-loss-tootles"))
-    assert same(spec)
+    assert equals_softened(spec)
     assert "upload:ann/soft@" in run("loss", "show", "soft", "--url", server).output
     monkeypatch.setenv("TINKERBELL_API_KEY", ben)
-    refused = again("nibs")
+    refused = new_from_upload("nibs")
     assert refused.exit_code == 1
     assert "no loss named 'soft'" in refused.output
     assert not (tmp_path / "tinkerbell-loss-nibs").exists()
 
 
-def same(spec: object) -> bool:
-    """Whether a loss gives what `softened` gives."""
+def equals_softened(spec: object) -> bool:
+    """Whether a loss has the value of `softened` on a random batch."""
     torch.manual_seed(0)
     batch = torch.randn(2, 3, 7), {"target_tokens": torch.randint(7, (2, 3))}, torch.ones(2, 3)
     return bool(torch.equal(spec(*batch).loss, softened(*batch).loss))  # type: ignore[operator]
 
 
-def test_an_upload_becomes_a_package_that_gives_the_same(tmp_path: Path) -> None:
-    upload = written(envelope(), "hook")
-    new_package(names_for("hook"), tmp_path / "made", upload)
+def test_a_package_from_an_upload_has_the_values_of_the_upload(tmp_path: Path) -> None:
+    module = module_from_upload(upload_of_softened(), "hook")
+    new_package(names_for("hook"), tmp_path / "made", module)
     text = (tmp_path / "made/src/tinkerbell_loss_hook/losses.py").read_text()
     assert "strength: float = 0.25" in text
     assert "import torch\n" in text  # for SCALES
@@ -176,15 +176,15 @@ def test_an_upload_becomes_a_package_that_gives_the_same(tmp_path: Path) -> None
     assert not (tmp_path / "made/tests/test_losses.py").exists()
     [spec] = find_specs(str(tmp_path / "made"))
     assert (spec.name, spec.coupling) == ("hook", "sequence")
-    assert same(spec)
+    assert equals_softened(spec)
 
 
 def test_an_upload_that_is_bytecode_is_not_opened() -> None:
     with pytest.raises(BadUpload, match="via='source'"):
-        written(envelope("cloudpickle"), "hook")
+        module_from_upload(upload_of_softened("cloudpickle"), "hook")
 
 
-def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "tinkerbell-loss-wendy").mkdir()
     answer = run("loss", "new", "wendy", "--dir", tmp_path)
     assert answer.exit_code == 1
@@ -200,7 +200,7 @@ def test_a_name_that_cannot_be_used_is_refused(name: str) -> None:
         names_for(name, {"dpo"})
 
 
-def test_the_prefix_may_be_written_or_left_out() -> None:
+def test_the_prefix_of_a_name_is_optional() -> None:
     assert names_for("tinkerbell-loss-lost-boys") == names_for("lost_boys")
     assert names_for("lost_boys").distribution == "tinkerbell-loss-lost-boys"
 
@@ -220,15 +220,15 @@ def test_the_kit_reports_each_check_and_fails_with_1(tmp_path: Path) -> None:
     assert any(not check["ok"] and check["message"] for check in found["checks"])
 
 
-def test_what_is_not_there_to_test_is_said(tmp_path: Path) -> None:
+def test_loss_test_names_what_it_cannot_find(tmp_path: Path) -> None:
     assert "no file or folder" in run("loss", "test", tmp_path / "none.py").output
     assert "is no loss package" in run("loss", "test", tmp_path).output
     assert "did you mean 'cross_entropy'" in run("loss", "test", "cross_entrpy").output
     assert "has no 'softenedd'; did you mean 'softened'?" in run("loss", "test", f"{__name__}:softenedd").output
 
 
-def test_a_loss_shows_formula_and_paper() -> None:
-    said = run("loss", "show", "ppo", "--local").output
-    assert "formula          -min(ratio * advantage, clip(ratio) * advantage), summed" in said
-    assert "inputs           target_tokens, logprobs, advantages" in said
+def test_loss_show_prints_the_formula_and_the_inputs() -> None:
+    output = run("loss", "show", "ppo", "--local").output
+    assert "formula          -min(ratio * advantage, clip(ratio) * advantage), summed" in output
+    assert "inputs           target_tokens, logprobs, advantages" in output
     assert loss(softened).summary == "softplus(-log p(target)) * strength, summed: a test's own."

@@ -1,4 +1,4 @@
-"""Keys: made offline, asked for when there is one, good for their scopes, and no longer than they say."""
+"""API keys are created offline, required as soon as one exists, and limited to their scopes and lifetime."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def keys(data: Path) -> Any:
     keys.close()
 
 
-def test_a_key_is_found_by_its_whole_text_only(keys: Keys) -> None:
+def test_a_key_is_found_only_by_its_whole_text(keys: Keys) -> None:
     key, text = keys.create("ann", tenant="ann")
     assert text.startswith(f"tml-{key.id}-")
     assert keys.find(text) == key
@@ -36,7 +36,7 @@ def test_a_key_is_found_by_its_whole_text_only(keys: Keys) -> None:
         assert keys.find(wrong) is None
 
 
-def test_the_secret_is_nowhere_on_disk(keys: Keys, data: Path) -> None:
+def test_the_secret_is_not_stored(keys: Keys, data: Path) -> None:
     _, text = keys.create("ann", tenant="ann")
     secret = text.split("-", 2)[2].encode()
     assert all(secret not in path.read_bytes() for path in data.rglob("*") if path.is_file())
@@ -44,7 +44,7 @@ def test_the_secret_is_nowhere_on_disk(keys: Keys, data: Path) -> None:
     assert stat.S_IMODE(data.stat().st_mode) == 0o700
 
 
-def test_scopes_include_what_they_need(keys: Keys) -> None:
+def test_each_scope_includes_read_and_admin_includes_all(keys: Keys) -> None:
     assert keys.create("a", tenant="a")[0].scopes == ("read", "train", "upload")
     assert keys.create("a", tenant="a", scopes=["upload"])[0].scopes == ("read", "upload")
     assert keys.create("a", tenant="a", scopes=["admin"])[0].scopes == ("read", "train", "upload", "admin")
@@ -53,12 +53,12 @@ def test_scopes_include_what_they_need(keys: Keys) -> None:
 
 
 @pytest.mark.parametrize("tenant", ["public", "", "../up", "A", "a/b", "x" * 33, "_a"])
-def test_a_tenant_is_named_plainly(keys: Keys, tenant: str) -> None:
+def test_a_tenant_name_with_other_characters_is_refused(keys: Keys, tenant: str) -> None:
     with pytest.raises(BadRequest, match="a tenant cannot be named"):
         keys.create("a", tenant=tenant)
 
 
-def test_a_key_ends_when_it_said_and_when_it_is_revoked(keys: Keys, data: Path) -> None:
+def test_a_key_ends_when_it_expires_and_when_it_is_revoked(keys: Keys, data: Path) -> None:
     short, text = keys.create("short", tenant="a", days=1)
     with sqlite3.connect(data / "keys.db") as db:
         db.execute("UPDATE keys SET expires = created WHERE id = ?", (short.id,))
@@ -71,13 +71,13 @@ def test_a_key_ends_when_it_said_and_when_it_is_revoked(keys: Keys, data: Path) 
         keys.revoke("nobody")
 
 
-def test_a_server_with_no_keys_takes_any_key_for_the_local_tenant(serve: Any) -> None:
+def test_a_server_without_keys_accepts_any_key_for_the_local_tenant(serve: Any) -> None:
     with serve() as caller:
         caller.done("/create_model", model_id="m")
         assert list(caller.having("tml-dummy").models()) == ["m"]
 
 
-def test_the_first_key_closes_the_door_of_a_running_server_at_once(serve: Any, keys: Keys) -> None:
+def test_a_running_server_requires_a_key_as_soon_as_the_first_is_created(serve: Any, keys: Keys) -> None:
     with serve() as caller:
         caller.done("/create_model", model_id="m")
         _, text = keys.create("ann", tenant="local")
@@ -97,7 +97,7 @@ def test_both_headers_are_read(serve: Any, keys: Keys) -> None:
         assert caller.http.get("/list_models", headers={"Authorization": f"Basic {text}"}).status_code == 401
 
 
-def test_a_revoked_key_is_refused_from_the_next_request_on_and_the_door_stays_closed(serve: Any, keys: Keys) -> None:
+def test_a_revoked_key_is_refused_at_once_and_the_server_still_requires_a_key(serve: Any, keys: Keys) -> None:
     key, text = keys.create("ann", tenant="ann")
     with serve() as caller:
         ann = caller.having(text)
@@ -109,7 +109,7 @@ def test_a_revoked_key_is_refused_from_the_next_request_on_and_the_door_stays_cl
         assert caller.http.get("/list_models").status_code == 401
 
 
-def test_an_unknown_id_and_a_wrong_secret_are_answered_alike(serve: Any, keys: Keys) -> None:
+def test_the_response_is_the_same_for_an_unknown_id_and_a_wrong_secret(serve: Any, keys: Keys) -> None:
     key, _ = keys.create("ann", tenant="ann")
     with serve() as caller:
         answers = [
@@ -119,7 +119,7 @@ def test_an_unknown_id_and_a_wrong_secret_are_answered_alike(serve: Any, keys: K
         assert len({answer.text for answer in answers}) == 1
 
 
-def test_each_route_wants_its_scope(serve: Any, keys: Keys, make_upload: Any) -> None:
+def test_each_route_requires_its_scope(serve: Any, keys: Keys, make_upload: Any) -> None:
     texts = {scope: keys.create(scope, tenant="a", scopes=[scope])[1] for scope in ("read", "train", "upload", "admin")}
     wanted = {
         "/sample": "read",
@@ -144,17 +144,17 @@ def test_each_route_wants_its_scope(serve: Any, keys: Keys, make_upload: Any) ->
             assert caller.post(path, {}).status_code == 401
         refused = caller.having(texts["read"]).post("/forward", {}).json()["problem"]
         assert refused["kind"] == "Forbidden"
-        assert "needs a key with the scope 'train', but this one has read" in refused["message"]
+        assert "needs a key with the scope 'train', but this key has read" in refused["message"]
 
 
-def test_health_tells_nobody_in_particular_little(serve: Any, keys: Keys) -> None:
+def test_health_without_a_key_shows_no_details(serve: Any, keys: Keys) -> None:
     _, text = keys.create("ann", tenant="ann")
     with serve() as caller:
         assert set(caller.health()) == {"status", "boot_id", "version"}
         assert caller.having(text).health()["base_model"] == "fake"
 
 
-def test_auth_on_asks_without_a_key_and_auth_off_never(serve: Any, keys: Keys) -> None:
+def test_auth_on_requires_a_key_before_one_exists_and_auth_off_never(serve: Any, keys: Keys) -> None:
     with serve(auth="on") as caller:
         assert caller.http.get("/list_models").status_code == 401
     keys.create("ann", tenant="ann")
@@ -162,17 +162,17 @@ def test_auth_on_asks_without_a_key_and_auth_off_never(serve: Any, keys: Keys) -
         assert caller.http.get("/list_models").status_code == 200
 
 
-def test_off_loopback_a_key_is_asked_for_before_there_is_one(serve: Any) -> None:
+def test_off_loopback_a_key_is_required_before_one_exists(serve: Any) -> None:
     with serve(host="0.0.0.0") as caller:
         assert caller.http.get("/list_models").status_code == 401
 
 
-def test_a_proxy_in_front_is_not_this_machine(serve: Any) -> None:
+def test_a_request_through_a_proxy_requires_a_key(serve: Any) -> None:
     with serve() as caller:
         assert caller.http.get("/list_models", headers={"x-forwarded-for": "203.0.113.7"}).status_code == 401
 
 
-def test_the_audit_log_tells_who_did_what_and_no_secret(serve: Any, keys: Keys, data: Path, make_upload: Any) -> None:
+def test_the_audit_log_has_each_action_and_no_secret(serve: Any, keys: Keys, data: Path, make_upload: Any) -> None:
     key, text = keys.create("ann", tenant="ann")
     _, reader = keys.create("bob", tenant="bob", scopes=["read"])
     with serve(uploads="trusted") as caller:
@@ -184,8 +184,8 @@ def test_the_audit_log_tells_who_did_what_and_no_secret(serve: Any, keys: Keys, 
         caller.having(reader).post("/forward", {})
         caller.having("tml-0-wrong").http.get("/list_models")
     lines = [json.loads(line) for line in (data / "audit.jsonl").read_text().splitlines()]
-    told = [(line["action"], line["verdict"], line.get("tenant")) for line in lines]
-    assert told == [
+    entries = [(line["action"], line["verdict"], line.get("tenant")) for line in lines]
+    assert entries == [
         ("create_model", "done", "ann"),
         ("register_custom_loss", "done", "ann"),
         ("forward", "TinkerbellError", "ann"),

@@ -1,4 +1,4 @@
-"""What is over a limit is refused with a sentence and a time, and leaves room for others."""
+"""A request above a limit is refused with an error that names the limit; other keys are not affected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from starlette.requests import Request as StarletteRequest
 from tinkerbell_core.errors import BadRequest
 from tinkerbell_server.access.keys import Keys
 from tinkerbell_server.access.rates import Rates
-from tinkerbell_server.http import errors
+from tinkerbell_server.http import bodies
+from tinkerbell_server.http.errors import HttpError
 from tinkerbell_server.http.slow_clients import HEAD_SECONDS
 
 ROWS = [[1, 2, 3], [4, 5]]
@@ -27,7 +28,7 @@ ROWS = [[1, 2, 3], [4, 5]]
 
 @pytest.fixture
 def texts(tmp_path: Path) -> list[str]:
-    """A key of each of two tenants."""
+    """The keys of two tenants."""
     with contextlib.closing(Keys(tmp_path / "data")) as keys:
         return [keys.create(tenant, tenant=tenant)[1] for tenant in ("ann", "bob")]
 
@@ -40,7 +41,7 @@ def test_a_rate_counts_a_sliding_minute_for_each_name() -> None:
     assert all(Rates(0).take("ann") == 0 for _ in range(10))
 
 
-def test_names_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_without_recent_events_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = Rates(3)
     monkeypatch.setattr("tinkerbell_server.access.rates._MOST_NAMES", 5)
     monkeypatch.setattr(time, "monotonic_ns", lambda: 0)
@@ -51,18 +52,18 @@ def test_names_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(rates._buckets) == {"f"}
 
 
-def test_a_key_over_its_rate_is_told_when_to_come_again(serve: Any, texts: list[str]) -> None:
+def test_a_key_above_its_rate_gets_a_429_with_the_seconds_to_wait(serve: Any, texts: list[str]) -> None:
     with serve(rate_limit=5) as caller:
         ann, bob = (caller.having(text) for text in texts)
         assert [ann.http.get("/list_models").status_code for _ in range(5)] == [200] * 5
         answer = ann.http.get("/list_models")
         assert (answer.status_code, answer.json()["problem"]["kind"]) == (429, "TooManyRequests")
-        assert "5 requests within a minute" in answer.json()["problem"]["message"]
+        assert "rate limit 5 requests in a minute reached" in answer.json()["problem"]["message"]
         assert 50 <= int(answer.headers["retry-after"]) <= 60.01
         assert bob.http.get("/list_models").status_code == 200
 
 
-def test_a_key_has_so_many_requests_at_once(serve: Any, texts: list[str]) -> None:
+def test_a_key_above_its_concurrency_gets_a_429(serve: Any, texts: list[str]) -> None:
     with serve(concurrency_limit=2) as caller:
         ann, bob = (caller.having(text) for text in texts)
         slow = [ann.accepted("/forward", model_id="slow-m", data=ROWS) for _ in range(6)]
@@ -72,14 +73,14 @@ def test_a_key_has_so_many_requests_at_once(serve: Any, texts: list[str]) -> Non
         time.sleep(0.3)
         answer = ann.http.get("/list_models")
         assert answer.status_code == 429
-        assert "2 requests under way" in answer.json()["problem"]["message"]
+        assert "concurrency limit 2 reached" in answer.json()["problem"]["message"]
         assert bob.http.get("/list_models").status_code == 200
         for waiter in waiters:
             waiter.join()
         assert ann.http.get("/list_models").status_code == 200
 
 
-def test_a_tenant_fills_half_of_the_queue_and_no_more(serve: Any, texts: list[str]) -> None:
+def test_a_tenant_can_fill_half_of_the_queue(serve: Any, texts: list[str]) -> None:
     with serve(queue_limit=6) as caller:
         ann, bob = (caller.having(text) for text in texts)
         answers = [ann.post("/forward", {"model_id": "slow-m", "data": ROWS}) for _ in range(6)]
@@ -91,7 +92,7 @@ def test_a_tenant_fills_half_of_the_queue_and_no_more(serve: Any, texts: list[st
         assert bob.done("/forward", model_id="m", data=ROWS)
 
 
-def test_a_tenant_keeps_so_many_uploads_and_no_more(serve: Any, texts: list[str], make_upload: Any) -> None:
+def test_a_tenant_can_keep_as_many_uploads_as_the_limit(serve: Any, texts: list[str], make_upload: Any) -> None:
     with serve(upload_limit=2, uploads="trusted") as caller:
         ann, bob = (caller.having(text) for text in texts)
 
@@ -117,7 +118,7 @@ def test_a_repeated_request_is_answered_even_when_the_queue_is_full(serve: Any) 
         assert (again.status_code, again.json()["request_id"]) == (200, first.json()["request_id"])
 
 
-def test_a_body_over_its_limit_is_refused_while_it_comes(serve: Any) -> None:
+def test_a_body_above_its_limit_is_refused_while_it_is_received(serve: Any) -> None:
     with serve(body_limit=1, uploads="trusted") as caller:
 
         def much() -> Any:
@@ -136,8 +137,8 @@ def test_a_body_over_its_limit_is_refused_while_it_comes(serve: Any) -> None:
             assert says in answer.json()["problem"]["message"]
 
 
-def test_a_body_that_stops_coming_is_waited_for_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(errors, "_CHUNK_SECONDS", 0.05)
+def test_a_body_that_does_not_arrive_in_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "_CHUNK_SECONDS", 0.05)
     sent = [b"{"]
 
     async def receive() -> dict[str, Any]:
@@ -145,25 +146,25 @@ def test_a_body_that_stops_coming_is_waited_for_so_long(monkeypatch: pytest.Monk
         return {"type": "http.request", "body": sent.pop(), "more_body": True}
 
     request = StarletteRequest({"type": "http", "headers": [], "method": "POST"}, receive)
-    with pytest.raises(errors.HttpError, match="1 bytes so far") as caught:
-        asyncio.run(errors.read_body(request, 100, BadRequest("too large")))
+    with pytest.raises(HttpError, match="1 bytes so far") as caught:
+        asyncio.run(bodies.read_body(request, 100, BadRequest("too large")))
     assert caught.value.http_status == 408
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [b"", b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "])
-def test_a_request_that_does_not_begin_is_hung_up_on(serve: Any, sent: bytes) -> None:
+def test_a_connection_without_a_request_is_closed(serve: Any, sent: bytes) -> None:
     with serve() as caller:
         address = urlsplit(caller.server.url)
         with socket.create_connection((address.hostname, address.port), timeout=0.5) as sock:
             began = time.monotonic()
             sock.sendall(sent)
-            assert _hung_up(sock, trickle=b"a" if sent else b"", seconds=HEAD_SECONDS + 5)
+            assert _closed(sock, trickle=b"a" if sent else b"", seconds=HEAD_SECONDS + 5)
             assert time.monotonic() - began > HEAD_SECONDS - 1
 
 
-def _hung_up(sock: socket.socket, *, trickle: bytes, seconds: float) -> bool:
-    """Whether the other end closes, though bytes keep coming."""
+def _closed(sock: socket.socket, *, trickle: bytes, seconds: float) -> bool:
+    """Whether the server closes the connection although bytes are sent."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -177,14 +178,14 @@ def _hung_up(sock: socket.socket, *, trickle: bytes, seconds: float) -> bool:
     return False
 
 
-def test_a_connection_that_is_kept_is_not_hung_up_on_in_a_request(serve: Any) -> None:
+def test_a_connection_is_not_closed_during_a_request(serve: Any) -> None:
     with serve() as caller:
         slow = caller.accepted("/forward", model_id="slow-m", data=ROWS)
         assert caller.future(slow)["state"] == "done"
         assert caller.health()["status"] == "ok"
 
 
-def test_the_client_waits_as_long_as_it_is_told(serve: Any, tmp_path: Path) -> None:
+def test_the_client_repeats_a_request_after_the_seconds_of_a_429(serve: Any, tmp_path: Path) -> None:
     from tinker_client import TinkerClient
 
     with serve(queue_limit=2) as caller, TinkerClient(caller.server.url) as client:
@@ -193,8 +194,7 @@ def test_the_client_waits_as_long_as_it_is_told(serve: Any, tmp_path: Path) -> N
         assert [future.result().sequences for future in futures] == [1] * 4
 
 
-def test_an_answer_is_httpx_readable_after_a_refused_body(serve: Any) -> None:
-    """The connection stays in step: what follows a 413 on it is understood."""
+def test_a_connection_can_be_used_after_a_refused_body(serve: Any) -> None:
     with serve(body_limit=1) as caller:
         headers = {"content-type": "application/json"}
         answer = caller.http.post("/forward", content=b" " * (3 << 20), headers=headers)

@@ -65,7 +65,8 @@ from tinkerbell_core.types import (
     SaveRequest,
 )
 from tinkerbell_server.http.auth import Endpoint, allowed, caller_of
-from tinkerbell_server.http.errors import HttpError, answer, decode, read_body
+from tinkerbell_server.http.bodies import answer, decode, read_body
+from tinkerbell_server.http.errors import HttpError
 from tinkerbell_server.service import upload_checks
 from tinkerbell_server.service.futures import digest_of
 from tinkerbell_server.service.intake import ModelRequest, Submission

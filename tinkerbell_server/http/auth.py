@@ -1,4 +1,4 @@
-"""Who sends a request, and whether they may: keys at the door, scopes at each route."""
+"""Authenticates requests by API key, and checks scopes."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from tinkerbell_server.access.keys import Key, Keys
 from tinkerbell_server.access.rates import Rates
 from tinkerbell_server.access.tenants import Caller
 from tinkerbell_server.config import Settings
-from tinkerbell_server.http.errors import refusal
+from tinkerbell_server.http.handlers import refusal
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 NO_KEY = (
-    "this server asks for an API key: pass TinkerClient(url, api_key=...), set TINKERBELL_API_KEY, or send "
+    "this server requires an API key: pass TinkerClient(url, api_key=...), set TINKERBELL_API_KEY, or send "
     "'Authorization: Bearer tml-...' or 'X-API-Key: tml-...'"
 )
 
 
-_REFUSALS_TOLD = 60
-"""Refused keys that the audit log tells of, an address and minute."""
+_AUDITED_REFUSALS = 60
+"""Lines about refused keys that the audit log gets in a minute, for each address."""
 
 
 class User(BaseUser):
-    """A `Caller` as starlette wants to see it."""
+    """A `Caller` as a user of starlette."""
 
     def __init__(self, caller: Caller) -> None:
         self.caller = caller
@@ -54,15 +54,18 @@ class User(BaseUser):
 
 
 class KeyBackend(AuthenticationBackend):
-    """`--auth`: "on" asks everybody for a key, "off" nobody, "auto" everybody but a machine's own users before the
-    first key is made."""
+    """Finds the caller by the API key, as the setting `auth` requires.
+
+    "on": every request needs a key. "off": no request does. "auto": every request does, except those from this machine
+    before the first key is created.
+    """
 
     def __init__(self, settings: Settings, keys: Keys, audit: Audit) -> None:
         self._settings, self._keys, self._audit = settings, keys, audit
-        self._refusals = Rates(_REFUSALS_TOLD)
+        self._refusals = Rates(_AUDITED_REFUSALS)
 
     async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, BaseUser] | None:
-        """None for nobody in particular; raises AuthenticationError for a key that is none of ours."""
+        """None if a request that needs a key has none. Raises AuthenticationError for a key that is not valid."""
         if not self.required(conn):
             caller = Caller()
             return AuthCredentials(sorted(caller.scopes)), User(caller)
@@ -72,27 +75,27 @@ class KeyBackend(AuthenticationBackend):
         key = self._keys.find(text)
         state = "unknown" if key is None else key.state()
         if key is None or state != "valid":
-            self._refused(conn, key, state)
+            self._audit_refusal(conn, key, state)
             raise AuthenticationError(state)
         return AuthCredentials(key.scopes), User(Caller(key.tenant, key.id, frozenset(key.scopes)))
 
     def required(self, conn: HTTPConnection) -> bool:
-        """Whether this request needs a key. A proxy in front speaks for others than this machine's users."""
+        """Whether this request needs a key. A request through a proxy may come from another machine."""
         if self._settings.auth != "auto":
             return self._settings.auth == "on"
         forwarded = any(name in conn.headers for name in ("forwarded", "x-forwarded-for"))
         return not self._settings.on_loopback or forwarded or self._keys.exist()
 
-    def _refused(self, conn: HTTPConnection, key: Key | None, state: str) -> None:
+    def _audit_refusal(self, conn: HTTPConnection, key: Key | None, state: str) -> None:
         address = "?" if conn.client is None else conn.client.host
         if self._refusals.take(address) > 0:
-            return  # a flood of wrong keys must not fill the disk
+            return  # many requests with wrong keys must not fill the disk
         caller = None if key is None else Caller(key.tenant, key.id)
         self._audit.write(caller, "authenticate", "Unauthorized", reason=f"{state} key", address=address)
 
 
 def key_of(conn: HTTPConnection) -> str | None:
-    """The key a request carries: `Authorization: Bearer`, else `X-API-Key`."""
+    """The key that a request contains: `Authorization: Bearer`, else `X-API-Key`."""
     scheme, _, token = conn.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token.strip():
         return token.strip()
@@ -100,14 +103,14 @@ def key_of(conn: HTTPConnection) -> str | None:
 
 
 def on_refused(conn: HTTPConnection, error: AuthenticationError) -> Response:
-    """The answer to a key that is not taken. An unknown one and a wrong one read the same."""
-    reason = str(error)
-    said = f"is {reason}" if reason in ("expired", "revoked") else "is not known here"
-    return refusal(conn, Unauthorized(f"the API key {said}; ask the server's operator for another"))
+    """The response to a key that is not valid. It is the same for an unknown id and for a wrong secret."""
+    state = str(error)
+    reason = f"is {state}" if state in ("expired", "revoked") else "is unknown"
+    return refusal(conn, Unauthorized(f"the API key {reason}; ask the server's operator for another"))
 
 
 def allowed(scope: str, endpoint: Endpoint) -> Endpoint:
-    """The endpoint, for keys of this scope. Raises Unauthorized without a key, Forbidden without the scope."""
+    """The endpoint, for keys with this scope. It raises Unauthorized without a key, and Forbidden without the scope."""
 
     async def guarded(request: Request) -> Response:
         if not has_required_scope(request, [scope]):
@@ -115,9 +118,9 @@ def allowed(scope: str, endpoint: Endpoint) -> Endpoint:
                 raise Unauthorized(NO_KEY)
             caller = request.user.caller
             request.app.state.service.audit.write(caller, request.url.path.strip("/")[:80], "Forbidden")
-            has = ", ".join(sorted(caller.scopes))
+            scopes = ", ".join(sorted(caller.scopes))
             raise Forbidden(
-                f"{request.method} {request.url.path} needs a key with the scope {scope!r}, but this one has {has}; "
+                f"{request.method} {request.url.path} needs a key with the scope {scope!r}, but this key has {scopes}; "
                 "ask the server's operator for another"
             )
         return await endpoint(request)
@@ -126,7 +129,7 @@ def allowed(scope: str, endpoint: Endpoint) -> Endpoint:
 
 
 def caller_of(request: Request) -> Caller:
-    """Who sent a request that an `allowed` endpoint got."""
+    """The sender of a request, inside an `allowed` endpoint."""
     user = request.user
     assert isinstance(user, User)
     return user.caller

@@ -1,4 +1,4 @@
-"""How much one key may ask for: requests a minute, and requests at once. Middleware, behind the one that knows keys."""
+"""ASGI middleware: the limits of a key, and the security headers of a response."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from tinkerbell_core.errors import TooManyRequests
 from tinkerbell_server.access.rates import Rates
 from tinkerbell_server.config import Settings
 from tinkerbell_server.http.auth import User
-from tinkerbell_server.http.errors import refusal
+from tinkerbell_server.http.handlers import refusal
 
 
 class Limits:
-    """Refuses what is over a key's limits, before its body is read. Requests that carry no key have none."""
+    """Refuses requests above the limits of their key, before the body is read. Requests without a key have no limits.
+
+    Needs the user that AuthenticationMiddleware sets.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._rates = Rates(settings.rate_limit)
-        self._at_once, self._most_at_once = Counter[str](), settings.concurrency_limit
-        self._rate_limit = settings.rate_limit
+        self._rate_limit, self._rates = settings.rate_limit, Rates(settings.rate_limit)
+        self._concurrency_limit, self._running = settings.concurrency_limit, Counter[str]()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         user = scope.get("user")
@@ -31,29 +33,27 @@ class Limits:
         if key_id is None:
             await self._app(scope, receive, send)
             return
-        refused = self._refused(key_id)
-        if refused is not None:
-            await refusal(HTTPConnection(scope), refused)(scope, receive, send)
+        error = self._exceeded(key_id)
+        if error is not None:
+            await refusal(HTTPConnection(scope), error)(scope, receive, send)
             return
-        self._at_once[key_id] += 1
+        self._running[key_id] += 1
         try:
             await self._app(scope, receive, send)
         finally:
-            self._at_once[key_id] -= 1
+            self._running[key_id] -= 1
 
-    def _refused(self, key_id: str) -> TooManyRequests | None:
-        if self._at_once[key_id] >= self._most_at_once:
+    def _exceeded(self, key_id: str) -> TooManyRequests | None:
+        if self._running[key_id] >= self._concurrency_limit:
             return TooManyRequests(
-                f"key {key_id} has {self._most_at_once} requests under way, which is the most at once here: "
-                "wait for one of them to end",
+                f"concurrency limit {self._concurrency_limit} reached by key {key_id}: wait until a request ends",
                 retry_after=1.0,
             )
         seconds = self._rates.take(key_id)
         if seconds == 0:
             return None
         return TooManyRequests(
-            f"key {key_id} has sent {self._rate_limit} requests within a minute, which is the most here: "
-            f"wait {math.ceil(seconds)} s",
+            f"rate limit {self._rate_limit} requests in a minute reached by key {key_id}: wait {math.ceil(seconds)} s",
             retry_after=seconds,
         )
 
@@ -67,7 +67,7 @@ HEADERS = {
 
 
 class SecurityHeaders:
-    """Adds HEADERS to each answer; a route's own stand."""
+    """Adds HEADERS to each response, except those that the route has set."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as uvicorn speaks it, to clients that say what they want in time."""
+"""The HTTP/1.1 protocol of uvicorn, with a time limit for the head of a request."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ import asyncio
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 10.0
-"""A request's first line and headers arrive within this time of the connection, or of the answer before."""
+"""Time limit for the first line and the headers, from the connection or from the previous response."""
 
 
 class Protocol(H11Protocol):
-    """Closes a connection whose request does not begin: uvicorn waits for ever for a slow one's headers."""
+    """Closes a connection on which no request starts in time. uvicorn waits for headers without a limit."""
 
-    _waiting: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn has the same
         super().connection_made(transport)
-        self._wait()
+        self._update_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._wait()
+        self._update_timer()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._wait()
+        self._update_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self._waiting is not None:
-            self._waiting.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
-    def _wait(self) -> None:
-        """Run a timer while no request is under way, and one only: bytes that trickle in do not prolong it."""
+    def _update_timer(self) -> None:
+        """Run one timer while no request is being handled. Incoming bytes do not restart it."""
         idle = self.cycle is None or self.cycle.response_complete
-        if idle and self._waiting is None:
-            self._waiting = self.loop.call_later(HEAD_SECONDS, self.transport.close)
-        elif not idle and self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
+        if idle and self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        elif not idle and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

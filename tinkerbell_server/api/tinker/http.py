@@ -18,7 +18,8 @@ from tinkerbell_server.access.audit import AuditedAction
 from tinkerbell_server.access.tenants import LOCAL, unqualified_problem
 from tinkerbell_server.api.tinker.server import TinkerServer
 from tinkerbell_server.http.auth import User, caller_of
-from tinkerbell_server.http.errors import HttpError, read_body
+from tinkerbell_server.http.bodies import read_body
+from tinkerbell_server.http.errors import HttpError
 
 log = logging.getLogger("tinkerbell.server")
 
