@@ -322,10 +322,9 @@ class Intake:
         return prepared
 
     def _create_model(self, request: CreateModelRequest, base: Base, caller: Caller) -> _Prepared:
-        spec = normalize_spec(request)
+        spec = self._saves.check_reference(normalize_spec(request), anywhere=caller.admin)
         if not base.queue.of_model(spec.model_id):
             existing_model(self._store, spec)
-        self._saves.check_reference(spec, anywhere=caller.admin)
         return _Prepared(CreateModel(spec=spec))
 
     def _run_loss(self, request: ForwardRequest, submission: Submission, engine: EngineDescription) -> _Prepared:
@@ -379,9 +378,11 @@ class Intake:
                 self._futures.running(held.id)
 
         def end(outcome: Outcome) -> None:
-            outcomes: Sequence[Outcome] = [outcome] * len(helds)
-            if split is not None and isinstance(outcome, bytes):
-                outcomes = split(outcome)
+            outcomes: Sequence[Outcome]
+            if isinstance(outcome, bytes):
+                outcomes = [outcome] if split is None else split(outcome)
+            else:
+                outcomes = [self._explained(outcome, first.submission)] * len(helds)
             for held, own in zip(helds, outcomes, strict=True):
                 self._end(held, own)
 
@@ -453,12 +454,11 @@ class Intake:
             if held.audited is not None and held.submission.kind not in ("forward", "forward_backward"):
                 held.audited.ended()
             return
-        error = self._explained(outcome, held.submission)
         if held.submission.on_error is not None:
-            held.submission.on_error(error)
-        self._futures.finish(held.id, None, Problem.of(error))
+            held.submission.on_error(outcome)
+        self._futures.finish(held.id, None, Problem.of(outcome))
         if held.audited is not None:
-            held.audited.ended(error)
+            held.audited.ended(outcome)
 
     def _explained(self, error: TinkerbellError, submission: Submission) -> TinkerbellError:
         """An error of the engine without the names of other tenants, which the engine lists."""

@@ -13,6 +13,7 @@ from tinkerbell_core.types import CreateModelRequest, SaveRequest
 from tinkerbell_server.access.tenants import LOCAL, owner_of, unqualified
 from tinkerbell_server.calls.settings import check_name
 from tinkerbell_server.commands import Load, Save
+from tinkerbell_server.database import make_folders
 from tinkerbell_server.service.store import Store
 
 
@@ -62,12 +63,16 @@ class SavePaths:
         if path.exists():
             raise BadCheckpoint(f"model {model_id!r} has a save {name!r} already ({path}); pass another name")
 
-    def check_reference(self, spec: CreateModelRequest, *, anywhere: bool) -> None:
-        """Raise UnknownCheckpoint for a reference that is neither 'base', 'initial' nor a folder."""
+    def check_reference(self, spec: CreateModelRequest, *, anywhere: bool) -> CreateModelRequest:
+        """The spec, with the absolute path of its reference if that is a folder.
+
+        Raises UnknownCheckpoint for a reference that is neither 'base', 'initial' nor a folder.
+        """
         if spec.reference in ("base", "initial"):
-            return
+            return spec
         if not self._may_read(owner_of(spec.model_id), Path(spec.reference), anywhere):
             raise UnknownCheckpoint(f"reference is {spec.reference!r}, but must be 'base', 'initial' or a saved path")
+        return msgspec.structs.replace(spec, reference=os.path.abspath(spec.reference))
 
     def save(self, request: SaveRequest) -> SaveByName:
         """The save that a request asks for. Raises what `check_free` raises."""
@@ -90,7 +95,7 @@ class SavePaths:
                     f"model {command.model_id!r} has a save {path.name!r} already ({path}); pass another name"
                 )
             shutil.rmtree(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
         return Save(model_id=command.model_id, path=str(path), optimizer=command.optimizer)
 
     def _load(self, command: LoadByName) -> Load:

@@ -300,10 +300,12 @@ class Store:
         ).fetchone()
         if row is None:
             return None
-        *values, result, problem = row
-        if result is not None and values[2] in _KINDS_WITH_PATHS:
+        id, model_id, kind, key, payload, state, result, problem = row
+        if result is not None and kind in _KINDS_WITH_PATHS:
             result = _convert_result(result, self._full)
-        return Request(*values, result, None if problem is None else msgspec.msgpack.decode(problem, type=Problem))
+        if problem is not None:
+            problem = msgspec.msgpack.decode(problem, type=Problem)
+        return Request(id, model_id, kind, key, payload, state, result, problem)
 
     # Any: the columns of a row of models
     def _model(self, row: tuple[Any, ...]) -> Model:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers.utils.hub import cached_file
+
+log = logging.getLogger("tinkerbell.engine")
 
 BLOCK = 1024
 """Bytes of one block."""
@@ -42,8 +45,20 @@ _WEIGHTS = (
 )
 
 
-def base_identity(folder: Path) -> str:
-    """The identity of the model in a folder: 64 hexadecimal digits. Raises OSError or ValueError for a broken file."""
+def base_identity(source: str, revision: str | None) -> str:
+    """The identity of a base model, a local folder or a hub id; empty if its files cannot be read."""
+    try:
+        return folder_identity(folder_of(source, revision))
+    except (OSError, ValueError, LookupError) as error:
+        log.warning("the base model %r has no identity, so only its name is compared: %s", source, error)
+        return ""
+
+
+def folder_identity(folder: Path) -> str:
+    """The identity of the model in a folder: 64 hexadecimal digits.
+
+    Raises OSError, ValueError or LookupError if a file is missing or broken.
+    """
     digest = hashlib.sha256(b"tinkerbell base 1\n")
     config = json.loads((folder / "config.json").read_bytes())
     digest.update(json.dumps(_stable(config), sort_keys=True, separators=(",", ":")).encode())
