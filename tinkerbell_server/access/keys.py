@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import secrets
 import sqlite3
 import time
@@ -18,16 +17,15 @@ from typing import Literal
 
 import msgspec
 
-from tinkerbell_core.errors import BadRequest, TinkerbellError, did_you_mean
+from tinkerbell_core.errors import BadRequest, did_you_mean
 from tinkerbell_server.access.tenants import SCOPES, check_tenant
+from tinkerbell_server.database import open_database
 
 PREFIX = "tml-"
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS keys (
+_SCHEMA_1 = """CREATE TABLE IF NOT EXISTS keys (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, tenant TEXT NOT NULL, scopes TEXT NOT NULL, hash TEXT NOT NULL,
-    created REAL NOT NULL, expires REAL, revoked REAL);
-"""
+    created REAL NOT NULL, expires REAL, revoked REAL)"""
 
 # compared with if the id is unknown, so that a wrong id takes as long as a wrong secret
 _NO_HASH = "0" * 64
@@ -58,15 +56,9 @@ class Keys:
     """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / "keys.db"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            self._db = sqlite3.connect(path, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.executescript(_SCHEMA)
-        except (OSError, sqlite3.Error) as error:
-            raise TinkerbellError(f"the API keys in {path} cannot be opened: {error}") from error
+        self._db = open_database(folder / "keys.db", MIGRATIONS)
+        # a key that was revoked must stay revoked after a power failure
+        self._db.execute("PRAGMA synchronous=FULL")
 
     def close(self) -> None:
         self._db.close()
@@ -128,6 +120,14 @@ class Keys:
         same = hmac.compare_digest(_hash(text), _NO_HASH if row is None else row[-1])
         return _key(row[:-1]) if same else None
 
+
+def _create_table(db: sqlite3.Connection) -> None:
+    """The table of 0.1.0, which wrote no version: it may exist already."""
+    db.execute(_SCHEMA_1)
+
+
+MIGRATIONS = (_create_table,)
+"""The changes of the file from one version to the next. A migration that was released is never changed."""
 
 _COLUMNS = "id, name, tenant, scopes, created, expires, revoked"
 
