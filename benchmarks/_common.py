@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of random weights, pairs that are timed in turn, memory, and how results look."""
+"""Helpers of the benchmarks: models with random weights, interleaved timing, peak memory, and tables of results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Run = Callable[[], object]
 
 
 def write_model(folder: Path, *, vocab: int, layers: int) -> None:
-    """A Llama of random weights, hidden size 256, with a tokenizer that nothing here uses and a server asks for."""
+    """Write a Llama with random weights and hidden size 256, and the tokenizer that a server needs to start."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=vocab,
@@ -57,7 +57,7 @@ def served(**settings: Any) -> Iterator[TinkerClient]:  # Any: one type for each
 
 
 def all_threads() -> int:
-    """Make this process, and those it starts, use every core it may; how many."""
+    """Let this process and its child processes use every core that is available to it; the number of cores."""
     threads = len(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
@@ -65,12 +65,12 @@ def all_threads() -> int:
 
 
 def dtype_of(device: str) -> torch.dtype:
-    """What a server computes in on this device."""
+    """The default dtype of a server on this device."""
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
-def in_turns(runs: Sequence[Run], rounds: int) -> list[list[float]]:
-    """Seconds of each of the runs in each round, one after the other: a machine that slows down slows all."""
+def interleaved(runs: Sequence[Run], rounds: int) -> list[list[float]]:
+    """Seconds of each run in each round. The runs alternate, so that a slow phase of the machine affects all."""
     return [[_seconds(run) for run in runs] for _ in range(rounds)]
 
 
@@ -83,7 +83,7 @@ def _seconds(run: Run) -> float:
 
 
 def row(what: str, values: Sequence[float], target: str | None = None) -> dict[str, object]:
-    """One line of the table: the median of what was measured, its spread, and its target if there is one: `>= 1.1`."""
+    """One row of the table: median, spread, and whether the median meets the target, if there is one, as `>= 1.1`."""
     median = statistics.median(values)
     line: dict[str, object] = {
         "what": what,
@@ -98,19 +98,19 @@ def row(what: str, values: Sequence[float], target: str | None = None) -> dict[s
 
 
 def peak_memory(script: str, *arguments: str) -> int:
-    """Bytes that `script --memory ...`, a process of its own, says it took above what it began with."""
+    """Peak memory in bytes of a run in a new process: the last number that `script --memory ...` prints."""
     command = [sys.executable, script, "--memory", *arguments]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def peak_of(run: Run, device: str) -> int:
-    """The most bytes that `run` takes above what the process holds before it; Linux, or a GPU."""
+    """Peak memory of `run` in bytes, above the memory that the process uses before; on Linux, or on a GPU."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _status("VmRSS")
     run()
     return _status("VmHWM") - before
@@ -122,27 +122,27 @@ def _status(name: str) -> int:
 
 
 def options(description: str | None, *, pairs: int) -> argparse.ArgumentParser:
-    """Those that every benchmark has."""
+    """A parser with the options of every benchmark. pairs: the default of --pairs."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--pairs", type=int, default=pairs, help="how often each side is timed, in turn")
+    parser.add_argument("--pairs", type=int, default=pairs, help="how many times each side is timed, alternately")
     parser.add_argument("--json", action="store_true")
     return parser
 
 
 def show(title: str, rows: Sequence[dict[str, object]], details: dict[str, Any], *, as_json: bool) -> None:
-    """Print the lines of the table, and what else was measured."""
-    where = {"torch": torch.__version__, "machine": machine(str(details["device"]))}
+    """Print the rows of the table and the details of the run, as text or as JSON."""
+    environment = {"torch": torch.__version__, "machine": machine(str(details["device"]))}
     if as_json:
-        print(json.dumps({"benchmark": title, "rows": list(rows), "details": details | where}))
+        print(json.dumps({"benchmark": title, "rows": list(rows), "details": details | environment}))
         return
     print_table([{"benchmark": title} | line for line in rows])
-    for name, value in (details | where).items():
+    for name, value in (details | environment).items():
         print(f"  {name:<28} {value}")
 
 
 def print_table(lines: Sequence[dict[str, object]]) -> None:
-    """Print the lines of one or several benchmarks, with a column for each name that one of them has."""
+    """Print rows of one or more benchmarks, with a column for each key of any row."""
     names = list(dict.fromkeys(name for line in lines for name in line))
     cells = [names, *([str(line.get(name, "")) for name in names] for line in lines)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
@@ -151,7 +151,7 @@ def print_table(lines: Sequence[dict[str, object]]) -> None:
 
 
 def machine(device: str) -> str:
-    """What was measured on."""
+    """The name of the GPU, or the architecture and the number of cores."""
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"

@@ -1,4 +1,4 @@
-"""A loss that sees the whole batch, at micro-batches of two sequences against the full batch: time and memory."""
+"""Time and memory of a batch-coupled loss: micro-batches of two sequences against the full batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from tinkerbell_core.types import CreateModelRequest
 from tinkerbell_server.commands import Row
 from tinkerbell_server.engines.torch.adapters import Adapters
 from tinkerbell_server.engines.torch.batching import collate
-from tinkerbell_server.engines.torch.network import Network, choose_device, load_network
+from tinkerbell_server.engines.torch.load_network import choose_device, load_network
+from tinkerbell_server.engines.torch.network import Network
 from tinkerbell_server.engines.torch.step import Step, run_step
 
 ROWS, LENGTH, VOCAB, LAYERS = 16, 128, 8_000, 12
@@ -30,14 +31,14 @@ TIME, MEMORY = "<= 1.1", "<= 0.333"
 
 @loss(coupling="batch", inputs=("target_tokens",))
 def centred(model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor) -> LossFnOutput:
-    """Sequences against the batch's own mean: no sequence's gradient is known before all have been seen."""
+    """Compares each sequence with the mean of the batch, so that every gradient depends on all sequences."""
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=attention_mask)  # [B, T]
     scores = sequence_sum(logprobs, attention_mask) / LENGTH  # [B]
     return LossFnOutput(((scores - scores.mean()) / (scores.std() + 1)).pow(3).mean() - scores.logsumexp(0), logprobs)
 
 
 class Bench:
-    """A model under LoRA r16, and one batch."""
+    """A model with LoRA of rank 16, and one batch."""
 
     def __init__(self, folder: str, device: str) -> None:
         self.network: Network = load_network(folder, choose_device(device), _common.dtype_of(device))
@@ -45,13 +46,13 @@ class Bench:
         spec = CreateModelRequest(model_id="bench", rank=16, alpha=16)
         self.parameters = list(adapters.parameters(adapters.add(adapters.config_of(spec), seed=0)).values())
         torch.manual_seed(1)
-        for parameter in self.parameters:  # off LoRA's start, where half of the gradient is 0
+        for parameter in self.parameters:  # at the initial values of LoRA, half of the gradient is 0
             torch.nn.init.normal_(parameter, std=0.02)
         ids = torch.randint(VOCAB, (ROWS, LENGTH + 1))
         self.rows = [Row(from_torch(row[:-1]), {"target_tokens": from_torch(row[1:])}) for row in ids]
 
     def step(self, tokens: int) -> list[Tensor]:
-        """The gradient, with so many tokens in a micro-batch."""
+        """The gradient of one step with this many tokens in a micro-batch."""
         self.network.mode(train=True)
         run_step(self.network, self.parameters, Step(centred, {}, self.rows, 0, tokens), backward=True)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -61,40 +62,40 @@ class Bench:
 
     @torch.no_grad()
     def backbone(self) -> None:
-        """What micro-batches cost more: each one's states, without a graph."""
+        """The additional work of micro-batches: the hidden states of each, computed without a graph."""
         for start in range(0, ROWS, 2):
             batch = collate(self.rows[start : start + 2], self.network.device)
-            self.network.states(batch.tokens, batch.padding)
+            self.network.states(batch.tokens, batch.padding_mask)
 
 
 def difference(one: list[Tensor], two: list[Tensor]) -> float:
-    """The largest difference of two gradients, by their largest number."""
+    """The largest difference between two gradients, divided by the largest entry of the first."""
     largest = max(float(tensor.abs().max()) for tensor in one)
     return max(float((a - b).abs().max()) for a, b in zip(one, two, strict=True)) / largest
 
 
 def memory(folder: str, device: str, tokens: int) -> int:
-    """Peak bytes of a step above what the model takes."""
+    """Peak memory of a step in bytes, above the memory of the model."""
     _common.all_threads()
     bench = Bench(folder, device)
     bench.rows, batch = bench.rows[:2], bench.rows
-    bench.step(2)  # what is made once
+    bench.step(2)  # allocates what later steps use again
     bench.rows = batch
     return _common.peak_of(lambda: bench.step(tokens), device)
 
 
 def measure(device: str, pairs: int) -> tuple[list[dict[str, object]], dict[str, Any]]:
-    """The lines of the table, with the bound that arithmetic sets and how far the gradients are from each other."""
+    """The rows of the table, and the details: the lower bound of the time, the difference between the gradients."""
     threads = _common.all_threads()
     with tempfile.TemporaryDirectory() as folder:
         _common.write_model(Path(folder), vocab=VOCAB, layers=LAYERS)
         bench = Bench(folder, device)
-        apart = difference(bench.step(FULL), bench.step(MICRO))
-        allowed = 1e-4 if device == "cpu" else 5e-2
-        if apart > allowed:
-            raise SystemExit(f"the gradients differ by {apart:.2g} of their largest number")
+        largest_difference = difference(bench.step(FULL), bench.step(MICRO))
+        tolerance = 1e-4 if device == "cpu" else 5e-2
+        if largest_difference > tolerance:
+            raise SystemExit(f"the gradients differ by {largest_difference:.2g} of their largest entry")
         runs = [lambda: bench.step(FULL), lambda: bench.step(MICRO), bench.backbone]
-        times = _common.in_turns(runs, pairs)
+        times = _common.interleaved(runs, pairs)
         full, micro = (
             _common.peak_memory(__file__, folder, str(tokens), "--device", device) for tokens in (FULL, MICRO)
         )
@@ -113,7 +114,7 @@ def measure(device: str, pairs: int) -> tuple[list[dict[str, object]], dict[str,
         "bound 1 + F_backbone/(F+B)": round(statistics.median(bounds), 3),
         "MiB, full batch": round(full / 2**20),
         "MiB, micro-batch": round(micro / 2**20),
-        "gradients differ by": f"{apart:.1e}",
+        "gradients differ by": f"{largest_difference:.1e}",
     }
 
 

@@ -1,7 +1,7 @@
-"""A pairwise loss of one's own in one pass on the server, against computing its gradient on the client in two.
+"""An uploaded pairwise loss in one pass on the server, against two passes with the gradient computed on the client.
 
-Two passes: forward for log-probabilities, their gradient on the client, and a second forward_backward that carries it
-as the weights of a cross-entropy. Both ways wait for each answer, so the ratio is not one of pipelining.
+Two passes: `forward` returns log-probabilities, the client computes their gradient, and a `forward_backward` sends it
+as the weights of a cross-entropy. Both variants wait for each result, so pipelining does not affect the ratio.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ TARGET = ">= 1.35"
 
 
 def prefer(model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor) -> LossFnOutput:
-    """-log sigmoid(BETA * margin), summed over pairs: rows 2i should be likelier than rows 2i+1."""
+    """-log sigmoid(BETA * margin), summed over pairs: row 2i is preferred to row 2i+1."""
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=attention_mask)  # [B, T]
     scores = BETA * sequence_sum(logprobs, attention_mask)  # [B]
     return LossFnOutput(-F.logsigmoid(scores[0::2] - scores[1::2]).sum(), logprobs)
 
 
 class Sides:
-    """The same step in one pass and in two, each on a model of its own."""
+    """The same step in one pass and in two passes, each on a separate model."""
 
     def __init__(self, backend: HFBackend, ids: list[list[int]]) -> None:
         self.backend = backend
@@ -53,28 +53,28 @@ class Sides:
         rows = [torch.tensor(row, requires_grad=True) for row in logprobs]
         scores = BETA * torch.stack([row.sum() for row in rows])  # [B]
         gradients = torch.autograd.grad(-F.logsigmoid(scores[0::2] - scores[1::2]).sum(), rows)
-        carried = [
+        weighted = [
             {**row, "loss_fn_inputs": {**row["loss_fn_inputs"], "weights": (-gradient).numpy()}}
             for row, gradient in zip(self.data, gradients, strict=True)
         ]
-        self.backend.forward_backward("two", carried, "cross_entropy")
+        self.backend.forward_backward("two", weighted, "cross_entropy")
 
     def step(self, name: str) -> None:
-        """Take the gradient away, and leave the model where it is."""
+        """Clear the gradient without changing the weights."""
         self.backend.optim_step(name, learning_rate=0.0, betas=(0.0, 0.95))
 
     def forward(self) -> None:
         self.backend.forward("one", self.data, "prefer")
 
     def gradient(self, name: str) -> dict[str, Tensor]:
-        """What was accumulated: with betas[0] = 0, AdamW's first moment is the gradient."""
+        """The accumulated gradient: with betas[0] = 0, it is the first moment of AdamW."""
         self.step(name)
         saved = load_file(Path(self.backend.save(name).path, "optimizer.safetensors"))
         return {key: moment for key, moment in saved.items() if "exp_avg_sq" not in key and "exp_avg" in key}
 
 
 def difference(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> float:
-    """The largest difference of two gradients, by their largest number."""
+    """The largest difference between two gradients, divided by the largest entry of the first."""
     assert one
     assert one.keys() == two.keys()
     largest = max(float(tensor.abs().max()) for tensor in one.values())
@@ -82,7 +82,7 @@ def difference(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> float:
 
 
 def measure(device: str, pairs: int) -> tuple[list[dict[str, object]], dict[str, Any]]:
-    """The line of the table, with the bound that arithmetic sets and how far the gradients are from each other."""
+    """The row of the table, and the details: the bound of the ratio, the difference between the gradients."""
     threads = _common.all_threads()
     torch.manual_seed(1)
     ids = torch.randint(VOCAB, (ROWS, LENGTH + 1)).tolist()
@@ -93,11 +93,11 @@ def measure(device: str, pairs: int) -> tuple[list[dict[str, object]], dict[str,
             sides = Sides(client.hf_backend, ids)
             sides.one_pass()
             sides.two_passes()
-            apart = difference(sides.gradient("one"), sides.gradient("two"))
-            allowed = 1e-4 if device == "cpu" else 5e-2
-            if apart > allowed:
-                raise SystemExit(f"the gradients differ by {apart:.2g} of their largest number")
-            times = _common.in_turns([sides.one_pass, sides.two_passes, sides.forward], pairs)
+            largest_difference = difference(sides.gradient("one"), sides.gradient("two"))
+            tolerance = 1e-4 if device == "cpu" else 5e-2
+            if largest_difference > tolerance:
+                raise SystemExit(f"the gradients differ by {largest_difference:.2g} of their largest entry")
+            times = _common.interleaved([sides.one_pass, sides.two_passes, sides.forward], pairs)
     bounds = [1 + forward / one for one, _, forward in times]
     rows = [_common.row("two passes / one pass, a pairwise loss", [two / one for one, two, _ in times], TARGET)]
     return rows, {
@@ -106,7 +106,7 @@ def measure(device: str, pairs: int) -> tuple[list[dict[str, object]], dict[str,
         "threads": threads,
         "bound 1 + F/(F+B)": round(statistics.median(bounds), 3),
         "seconds in one pass": round(statistics.median(one for one, _, _ in times), 3),
-        "gradients differ by": f"{apart:.1e}",
+        "gradients differ by": f"{largest_difference:.1e}",
     }
 
 

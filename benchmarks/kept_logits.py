@@ -1,4 +1,4 @@
-"""Where the head is trained: logits kept for backward against logits computed again, where there are few and many."""
+"""A trained head: logits that are kept for the backward pass against logits that are computed again."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from tinkerbell_core.logits import Head, LocalSource, Lora
 from tinkerbell_core.logits.local.source import CHUNK_BYTES
 
-FEW, MANY = 128, 2048  # rows: 2 x 74 MiB of logits fit a chunk, 2 x 1187 MiB do not
+FEW, MANY = 128, 2048  # rows: 2 x 74 MiB of logits fit into a chunk, 2 x 1187 MiB do not
 VOCAB, HIDDEN, RANK = 151_936, 512, 16
 KEPT = 1 << 62
 
 
 def loss_of(rows: int, train: str, device: str, dtype: torch.dtype) -> Callable[[int], None]:
-    """A run, forward and backward, that keeps at most so many bytes of logits."""
+    """A function that runs forward and backward, and keeps at most `keep_bytes` bytes of logits."""
     torch.manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -58,7 +58,7 @@ def main() -> None:
         for rows in (FEW, MANY):
             run = loss_of(rows, train, args.device, dtype)
             both = [functools.partial(run, KEPT), functools.partial(run, 0)]
-            rounds = _common.in_turns(both, args.pairs + 1)[1:]  # the first warms up
+            rounds = _common.interleaved(both, args.pairs + 1)[1:]  # the first round is a warm-up
             ratios = [again / kept for kept, again in rounds]
             what = f"{train} trained, {rows} rows: computed again / kept, time"
             lines.append(_common.row(what, ratios, ">= 1.0" if rows * VOCAB * 8 <= CHUNK_BYTES else "<= 1.4"))

@@ -1,6 +1,6 @@
-"""The loss stage alone: target log-probabilities of N rows and their gradients, against plain logits and others.
+"""The loss stage alone: target log-probabilities of N rows and their gradients, against stored logits and libraries.
 
-A gradient that differs from plain's ends the run with an error.
+The run ends with an error if a gradient differs from that of stored logits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TRL = "trl.trainer.utils"
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """hidden `[N, H]` takes a gradient; of the head, weight `[V, H]` and b @ a, what the variant trains."""
+    """hidden `[N, H]` has a gradient; weight `[V, H]` and the adapter b @ a have one if the variant trains them."""
 
     hidden: Tensor
     weight: Tensor
@@ -47,12 +47,12 @@ class Task:
         return cls(states.requires_grad_(), weight, a, b, torch.randint(vocab, (rows,), device=device))
 
     def of_rows(self, count: int) -> Task:
-        """The first rows alone."""
+        """The same task with the first `count` rows."""
         hidden = self.hidden.detach()[:count].clone().requires_grad_()
         return dataclasses.replace(self, hidden=hidden, targets=self.targets[:count])
 
     def gradients(self) -> list[Tensor]:
-        """What the last backward left, taken away."""
+        """The gradients of the last backward pass, which are removed from the tensors."""
         found = []
         for tensor in (self.hidden, self.weight, self.a, self.b):
             if tensor.grad is not None:
@@ -62,7 +62,7 @@ class Task:
 
 
 def logits(task: Task) -> Tensor:
-    """As a model computes them, LoRA in its two steps where it is trained."""
+    """Logits as a model computes them; LoRA is two products if it is trained."""
     plain = task.hidden @ task.weight.t()
     return plain + task.hidden @ task.a.t() @ task.b.t() if task.b.requires_grad else plain
 
@@ -101,13 +101,13 @@ def _ours(task: Task, *, entropy: bool) -> None:
 
 
 def trl(task: Task) -> None:
-    """selective_log_softmax of TRL, on logits that are there."""
+    """selective_log_softmax of TRL, on stored logits."""
     selective = importlib.import_module(TRL).selective_log_softmax
     selective(logits(task).float(), task.targets).sum().backward()
 
 
 def liger(task: Task) -> None:
-    """The log-probabilities beneath Liger's chunked losses, as its GRPO loss calls them."""
+    """The function for log-probabilities that the chunked GRPO loss of Liger calls."""
     ppo = importlib.import_module(LIGER)
     width = ppo._SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE
     ppo._ChunkedSelectiveLogProbFunction.apply(
@@ -116,16 +116,16 @@ def liger(task: Task) -> None:
 
 
 def two_products(task: Task) -> Tensor:
-    """The arithmetic no way around: all logits, and the hidden states' gradient from as large a matrix."""
+    """The least arithmetic: the product for all logits, and one of the same size for the gradient of hidden."""
     with torch.no_grad():
         return (task.hidden @ task.weight.t()) @ task.weight
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A way to the gradients, what of the head it trains, the variant it is held against, the package it needs."""
+    """How to compute the gradients, the part of the head that is trained, the variant to compare with, the package."""
 
-    way: Callable[[Task], object]
+    compute: Callable[[Task], object]
     train: str = ""
     against: str | None = None
     needs: str | None = None
@@ -133,16 +133,16 @@ class Variant:
     memory: str | None = None
 
     def run(self, task: Task) -> list[Tensor]:
-        """The gradients."""
+        """The gradients of one run."""
         task.weight.requires_grad_(self.train == "head")
         task.a.requires_grad_(self.train == "lora")
         task.b.requires_grad_(self.train == "lora")
-        self.way(task)
+        self.compute(task)
         return task.gradients()
 
     @property
     def missing(self) -> bool:
-        """Whether its package is not installed, or not all it needs."""
+        """Whether the package, or a dependency of it, is not installed."""
         try:
             return self.needs is not None and importlib.import_module(self.needs) is None
         except ImportError:
@@ -167,7 +167,7 @@ VARIANTS = {
 
 
 def check(task: Task, names: list[str], tolerance: float) -> float:
-    """The largest difference of a gradient from plain's, as a share of plain's largest. Raises ValueError above it."""
+    """The largest relative difference between the gradients of variants. Raises ValueError above the tolerance."""
     worst = 0.0
     for name in names:
         against = VARIANTS[name].against
@@ -182,7 +182,7 @@ def check(task: Task, names: list[str], tolerance: float) -> float:
 
 
 def times(measured: dict[str, list[float]]) -> list[dict[str, object]]:
-    """Lines of the table: ratios of times, round by round."""
+    """Rows of the table: ratios of the times in each round."""
     lines = []
     for name, variant in VARIANTS.items():
         if variant.against in measured and name not in measured:
@@ -199,7 +199,7 @@ def times(measured: dict[str, list[float]]) -> list[dict[str, object]]:
 
 
 def memory(names: list[str], args: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, int]]:
-    """Lines of the table, and peak MiB of each variant."""
+    """Rows of the table, and the peak memory of each variant in MiB."""
     peaks = {name: _peak(name, args, args.rows) for name in names}
     lines = []
     for name in names:
@@ -220,12 +220,14 @@ def _peak(name: str, args: argparse.Namespace, rows: int) -> int:
 
 def main() -> None:
     options = _common.options(__doc__, pairs=5)
-    options.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: what a server computes in")
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: that of a server on this device")
     options.add_argument("--rows", type=int, default=2048)
     options.add_argument("--vocab", type=int, default=151_936)
     options.add_argument("--hidden", type=int, default=512)
-    options.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="these variants alone")
-    options.add_argument("--no-memory", action="store_true", help="times alone")
+    options.add_argument(
+        "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="measure only these variants"
+    )
+    options.add_argument("--no-memory", action="store_true", help="measure only times")
     options.add_argument("--memory", choices=VARIANTS, help=argparse.SUPPRESS)
     args = options.parse_args()
     threads = _common.all_threads()
@@ -233,13 +235,13 @@ def main() -> None:
     task = Task.of(args.rows, args.vocab, args.hidden, args.device, getattr(torch, args.dtype))
     if args.memory is not None:
         variant = VARIANTS[args.memory]
-        variant.run(task.of_rows(2))  # what libraries take once
+        variant.run(task.of_rows(2))  # warms up the libraries
         print(_common.peak_of(lambda: variant.run(task), args.device))
         return
     names = [name for name in args.only if not VARIANTS[name].missing]
     error = check(task, names, 1e-4 if args.dtype == "float32" else 2e-2)
     runs = [functools.partial(VARIANTS[name].run, task) for name in names]
-    measured = dict(zip(names, map(list, zip(*_common.in_turns(runs, args.pairs), strict=True)), strict=True))
+    measured = dict(zip(names, map(list, zip(*_common.interleaved(runs, args.pairs), strict=True)), strict=True))
     lines, details = times(measured), {"device": args.device, "dtype": args.dtype, "threads": threads}
     details |= {"rows": args.rows, "vocab": args.vocab, "hidden": args.hidden, "pairs": args.pairs}
     details |= {"largest gradient error": f"{error:.1e}"}

@@ -1,4 +1,4 @@
-"""Samples asked for at once against samples asked for one after another."""
+"""Samples that are requested together against samples that are requested one after another."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tinker_client.backend import HFBackend
 
 VOCAB, PROMPT, SAMPLES = 4096, 16, 32
 TARGETS = {2: ">= 6", 8: ">= 4"}
-"""Layers of the model, and the least the ratio should be."""
+"""The target of the ratio for each number of layers."""
 
 Loop = Callable[[], list[list[int]]]
 
 
 def loop(backend: HFBackend, prompts: list[list[int]], tokens: int, *, at_once: bool) -> Loop:
-    """Every prompt continued by so many tokens; what is run gives the tokens of each."""
+    """A function that samples `tokens` tokens after each prompt, and returns the tokens of each sample."""
 
     def submit(seed: int, prompt: list[int]) -> Any:  # Any: a future of a sample
         return backend.submit("sample", model_id="bench", prompt=prompt, max_tokens=tokens, seed=seed)
@@ -38,10 +38,10 @@ def loop(backend: HFBackend, prompts: list[list[int]], tokens: int, *, at_once: 
 
 
 def measure(device: str, pairs: int, tokens: int) -> tuple[list[dict[str, object]], dict[str, object]]:
-    """The lines of the table, and tokens a second behind them."""
+    """The rows of the table, and the tokens per second of each side."""
     threads = _common.all_threads()
     torch.manual_seed(1)
-    # of several lengths, as prompts are
+    # prompts of different lengths
     prompts = [torch.randint(VOCAB, (PROMPT + index % 8,)).tolist() for index in range(SAMPLES)]
     rows, details = [], {"device": device, "pairs": pairs, "tokens_a_sample": tokens, "threads": threads}
     for layers, target in TARGETS.items():
@@ -52,7 +52,7 @@ def measure(device: str, pairs: int, tokens: int) -> tuple[list[dict[str, object
                 backend.create_model("bench", rank=16)
                 runs = [loop(backend, prompts, tokens, at_once=at_once) for at_once in (False, True)]
                 alone, together = (run() for run in runs)
-                times = _common.in_turns(runs, pairs)
+                times = _common.interleaved(runs, pairs)
         rows.append(_common.row(f"{layers} layers, one by one / at once", [one / all for one, all in times], target))
         details[f"{layers} layers, samples that differ"] = sum(map(operator.ne, alone, together))
         for side, seconds in zip(("one by one", "at once"), zip(*times, strict=True), strict=True):
@@ -62,7 +62,7 @@ def measure(device: str, pairs: int, tokens: int) -> tuple[list[dict[str, object
 
 def main() -> None:
     options = _common.options(__doc__, pairs=5)
-    options.add_argument("--tokens", type=int, default=64, help="of each sample")
+    options.add_argument("--tokens", type=int, default=64, help="tokens of each sample")
     args = options.parse_args()
     rows, details = measure(args.device, args.pairs, args.tokens)
     _common.show("sampling", rows, details, as_json=args.json)

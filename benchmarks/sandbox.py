@@ -1,7 +1,7 @@
-"""What the wall costs: a loss in the sandbox against the same in the engine's process, and what a kill takes.
+"""The cost of the sandbox: a loss in the sandbox against the same loss in the engine process, and the time of a kill.
 
-Ratios and differences are of one run, the two sides interleaved; medians with their spread. Exit 1 where the gradients
-of the two sides differ. On the CPU whatever --device says, and the table says so: a sandbox has no other.
+The two sides are interleaved in one run. The exit status is 1 if their gradients differ. The loss runs on the CPU for
+every value of --device, because a sandbox uses no other device.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from tinkerbell_server.sandbox.processes import Sandbox
 
 
 def likelihood(model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor) -> LossFnOutput:
-    """Asks for log-probabilities."""
+    """A loss that reads only log-probabilities."""
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=attention_mask)
     return LossFnOutput(-(logprobs * attention_mask).sum(), logprobs)
 
 
 def whole(model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor) -> LossFnOutput:
-    """Asks for all logits: nothing lazy knows this."""
+    """A loss that needs all logits stored: tanh has no lazy form."""
     logits = torch.tanh(model_outputs / 30) * 30
     logprobs = torch.log_softmax(logits, -1).gather(-1, loss_fn_inputs["target_tokens"][..., None])[..., 0]
     return LossFnOutput(-(logprobs * attention_mask).sum(), logprobs)
@@ -50,7 +50,7 @@ def hangs(model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention
 
 
 def guides(model_outputs, loss_fn_inputs, attention_mask):  # type: ignore[no-untyped-def]
-    """The guide's own."""
+    """The loss of the guide."""
     target_tokens = loss_fn_inputs["target_tokens"]
     log_probs = torch.nn.functional.log_softmax(model_outputs, dim=-1)
     target_logprobs = log_probs.gather(dim=-1, index=target_tokens.unsqueeze(-1)).squeeze(-1)
@@ -72,7 +72,7 @@ def upload(fn: Callable[..., Any]) -> RegisterLossRequest:
 def pair(
     spec: LossSpec, fn: Callable[..., Any], shape: tuple[int, int, int], width: int, lazy: bool, pairs: int
 ) -> dict[str, Any]:
-    """Seconds of loss and gradient of the hidden states, in the sandbox and here."""
+    """Seconds of the loss and the gradient of the hidden states, in the sandbox minus, and divided by, in-process."""
     batch, length, vocab = shape
     torch.manual_seed(0)
     weight = torch.randn(vocab, width) / width**0.5
@@ -109,7 +109,7 @@ def pair(
 
 
 def kill(losses: SandboxedLosses, spec: LossSpec, pairs: int) -> dict[str, Any]:
-    """Seconds from the deadline to the error, and of the first good call afterwards."""
+    """Seconds from the deadline to the error, and of the first successful call after it."""
     late, again = [], []
     for _ in range(pairs):
         start = time.perf_counter()
@@ -123,7 +123,7 @@ def kill(losses: SandboxedLosses, spec: LossSpec, pairs: int) -> dict[str, Any]:
 
 
 def decorate(times: int) -> list[float]:
-    """Seconds from the decorator to a loss that can be used, on a warm server over HTTP."""
+    """Seconds from the decorator until the loss can be used, over HTTP on a server that is warmed up."""
     found = []
     with _common.served() as client:
         custom_loss(client, name="warm")(guides)
@@ -166,7 +166,7 @@ def main() -> None:
         ),
         _common.row("full logits: time / in-process", found["full logits"]["ratio"], "<= 1.15"),
         _common.row("kill: s after the deadline", found["kill"]["after the deadline"], "<= 0.5"),
-        _common.row("kill: s of the first good call", found["kill"]["next good call"], "<= 0.5"),
+        _common.row("kill: s of the next successful call", found["kill"]["next good call"], "<= 0.5"),
         _common.row("upload: s from decorator to usable", found["decorator"], "<= 1"),
     ]
     details = {"device": "cpu", "pairs": options.pairs, "threads": found["threads"]}

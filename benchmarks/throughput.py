@@ -18,18 +18,18 @@ from tinker_client.backend import HFBackend
 ROWS, LENGTH, VOCAB, LAYERS = 8, 256, 32_000, 8
 RANK = ALPHA = 16
 LEARNING_RATE = 1e-4
-CASES = {"all positions count": (1.0, ">= 1.1"), "25% of positions count": (0.25, ">= 1.4")}
-"""The last part of each row that counts, the rest being its prompt; and the least the ratio should be."""
+CASES = {"all positions weighted": (1.0, ">= 1.1"), "25% of positions weighted": (0.25, ">= 1.4")}
+"""The share of each row that has a weight, after a prompt without one; and the target of the ratio."""
 
 
 def weights_of(share: float) -> list[float]:
-    """Of one row."""
+    """The weights of one row."""
     prompt = round(LENGTH * (1 - share))
     return [0.0] * prompt + [1.0] * (LENGTH - prompt)
 
 
 def bare_loop(folder: Path, ids: list[list[int]], share: float, device: str, steps: int) -> _common.Run:
-    """So many steps, each forward, backward and AdamW, with nothing else in the way."""
+    """A function that runs `steps` steps of forward, backward and AdamW."""
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=_common.dtype_of(device)).to(device)
     lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, lora)
@@ -51,7 +51,7 @@ def bare_loop(folder: Path, ids: list[list[int]], share: float, device: str, ste
 
 
 def served_loop(backend: HFBackend, ids: list[list[int]], share: float, steps: int) -> _common.Run:
-    """So many steps of forward_backward and optim_step, submitted ahead, every result fetched."""
+    """A function that submits `steps` pairs of forward_backward and optim_step, then fetches every result."""
     name = f"bench-{share}"
     backend.create_model(name, rank=RANK, alpha=ALPHA)
     weights = weights_of(share)
@@ -71,7 +71,7 @@ def served_loop(backend: HFBackend, ids: list[list[int]], share: float, steps: i
 
 
 def measure(device: str, pairs: int, steps: int) -> tuple[list[dict[str, object]], dict[str, object]]:
-    """The lines of the table, and tokens a second behind them."""
+    """The rows of the table, and the tokens per second of each side."""
     threads = _common.all_threads()
     torch.manual_seed(1)
     ids = torch.randint(VOCAB, (ROWS, LENGTH + 1)).tolist()
@@ -84,7 +84,7 @@ def measure(device: str, pairs: int, steps: int) -> tuple[list[dict[str, object]
                 served = served_loop(client.hf_backend, ids, share, steps)
                 bare()
                 served()
-                times = _common.in_turns([bare, served], pairs)
+                times = _common.interleaved([bare, served], pairs)
                 rows.append(_common.row(f"bare / served, {what}", [bare / served for bare, served in times], target))
                 for side, seconds in zip(("bare", "served"), zip(*times, strict=True), strict=True):
                     tokens = ROWS * LENGTH * steps / statistics.median(seconds)

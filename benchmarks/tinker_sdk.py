@@ -16,7 +16,7 @@ from tinker import types
 
 
 def served_loop(model: Any, ids: list[list[int]], steps: int) -> _common.Run:
-    """So many steps as scripts write them: both requests sent, all awaited at the end. Any: a TrainingClient."""
+    """A function that sends the two requests of `steps` steps, then awaits all results. Any: a TrainingClient."""
     datums = [
         types.Datum(
             model_input=types.ModelInput.from_ints(row[:-1]),
@@ -40,7 +40,7 @@ def served_loop(model: Any, ids: list[list[int]], steps: int) -> _common.Run:
 
 
 def measure(device: str, pairs: int, steps: int) -> tuple[list[dict[str, object]], dict[str, object]]:
-    """The line of the table, and tokens a second behind it."""
+    """The row of the table, and the tokens per second of each side."""
     threads = _common.all_threads()
     os.environ |= {"TINKER_API_KEY": "tml-bench", "TINKER_TELEMETRY": "0"}
     torch.manual_seed(1)
@@ -50,12 +50,12 @@ def measure(device: str, pairs: int, steps: int) -> tuple[list[dict[str, object]
         _common.write_model(Path(folder), vocab=VOCAB, layers=LAYERS)
         with _common.served(model=folder, device=device) as client:
             service = tinker.ServiceClient(base_url=client.base_url)
-            # the bare loop, too, leaves the head alone
+            # the bare loop does not train the head either
             model = service.create_lora_training_client(base_model=folder, rank=RANK, train_unembed=False).result()
             bare, served = bare_loop(Path(folder), ids, 1.0, device, steps), served_loop(model, ids, steps)
             bare()
             served()
-            times = _common.in_turns([bare, served], pairs)
+            times = _common.interleaved([bare, served], pairs)
     for side, seconds in zip(("bare", "sdk"), zip(*times, strict=True), strict=True):
         details[f"{side} tokens/s"] = round(ROWS * LENGTH * steps / statistics.median(seconds))
     return [_common.row("bare / SDK", [bare / served for bare, served in times], ">= 0.9")], details
