@@ -222,7 +222,7 @@ def test_the_kit_reports_each_check_and_fails_with_1(tmp_path: Path) -> None:
 
 def test_loss_test_names_what_it_cannot_find(tmp_path: Path) -> None:
     assert "no file or folder" in run("loss", "test", tmp_path / "none.py").output
-    assert "is no loss package" in run("loss", "test", tmp_path).output
+    assert "is not a loss package" in run("loss", "test", tmp_path).output
     assert "did you mean 'cross_entropy'" in run("loss", "test", "cross_entrpy").output
     assert "has no 'softenedd'; did you mean 'softened'?" in run("loss", "test", f"{__name__}:softenedd").output
 

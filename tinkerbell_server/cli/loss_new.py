@@ -1,4 +1,4 @@
-"""`tinkerbell loss new`: a folder with a complete loss package, to write a loss in or made of an uploaded one."""
+"""`tinkerbell loss new`: creates a complete loss package, empty or from an uploaded loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tinkerbell_server.cli.client import ask, with_url
+from tinkerbell_server.cli.client import request, with_url
 
 if TYPE_CHECKING:
     from tinkerbell_core.types import RegisterLossRequest
@@ -15,33 +15,33 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("name")
-@click.option("--dir", "parent", type=click.Path(path_type=Path), default=".", help="Where the folder is made.")
-@click.option("--from-upload", "upload", metavar="LOSS", help="Make it of this uploaded loss: NAME or NAME@DIGEST.")
+@click.option("--dir", "parent", type=click.Path(path_type=Path), default=".", help="Parent of the new folder.")
+@click.option("--from-upload", "upload", metavar="LOSS", help="Use the source of this upload: NAME or NAME@DIGEST.")
 @with_url
 def new(name: str, parent: Path, upload: str | None, url: str) -> None:
-    """Make a complete loss package in the folder tinkerbell-loss-NAME: source, README, tests, CI, licence.
+    """Create a complete loss package in the folder tinkerbell-loss-NAME: source, README, tests, CI, licence.
 
-    --from-upload asks the server at --url for a loss that was uploaded there, and writes it as a module.
+    --from-upload downloads an uploaded loss from the server at --url and writes it as a module.
     """
     from tinkerbell_core.registry import build_registry
-    from tinkerbell_server.scaffold import names_for, new_package, written
+    from tinkerbell_server.scaffold import module_from_upload, names_for, new_package
 
     registry, _ = build_registry()
     names = names_for(name, {spec.name for spec in registry})
-    found = written(stored(upload, url), names.loss) if upload else None
+    module = module_from_upload(download(upload, url), names.loss) if upload else None
     folder = parent / names.distribution
-    made = new_package(names, folder, found)
-    click.echo(f"made {folder}:")
-    for path in made:
+    files = new_package(names, folder, module)
+    click.echo(f"created {folder}:")
+    for path in files:
         click.echo(f"  {path.relative_to(folder)}")
     click.echo(f"\nNext: write the loss in {folder / 'src' / names.package / 'losses.py'}, then")
     click.echo(f"  pip install -e '{folder}[test]'\n  tinkerbell loss test {folder}\n  tinkerbell serve")
 
 
-def stored(name: str, url: str) -> RegisterLossRequest:
-    """The upload as the server has it."""
+def download(name: str, url: str) -> RegisterLossRequest:
+    """An uploaded loss, from the server."""
     import msgspec
 
     from tinkerbell_core.types import RegisterLossRequest
 
-    return msgspec.convert(ask(url, "/get_custom_loss", {"name": name}), RegisterLossRequest)
+    return msgspec.convert(request(url, "/get_custom_loss", {"name": name}), RegisterLossRequest)

@@ -1,4 +1,4 @@
-"""A new folder with a complete loss package in it. Imports no torch and runs no loss."""
+"""Writes the folder of a new loss package. Imports only `tinkerbell_core`, and runs no loss."""
 
 from __future__ import annotations
 
@@ -8,58 +8,60 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from tinkerbell_core.errors import Conflict
-from tinkerbell_server.scaffold.from_upload import Written, written
+from tinkerbell_server.scaffold.from_upload import LossModule, module_from_upload
 from tinkerbell_server.scaffold.names import Names, names_for
 
-__all__ = ["Names", "Written", "names_for", "new_package", "written"]
+__all__ = ["LossModule", "Names", "module_from_upload", "names_for", "new_package"]
 
 SUFFIX = ".tmpl"
-"""Of every file of the template, so that no tool takes it for code."""
+"""The suffix of every file of the template, so that no tool treats it as code."""
 
-_SUMMARY = "cross-entropy that minds surprising tokens more, to write over."
+_SUMMARY = "cross-entropy with a larger penalty on surprising tokens, a worked example to replace."
 
 
-def new_package(names: Names, folder: Path, upload: Written | None = None) -> list[Path]:
-    """Write the package into `folder`, which must not be there yet; the files, as they were written.
+def new_package(names: Names, folder: Path, module: LossModule | None = None) -> list[Path]:
+    """Write a loss package into a new folder; the paths of its files, in the order in which they are written.
 
-    upload: the loss to put there instead of the worked example, with no tests but the kit's. Raises Conflict.
+    module: replaces the worked example and its tests. Raises Conflict if the folder exists.
     """
     if folder.exists() or folder.is_symlink():
-        raise Conflict(f"{folder} is there already: nothing was written; take another --dir, or remove it")
-    words = {
+        raise Conflict(
+            f"{folder} already exists, so nothing was written: remove it, or choose another folder with --dir"
+        )
+    values = {
         "distribution": names.distribution,
         "package": names.package,
         "loss": names.loss,
-        "summary": upload.summary if upload else _SUMMARY,
-        "examples": upload.examples if upload else "{}",
+        "summary": module.summary if module else _SUMMARY,
+        "examples": module.examples if module else "{}",
     }
-    made = []
-    for path, text in _template():
-        if upload and path == "tests/test_losses.py":
+    paths = []
+    for name, template in _template_files():
+        if module and name == "tests/test_losses.py":
             continue
-        own = upload.text if upload and path.endswith("/losses.py") else _filled(text, words)
-        target = folder / path.replace("__package__", names.package)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(own)
-        made.append(target)
-    return made
+        text = module.text if module and name.endswith("/losses.py") else _filled_in(template, values)
+        path = folder / name.replace("__package__", names.package)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        paths.append(path)
+    return paths
 
 
-def _filled(text: str, words: Mapping[str, str]) -> str:
-    for name, word in words.items():
-        text = text.replace(f"{{{{{name}}}}}", word)
-    return text
+def _filled_in(template: str, values: Mapping[str, str]) -> str:
+    for name, value in values.items():
+        template = template.replace(f"{{{{{name}}}}}", value)
+    return template
 
 
-def _template() -> Iterator[tuple[str, str]]:
-    """Path in the package and text of each file, in order."""
-    yield from sorted(_below(files(__name__) / "template", ""))
+def _template_files() -> Iterator[tuple[str, str]]:
+    """The path in the package and the text of each file of the template, sorted by path."""
+    yield from sorted(_files_in(files(__name__) / "template", ""))
 
 
-def _below(folder: Traversable, path: str) -> Iterator[tuple[str, str]]:
+def _files_in(folder: Traversable, prefix: str) -> Iterator[tuple[str, str]]:
     for entry in folder.iterdir():
-        name = path + ("." + entry.name.removeprefix("dot-") if entry.name.startswith("dot-") else entry.name)
+        name = prefix + ("." + entry.name.removeprefix("dot-") if entry.name.startswith("dot-") else entry.name)
         if entry.is_dir():
-            yield from _below(entry, f"{name}/")
+            yield from _files_in(entry, f"{name}/")
         elif entry.name.endswith(SUFFIX):
             yield name.removesuffix(SUFFIX), entry.read_text()

@@ -1,4 +1,4 @@
-"""Values that a loss captured, as code that makes them again."""
+"""Python code for the values that an uploaded loss captured."""
 
 from __future__ import annotations
 
@@ -7,52 +7,63 @@ import math
 import numpy as np
 
 from tinkerbell_core.errors import BadUpload
-from tinkerbell_core.serialization.format import Array, Helper, Mapped, Named, Plain, Raw, Several, Value
+from tinkerbell_core.serialization.format import (
+    Array,
+    Bytes,
+    Collection,
+    Dictionary,
+    HelperRef,
+    Imported,
+    Scalar,
+    Value,
+)
 from tinkerbell_core.tensors import to_numpy
 from tinkerbell_core.types import TensorData
 
-_MOST = 4096  # numbers of a tensor that are still readable as code
+_MAX_NUMBERS = 4096  # a tensor with more numbers is not readable as code
 
 
 def literal(name: str, value: Value) -> str:
-    """Code for `value`, which the loss knows as `name`. Raises BadUpload where there is none worth reading."""
+    """Code for a value that the loss calls `name`. Raises BadUpload if there is no readable code for it."""
     match value:
-        case Plain(value=float(number)) if not math.isfinite(number):
+        case Scalar(value=float(number)) if not math.isfinite(number):
             return f'float("{number}")'
-        case Plain() | Raw():
+        case Scalar() | Bytes():
             return repr(value.value)
-        case Several():
-            return _several(value.kind, [literal(name, item) for item in value.items])
-        case Mapped():
+        case Collection():
+            return _collection(value.kind, [literal(name, item) for item in value.items])
+        case Dictionary():
             return "{" + ", ".join(f"{literal(name, key)}: {literal(name, item)}" for key, item in value.pairs) + "}"
         case Array() if value.numpy:
-            raise BadUpload(f"{name!r} is a numpy array: make it a list or a tensor, and upload the loss again")
+            raise BadUpload(f"{name!r} is a numpy array: change it to a list or a tensor, and upload the loss again")
         case Array():
             return tensor_text(name, _numbers(value), value.dtype)
-        case Named(module="torch"):
+        case Imported(module="torch"):
             return f"torch.{value.name}"
-        case Named() | Helper():
-            raise BadUpload(f"{name!r} holds a function or a class among values: name it by itself, and upload again")
+        case Imported() | HelperRef():
+            raise BadUpload(
+                f"{name!r} is a container with a function or a class: assign that to a name, and upload again"
+            )
 
 
 def tensor_text(name: str, numbers: object, dtype: str) -> str:
-    """`torch.tensor(...)` of nested lists."""
-    if np.size(np.asarray(numbers)) > _MOST:
-        raise BadUpload(f"{name!r} has more than {_MOST} numbers, too many for a module: pass it as a loss input")
-    written = repr(numbers).replace("nan", 'float("nan")').replace("inf", 'float("inf")')
-    return f"torch.tensor({written}, dtype=torch.{dtype})"
+    """Code that makes a tensor of nested lists. Raises BadUpload if they hold more than 4096 numbers."""
+    if np.size(np.asarray(numbers)) > _MAX_NUMBERS:
+        raise BadUpload(f"{name!r} has more than {_MAX_NUMBERS} numbers, the limit for code: pass it as a loss input")
+    text = repr(numbers).replace("nan", 'float("nan")').replace("inf", 'float("inf")')
+    return f"torch.tensor({text}, dtype=torch.{dtype})"
 
 
 def _numbers(array: Array) -> object:
     return to_numpy(TensorData(array.data, array.dtype, array.shape)).tolist()
 
 
-def _several(kind: str, items: list[str]) -> str:
-    inside = ", ".join(items)
+def _collection(kind: str, items: list[str]) -> str:
+    joined = ", ".join(items)
     if kind == "list":
-        return f"[{inside}]"
+        return f"[{joined}]"
     if kind == "tuple":
-        return f"({inside},)" if items else "()"
+        return f"({joined},)" if items else "()"
     if kind == "set" and items:
-        return f"{{{inside}}}"
-    return f"{kind}([{inside}])"
+        return f"{{{joined}}}"
+    return f"{kind}([{joined}])"

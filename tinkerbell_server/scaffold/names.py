@@ -1,4 +1,4 @@
-"""What a new package may be called, and what each of its parts is called then. Imports no plugin."""
+"""The names of a new loss package, derived from the name of its loss. Imports no plugin."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tinkerbell_core.errors import BadRequest
 PREFIX = "tinkerbell-loss-"
 
 RESERVED = frozenset({"custom", "losses", "register_losses", "loss", "test", "torch", "tinkerbell"})
-"""What would stand for something else: on the wire, in the package itself, or in its loss's module."""
+"""Names with another meaning in the HTTP API, in the package, or in the module of the loss."""
 
 _NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
-_LONGEST = 48
+_MAX_LENGTH = 48
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """distribution: pip's name; package: the import's; loss: that of the function, and what `loss_fn` says."""
+    """loss: the function and the value of `loss_fn`; distribution: the name for pip; package: the name to import."""
 
     loss: str
 
@@ -35,19 +35,19 @@ class Names:
 
 
 def names_for(name: str, taken: Collection[str] = ()) -> Names:
-    """The names of a package made for the loss `name`, with or without the prefix. taken: losses there are.
+    """The names of a package for the loss `name`, which may begin with PREFIX. taken: the losses that are installed.
 
-    Raises BadRequest for one that cannot be all three, or that stands for something already.
+    Raises BadRequest if the name cannot be used for all of them, is reserved, or is taken.
     """
     short = name.removeprefix(PREFIX)
-    if not _NAME.fullmatch(short) or len(short) > _LONGEST:
+    if not _NAME.fullmatch(short) or len(short) > _MAX_LENGTH:
         raise BadRequest(
-            f"a loss package cannot be named {name!r}: use at most {_LONGEST} lower-case letters, digits and '-' or "
-            "'_' between them, beginning with a letter"
+            f"a loss package cannot be named {name!r}: use at most {_MAX_LENGTH} lower-case letters and digits, with "
+            "single '-' or '_' between them, and begin with a letter"
         )
     loss = short.replace("-", "_")
     if keyword.iskeyword(loss) or keyword.issoftkeyword(loss) or loss in RESERVED or hasattr(builtins, loss):
-        raise BadRequest(f"a loss package cannot be named {name!r}: {loss!r} is a word of Python's or Tinkerbell's own")
+        raise BadRequest(f"a loss package cannot be named {name!r}: {loss!r} is reserved by Python or by Tinkerbell")
     if loss in taken:
-        raise BadRequest(f"there is a loss {loss!r} already, which is installed here: take another name")
+        raise BadRequest(f"a loss {loss!r} is already installed: choose another name")
     return Names(loss)
