@@ -1,4 +1,4 @@
-"""`python -m tinkerbell_server` is `tinkerbell serve`."""
+"""`python -m tinkerbell_server` runs `tinkerbell serve`."""
 
 import sys
 

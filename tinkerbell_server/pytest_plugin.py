@@ -1,6 +1,7 @@
-"""Gives the conformance kit in pytest the sandbox that uploads run in.
+"""Lets the conformance kit in pytest run losses in the sandbox of uploads.
 
-pytest loads this wherever tinkerbell-core is installed, so it imports nothing that is large until it is asked to.
+pytest loads this plugin in every environment with tinkerbell-core, so it imports large modules only when the sandbox is
+used.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ if TYPE_CHECKING:
     from tinkerbell_core.testing import Sandboxed
 
 
-# optional: the hook is of the core's plugin, which may be switched off
+# optional: the core's plugin, which defines the hook, may be disabled
 @pytest.hookimpl(optionalhook=True)
 def pytest_tinkerbell_sandbox(config: pytest.Config) -> Sandboxed | None:
-    """None where the server's dependencies are missing, which is what `tinkerbell-core` without [server] is."""
+    """The sandbox; None if the dependencies of the [server] extra are not installed."""
     try:
         from tinkerbell_server.sandbox.conformance import KitSandbox
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("tinkerbell"):
             raise
         return None
-    made = KitSandbox()
-    config.add_cleanup(made.close)
-    return made
+    sandbox = KitSandbox()
+    config.add_cleanup(sandbox.close)
+    return sandbox

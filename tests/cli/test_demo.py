@@ -1,4 +1,4 @@
-"""The demo: real text in, curves that go the right way out, and nothing left running."""
+"""The demo trains, measures an improvement, and leaves no process running."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def processes_that_mention(word: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_demo_learns_to_read_and_then_to_prefer(tmp_path: Path) -> None:
+def test_the_demo_improves_both_measurements(tmp_path: Path) -> None:
     done = subprocess.run([*DEMO, "--json", "--out", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
@@ -38,7 +38,7 @@ def test_the_demo_learns_to_read_and_then_to_prefer(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_demo_that_is_stopped_takes_its_server_with_it(tmp_path: Path) -> None:
+def test_a_terminated_demo_stops_its_server(tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen([*DEMO, "--out", str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment) as demo:
         assert demo.stdout is not None

@@ -1,4 +1,4 @@
-"""`tinkerbell key` works on a data dir, with or without a server on it, and `loss delete|publish` on a server."""
+"""`tinkerbell key` changes the keys of a data dir, and `loss delete` and `loss publish` the uploads of a server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinkerbell_server.cli import tinkerbell
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data dir that tinkerbell.toml names; the current folder holds that file and nothing else."""
+    """A data dir that tinkerbell.toml in the current folder names."""
     folder = tmp_path / "here"
     folder.mkdir()
     (folder / "tinkerbell.toml").write_text(f'data_dir = "{tmp_path / "data"}"\nport = 1\n')
@@ -34,7 +34,7 @@ def key(*args: str) -> Result:
     return CliRunner().invoke(tinkerbell, ["key", *args])
 
 
-def test_the_key_alone_is_on_stdout_so_that_a_shell_can_take_it(data: Path) -> None:
+def test_stdout_contains_only_the_key(data: Path) -> None:
     answer = key("create", "ann", "--days", "30")
     assert answer.exit_code == 0, answer.output
     text = answer.stdout.strip()
@@ -72,20 +72,22 @@ def test_keys_are_listed_without_their_secrets_and_revoked_by_id(data: Path) -> 
         (["create", "ann", "--tenant", "public"], "not 'public'"),
     ],
 )
-def test_what_cannot_be_done_is_a_sentence(data: Path, args: list[str], says: str) -> None:
+def test_a_wrong_argument_is_an_error_without_a_traceback(data: Path, args: list[str], says: str) -> None:
     answer = key(*args)
     assert answer.exit_code == 1
     assert says in answer.output
     assert "Traceback" not in answer.output
 
 
-def test_a_data_dir_is_made_by_the_first_key_before_any_server(data: Path) -> None:
+def test_the_first_key_creates_the_data_dir(data: Path) -> None:
     assert not data.exists()
     key("create", "ann")
     assert (data / "keys.db").exists()
 
 
-def test_keys_work_end_to_end(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_upload: Any) -> None:
+def test_a_key_permits_its_scopes_on_a_running_server(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_upload: Any
+) -> None:
     with live_server(tmp_path, engine=FAKE_ENGINE, uploads="trusted") as url:
         text = key("create", "ann").stdout.strip()
         admin = key("create", "root", "--scope", "admin").stdout.strip()

@@ -1,4 +1,4 @@
-"""`loss` and `plugin` say what there is, here or on a server, to people and to programs."""
+"""`loss`, `plugin` and `doctor` list losses, plugins and problems, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ def test_the_local_listing_has_the_built_in_losses() -> None:
     assert {line.split()[0] for line in answer.output.splitlines()[1:]} >= BUILT_IN
 
 
-def test_a_listing_for_programs_is_json() -> None:
+def test_a_listing_can_be_json() -> None:
     losses = json.loads(run("loss", "list", "--local", "--json").output)
     assert {each["name"] for each in losses} >= BUILT_IN
     assert all(each["provenance"]["version"] for each in losses)
 
 
 def test_a_loss_shows_its_hyperparameters_with_their_defaults() -> None:
-    said = run("loss", "show", "ppo", "--local").output
-    assert "tinkerbell-core:ppo" in said
-    assert "clip_low_threshold: float = 0.8" in said
-    assert "def ppo" in said
+    shown = run("loss", "show", "ppo", "--local").output
+    assert "tinkerbell-core:ppo" in shown
+    assert "clip_low_threshold: float = 0.8" in shown
+    assert "def ppo" in shown
 
 
-def test_a_name_that_is_nearly_right_is_answered_with_the_right_one() -> None:
+def test_a_misspelt_name_is_an_error_that_names_the_nearest() -> None:
     answer = run("loss", "show", "cross_entrpy", "--local")
     assert answer.exit_code == 1
     assert "did you mean 'cross_entropy'?" in answer.output
     assert "Traceback" not in answer.output
 
 
-def test_without_a_server_the_listing_says_how_to_get_one() -> None:
+def test_without_a_server_the_error_names_the_command_that_starts_one() -> None:
     answer = run("loss", "list", "--url", "http://127.0.0.1:1")
     assert answer.exit_code == 1
     assert "no Tinkerbell server answers at http://127.0.0.1:1" in answer.output
@@ -67,7 +67,7 @@ def test_without_a_server_the_listing_says_how_to_get_one() -> None:
 
 
 @pytest.mark.usefixtures("broken_plugin")
-def test_a_broken_plugin_is_listed_with_its_reason_beside_the_others() -> None:
+def test_a_broken_plugin_is_listed_with_its_error() -> None:
     answer = run("plugin", "list")
     assert answer.exit_code == 0, answer.output
     [line] = [line for line in answer.output.splitlines() if line.startswith("broken")]
@@ -89,13 +89,13 @@ def test_the_version_is_the_one_of_the_package() -> None:
     assert run("version").output.strip() == __version__
 
 
-def test_a_server_says_how_each_loss_gets_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_listing_of_a_server_shows_how_each_loss_gets_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     registry, _ = build_registry(enabled=False)
     lazy, sorts, pinned = (LossDescription.of(spec) for spec in list(registry)[:3])
     sorts = msgspec.structs.replace(sorts, materialises=("sort",))
     pinned = msgspec.structs.replace(pinned, plain_logits="the loss puts a hook on its logits")
     answer = {"losses": msgspec.to_builtins([lazy, sorts, pinned])}
-    monkeypatch.setattr(tinkerbell_server.cli.loss, "ask", lambda url, path: answer)
+    monkeypatch.setattr(tinkerbell_server.cli.loss, "request", lambda url, path: answer)
     lines = {line.split()[0]: line for line in run("loss", "list").output.splitlines()}
     assert "  lazy  " in lines[lazy.name]
     assert "  stored by sort  " in lines[sorts.name]

@@ -1,4 +1,4 @@
-"""The command `tinkerbell`. Each subcommand is a module that is imported when it is asked for, so `--help` is quick."""
+"""The command `tinkerbell`: one module for each subcommand, imported when it runs. May import every other package."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import click
 
 COMMANDS = {
     "serve": "Serve a model: a hub id, a local folder, or the embedded tiny one.",
-    "demo": "Train a tiny model from nothing, then with a loss of your own.",
-    "loss": "Losses: `list`, `show NAME`; of your own: `new NAME`, `test PATH_OR_NAME`; uploads: `delete`, `publish`.",
-    "key": "Who may use a server: `key create NAME`, `key list`, `key revoke ID`.",
-    "plugin": "What is installed, and what is broken: `plugin list`.",
-    "doctor": "Look for what would stop a server on this machine.",
+    "demo": "Train a tiny random model with a built-in loss, then with an uploaded one.",
+    "loss": "Losses: `list`, `show NAME`; packages: `new NAME`, `test PATH_OR_NAME`; uploads: `delete`, `publish`.",
+    "key": "API keys: `create NAME`, `list`, `revoke ID`.",
+    "plugin": "Installed plugins and their errors: `list`.",
+    "doctor": "Check whether a server can start on this machine.",
     "version": "Print the version.",
 }
 
 
 class Subcommands(click.Group):
-    """The modules beside this one, named and summed up without importing them."""
+    """The subcommands. It lists them without importing their modules, so that `--help` is fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -41,12 +41,12 @@ class Subcommands(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except _raised_on_purpose() as error:
+        except _expected_errors() as error:
             raise click.ClickException(str(error)) from error
 
 
-def _raised_on_purpose() -> type[Exception]:
-    """TinkerbellError; asked for only once something was raised, so that `--help` does without it."""
+def _expected_errors() -> type[Exception]:
+    """TinkerbellError, imported only after an exception was raised, so that `--help` is fast."""
     from tinkerbell_core.errors import TinkerbellError
 
     return TinkerbellError
@@ -58,7 +58,7 @@ def tinkerbell() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; `args` without the program's name, default those of this process."""
+    """Run the command line. args: without the name of the program; by default those of this process."""
     tinkerbell.main(args, prog_name="tinkerbell")
 
 

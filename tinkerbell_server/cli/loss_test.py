@@ -1,4 +1,4 @@
-"""`tinkerbell loss test`: the conformance kit on a loss, or on all losses of a package or a file."""
+"""`tinkerbell loss test`: runs the conformance kit on a loss, or on all losses of a package or a file."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 @click.argument("target", metavar="PATH_OR_NAME")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(target: str, as_json: bool) -> None:
-    """Run the conformance kit: on the loss called NAME that is installed here, the package or file at PATH, or mod:fn.
+    """Run the conformance kit on the installed loss NAME, on the package or file at PATH, or on mod:fn.
 
-    The exit status is 1 where a check fails. Code at PATH is run with your rights.
+    The exit status is 1 if a check fails. Code at PATH runs with your rights.
     """
     from tinkerbell_core.testing import run_checks
     from tinkerbell_server.calls.local_losses import find_specs
@@ -36,22 +36,22 @@ def check(target: str, as_json: bool) -> None:
             for each in checks:
                 click.echo(line(each))
         ran = [each for checks in results.values() for each in checks if each.ran]
-        left = sum(map(len, results.values())) - len(ran)
+        skipped = sum(map(len, results.values())) - len(ran)
         click.echo(
             f"\n{len(ran) - failed} of {len(ran)} checks hold"
             + (f", {failed} fail" if failed else "")
-            + (f", {left} not run" if left else "")
+            + (f", {skipped} not run" if skipped else "")
         )
     if failed:
         raise SystemExit(1)
 
 
 def line(result: CheckResult) -> str:
-    """One check as people read it."""
-    said = result.message.replace("\n", "\n       ")
+    """One check as a line of text."""
+    message = result.message.replace("\n", "\n       ")
     if not result.ran:
-        return f"  -    {result.name}: not run: {said}"
-    return f"  {'ok  ' if result.ok else 'FAIL'} {result.name}" + (f": {said}" if said else "")
+        return f"  -    {result.name}: not run: {message}"
+    return f"  {'ok  ' if result.ok else 'FAIL'} {result.name}" + (f": {message}" if message else "")
 
 
 def _plain(result: CheckResult) -> dict[str, str | bool]:

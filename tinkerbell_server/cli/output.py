@@ -1,4 +1,4 @@
-"""How a listing is printed: a rich table on a terminal, aligned columns in a pipe, JSON when asked."""
+"""Prints listings: a rich table on a terminal, aligned columns in a pipe, or JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print `rows` under `columns`; the last column takes what room there is."""
+    """Print `rows` under the names of the columns."""
     if sys.stdout.isatty() and _print_rich(columns, rows):
         return
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
@@ -18,11 +18,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def print_json(answer: Any) -> None:  # Any: whatever msgspec encodes
+def print_json(value: Any) -> None:  # Any: everything that msgspec can encode
     """Print structs and plain values as indented JSON."""
     import msgspec
 
-    click.echo(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode())
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
 def _print_rich(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:

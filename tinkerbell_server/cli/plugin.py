@@ -1,4 +1,4 @@
-"""`tinkerbell plugin`: what is installed here, and what of it does not load."""
+"""`tinkerbell plugin`: lists the installed plugins and the errors of those that do not load."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from tinkerbell_server.cli.output import print_json, print_table
 
 @click.group()
 def plugin() -> None:
-    """What plugins are installed, what each brought, and why one is broken."""
+    """Installed plugins, their losses and their errors."""
 
 
 @plugin.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(as_json: bool) -> None:
-    """List installed plugins; a broken one says why."""
+    """List the installed plugins, with the error of each that does not load."""
     from tinkerbell_core.registry import build_registry
 
     _, infos = build_registry()

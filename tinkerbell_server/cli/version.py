@@ -1,4 +1,4 @@
-"""`tinkerbell version`."""
+"""`tinkerbell version`: prints the version."""
 
 from __future__ import annotations
 
