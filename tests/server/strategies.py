@@ -1,4 +1,4 @@
-"""Bodies made up from the structs that routes decode: mostly of the right shape, with hard values in them."""
+"""Hypothesis strategies for request bodies: mostly of the right shape, with extreme values in them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from msgspec import inspect
 from tinkerbell_core.types import DTYPES
 
 Named = Mapping[str, st.SearchStrategy[Any]]  # Any: one strategy a field
-"""What fields of these names get, whatever their types."""
+"""Strategies for fields of these names, which replace those for the types of the fields."""
 
 HARD = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -57,7 +57,7 @@ rows = st.one_of(
 
 # Any: one strategy a kind of type
 def fitting(name: str, kind: inspect.Type, named: Named) -> st.SearchStrategy[Any]:
-    """Values that the field of this name and type takes, hard ones among them."""
+    """Values that the field of this name and type accepts, and extreme ones."""
     if name in named:
         return named[name]
     match kind:
@@ -90,7 +90,7 @@ def fitting(name: str, kind: inspect.Type, named: Named) -> st.SearchStrategy[An
 
 
 def bodies(struct: type, named: Named) -> st.SearchStrategy[dict[str, Any]]:
-    """Bodies that mostly decode: required fields there, each mostly of its type."""
+    """Bodies that mostly decode: all required fields, of which one in ten has a value of any type."""
     fields = inspect.type_info(struct).fields  # type: ignore[attr-defined]  # a struct's info has them
 
     def field(each: inspect.Field) -> st.SearchStrategy[Any]:

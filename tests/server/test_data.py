@@ -1,4 +1,4 @@
-"""Data in its token forms: rows out, or a sentence that says what, whose and what next."""
+"""Token data becomes checked rows, or an error that names the row and the input."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_token_lists_stay_as_sent_when_the_loss_reads_no_target_tokens() -> None
     assert row.tokens.shape == (3,)
 
 
-def test_datums_stay_as_sent_and_carry_their_own_inputs() -> None:
+def test_datums_stay_as_sent_with_their_inputs() -> None:
     datum = {
         "model_input": wire(np.array([5, 6, 7])),
         "loss_fn_inputs": {"target_tokens": wire(np.array([6, 7, 8])), "weights": [0, 1, 0.5]},
@@ -90,14 +90,14 @@ def test_datums_stay_as_sent_and_carry_their_own_inputs() -> None:
     assert numbers(row, "weights") == [0, 1, 0.5]
 
 
-def test_inputs_of_the_call_join_those_of_the_datums() -> None:
+def test_loss_fn_inputs_of_the_call_are_added_to_those_of_the_datums() -> None:
     datums = [{"model_input": [1, 2], "loss_fn_inputs": {"target_tokens": [2, 3]}}] * 2
     rows = parse(datums, {"reward": [1.5, -2]})
     assert [numbers(row, "reward") for row in rows] == [1.5, -2]
     assert {row.inputs["reward"].dtype for row in rows} == {"float32"}
 
 
-def test_a_tensor_in_the_call_is_cut_into_rows() -> None:
+def test_a_tensor_in_loss_fn_inputs_is_divided_among_the_rows() -> None:
     rows = parse(
         [[1, 2], [3, 4]],
         {"target_tokens": wire(np.array([[2, 3], [4, 5]], dtype=np.int32)), "teacher": wire(np.ones((2, 2, 3)))},
@@ -107,7 +107,7 @@ def test_a_tensor_in_the_call_is_cut_into_rows() -> None:
     assert (rows[0].inputs["teacher"].shape, rows[0].inputs["teacher"].dtype) == ((2, 3), "float64")
 
 
-def test_what_msgpack_and_json_decode_to_is_the_same() -> None:
+def test_msgpack_and_json_give_the_same_rows() -> None:
     row = {
         "model_input": TensorData(np.array([1, 2]).tobytes(), "int64", (2,)),
         "loss_fn_inputs": {"target_tokens": [2, 3]},
@@ -116,20 +116,20 @@ def test_what_msgpack_and_json_decode_to_is_the_same() -> None:
     assert parse(packed) == parse(json.loads(msgspec.json.encode([row])))
 
 
-def test_bfloat16_travels_as_it_is() -> None:
+def test_a_bfloat16_input_is_not_converted() -> None:
     half = TensorData(np.array([0x3F80, 0x4000], dtype="<u2").tobytes(), "bfloat16", (2,))
     (row,) = parse([[1, 2]], {"target_tokens": [[2, 3]], "teacher": [half]})
     assert row.inputs["teacher"].dtype == "bfloat16"
     assert numbers(row, "teacher") == [1, 2]
 
 
-def test_an_input_keeps_its_bools_and_minus_infinity_outside_finite() -> None:
+def test_bools_and_infinities_are_kept_if_the_loss_does_not_need_finite_values() -> None:
     (row,) = parse([[1, 2]], {"target_tokens": [[2, 3]], "keep": [[True, False]], "teacher": [[-math.inf, 0.0]]})
     assert row.inputs["keep"].dtype == "bool"
     assert numbers(row, "teacher") == [-math.inf, 0]
 
 
-def test_nan_is_allowed_where_the_weight_is_0() -> None:
+def test_nan_is_allowed_at_a_position_of_weight_0() -> None:
     inputs = {"target_tokens": [[2, 3]], "logprobs": [[math.nan, -1.0]], "advantages": [[1.0, 1.0]]}
     with pytest.raises(BadData, match=r"data\[0\]: 'logprobs' holds NaN or infinity .* weight 0"):
         parse([[1, 2]], inputs, POLICY)
@@ -149,7 +149,7 @@ def test_ref_logprobs_need_not_be_sent() -> None:
         ([[1, 2], []], r"data\[1\] is empty"),
         ([wire(np.zeros(0, dtype=np.int64))], r"data\[0\] has no tokens"),
         ([""], r"data\[0\] is an empty string"),
-        ([[1, 2], "text"], r"data\[0\] is one of tokens, but data\[1\] is one of strings: send one kind a call"),
+        ([[1, 2], "text"], r"data\[0\] is one of tokens, but data\[1\] is one of strings: send one kind per call"),
         ([[1, 100]], r"data\[0\]: 'target_tokens' holds token id 100, but the model has ids 0 to 99"),
         ([[1, -1, 2]], r"data\[0\] holds token id -1, but the model has ids 0 to 99"),
         ([[1]], r"data\[0\] is 1 token long, but needs 2"),
@@ -157,7 +157,7 @@ def test_ref_logprobs_need_not_be_sent() -> None:
         ([[1.5, 2]], r"data\[0\] is float32, but token ids are integers"),
         ([[1, None]], r"data\[0\] holds something that is not a number"),
         ([[[1], [2, 3]]], r"data\[0\] is a ragged list"),
-        ([[[1, 2]]], r"data\[0\] has shape \[1, 2\], but token ids are one flat list"),
+        ([[[1, 2]]], r"data\[0\] has shape \[1, 2\], but the token ids of a row are one flat list"),
         ([3], r"data\[0\] is int; data is a list of one kind"),
         ([{"tokens": [1, 2], "weights": [1, 1]}], r"data\[0\] has 'tokens': write a Datum"),
         ([{"model_input": [1, 2], "weights": [1, 1]}], "put it into loss_fn_inputs"),
@@ -175,7 +175,7 @@ def test_ref_logprobs_need_not_be_sent() -> None:
         ),
     ],
 )
-def test_bad_data_is_refused_with_a_sentence(data: Any, sentence: str) -> None:
+def test_an_error_says_what_is_wrong_with_the_data(data: Any, sentence: str) -> None:
     with pytest.raises(BadData, match=sentence):
         parse(data)
 
@@ -185,15 +185,18 @@ def test_bad_data_is_refused_with_a_sentence(data: Any, sentence: str) -> None:
     [
         ({"target_tokens": [[2, 3]]}, r"'target_tokens'\] has 1 entries, but data has 2 rows"),
         ({"target_tokens": [[2, 3, 4], [2, 3]]}, r"data\[0\]: 'target_tokens' has length 3, but the row has 2"),
-        ({"target_tokens": [[2, -100], [2, 3]]}, "token id -100.*weights of 0 instead"),
+        (
+            {"target_tokens": [[2, -100], [2, 3]]},
+            "token id -100.*give positions that do not count weights of 0",
+        ),
         ({"target_tokens": [[2.5, 1], [2, 3]]}, "'target_tokens' is float32, but token ids are integers"),
         ({"teacher_ids": [[2, 100], [2, 3]], "target_tokens": [[1, 1]] * 2}, "'teacher_ids' holds token id 100"),
-        ({"target_tokens": 3}, "is int, but needs a list or tensor with one entry a row"),
-        ({"target_tokens": wire(np.array(3))}, "a setting belongs into loss_fn_config"),
+        ({"target_tokens": 3}, "is int, but needs a list or tensor with one entry per row"),
+        ({"target_tokens": wire(np.array(3))}, "a setting belongs in loss_fn_config"),
         ({"weights": [[1, None], [1, 1]]}, r"loss_fn_inputs\['weights'\]\[0\] holds something that is not a number"),
         ({"weights": ["one", [1, 1]]}, r"loss_fn_inputs\['weights'\]\[0\] is 'one', but must be numbers"),
         ({"weights": [[math.inf], [1]]}, r"data\[0\]: 'weights' holds NaN or infinity"),
-        ({"weights": [[[[1.0]]], [[[1.0]]]]}, r"'weights' has shape \[1, 1, 1\], but a row's input is"),
+        ({"weights": [[[[1.0]]], [[[1.0]]]]}, r"'weights' has shape \[1, 1, 1\], but the input of a row is"),
         ({"weights": [[1], 1]}, r"data\[1\]: 'weights' has shape \[\], but in data\[0\] it has \[1\]"),
         ({"weights": {"data": b"", "dtype": "float32", "shape": [2]}}, "has 0 bytes, but float32 .2. takes 8 bytes"),
         ({"weights": {"data": b"", "dtype": "complex64", "shape": [2]}}, "has dtype 'complex64', but must have one of"),
@@ -202,12 +205,12 @@ def test_bad_data_is_refused_with_a_sentence(data: Any, sentence: str) -> None:
         ({"weights": [{"data": b""}] * 2}, "a tensor has data, dtype and shape"),
     ],
 )
-def test_bad_inputs_are_refused_with_a_sentence(inputs: Any, sentence: str) -> None:
+def test_an_error_says_what_is_wrong_with_an_input(inputs: Any, sentence: str) -> None:
     with pytest.raises(BadData, match=sentence):
         parse([[5, 6], [7, 8]], inputs)
 
 
-def test_a_missing_input_lists_what_was_sent() -> None:
+def test_the_error_for_a_missing_input_lists_the_inputs_that_were_sent() -> None:
     with pytest.raises(BadData, match=r"needs 'advantages', which was not sent \(sent: target_tokens, logprobs\)"):
         parse([[1, 2]], {"target_tokens": [[2, 3]], "logprobs": [[0.0, 0.0]]}, POLICY)
 
@@ -217,14 +220,14 @@ def test_a_missing_input_is_found_before_text_is_tokenised() -> None:
         parse(["text"], None, POLICY)
 
 
-def test_an_odd_row_for_a_pair_loss_is_refused() -> None:
+def test_an_odd_number_of_rows_is_refused_for_a_pair_loss() -> None:
     with pytest.raises(BadData, match=r"groups of 2 .* but data makes 3 rows"):
         parse([[1, 2], [1, 2], [1, 2]], loss=PAIR)
 
 
 def test_an_input_sent_twice_is_refused() -> None:
     datum = {"model_input": [1], "loss_fn_inputs": {"target_tokens": [2]}}
-    with pytest.raises(BadData, match="is in the Datum and in the call's loss_fn_inputs"):
+    with pytest.raises(BadData, match="is in the Datum and in the call's loss_fn_inputs: send it once"):
         parse([datum], {"target_tokens": [[2]]})
 
 
@@ -233,11 +236,11 @@ def test_an_input_that_only_some_rows_have_is_refused() -> None:
         {"model_input": [1], "loss_fn_inputs": {"target_tokens": [2], "weights": [1]}},
         {"model_input": [1], "loss_fn_inputs": {"target_tokens": [2]}},
     ]
-    with pytest.raises(BadData, match=r"data\[0\] has the input 'weights', but data\[1\] has none"):
+    with pytest.raises(BadData, match=r"data\[0\] has the input 'weights', but data\[1\] does not"):
         parse(rows)
 
 
-def test_text_is_handed_on_with_its_inputs() -> None:
+def test_text_is_returned_with_the_inputs_of_its_rows() -> None:
     records = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
     text = parse_call(records, {"margin": [1.0, 2.0]}, PAIR, vocab_size=100, max_length=16)
     assert isinstance(text, TextData)
@@ -245,14 +248,21 @@ def test_text_is_handed_on_with_its_inputs() -> None:
     assert [to_numpy(inputs["margin"]).item() for inputs in text.inputs] == [1, 2]
 
 
-def test_inputs_of_preference_records_have_an_entry_a_row() -> None:
+def test_other_fields_of_a_preference_record_are_dropped() -> None:
+    record = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    text = parse_call([{**record, "score": 10**30}], None, PAIR, vocab_size=100, max_length=16)
+    assert isinstance(text, TextData)
+    assert text.items == [record]
+
+
+def test_inputs_of_preference_records_need_one_entry_per_row() -> None:
     with pytest.raises(BadData, match="has 1 entries, but 1 preference records make 2 rows"):
         parse_call(
             [{"prompt": "a", "chosen": "b", "rejected": "c"}], {"margin": [1.0]}, PAIR, vocab_size=9, max_length=9
         )
 
 
-def test_a_tensor_of_numbers_and_its_base64_are_one() -> None:
+def test_bytes_base64_and_lists_give_the_same_tensor() -> None:
     raw = np.array([1.0, 2.0], dtype=np.float32)
     coded = {"data": base64.b64encode(raw.tobytes()).decode(), "dtype": "float32", "shape": [2]}
     assert as_tensor(coded, "x") == as_tensor([1.0, 2.0], "x")

@@ -1,4 +1,4 @@
-"""Text becomes rows by a real byte-level tokenizer and real chat templates."""
+"""A real byte-level tokenizer and real chat templates turn text into rows and prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tinkerbell_core.spec import Provenance
 from tinkerbell_core.tensors import to_numpy
 from tinkerbell_core.types import LossDescription
 from tinkerbell_server.calls.data import parse_call
-from tinkerbell_server.calls.text import rows_from_text
+from tinkerbell_server.calls.sample import TextPrompt
+from tinkerbell_server.calls.text import prompt_ids, rows_from_text
 from tinkerbell_server.commands import Row, TextData
 
 PLAIN = (
@@ -40,15 +41,15 @@ CHAT = [
 ]
 
 
-def tokenizer(template: str | None = PLAIN, merges: tuple[tuple[str, str], ...] = ()) -> PreTrainedTokenizerFast:
+def make_tokenizer(template: str | None = PLAIN, merges: tuple[tuple[str, str], ...] = ()) -> PreTrainedTokenizerFast:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: index for index, letter in enumerate([*letters, *("".join(pair) for pair in merges)])}
     inner = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=inner)
-    made.chat_template = template
-    return made
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 LOSS = LossDescription(
@@ -66,92 +67,106 @@ LOSS = LossDescription(
 )
 
 
-def rows(data: list[Any], made: PreTrainedTokenizerFast, inputs: Any = None) -> list[Row]:
-    text = parse_call(data, inputs, LOSS, vocab_size=len(made), max_length=64)
+def rows(data: list[Any], tokenizer: PreTrainedTokenizerFast, inputs: Any = None) -> list[Row]:
+    text = parse_call(data, inputs, LOSS, vocab_size=len(tokenizer), max_length=64)
     assert isinstance(text, TextData)
-    return rows_from_text(text, made, LOSS, vocab_size=len(made), max_length=64)
+    return rows_from_text(text, tokenizer, LOSS, vocab_size=len(tokenizer), max_length=64)
 
 
-def counted(row: Row, made: PreTrainedTokenizerFast) -> str:
+def counted(row: Row, tokenizer: PreTrainedTokenizerFast) -> str:
     """The text of the targets that count."""
     weights = to_numpy(row.inputs["weights"])
-    return str(made.decode(to_numpy(row.inputs["target_tokens"])[weights == 1]))
+    return str(tokenizer.decode(to_numpy(row.inputs["target_tokens"])[weights == 1]))
 
 
-def test_a_string_is_shifted_and_counts_throughout() -> None:
-    made = tokenizer()
-    (row,) = rows(["abc"], made)
-    assert made.decode(to_numpy(row.tokens)) == "ab"
-    assert counted(row, made) == "bc"
+def test_a_string_is_shifted_and_all_its_tokens_count() -> None:
+    tokenizer = make_tokenizer()
+    (row,) = rows(["abc"], tokenizer)
+    assert tokenizer.decode(to_numpy(row.tokens)) == "ab"
+    assert counted(row, tokenizer) == "bc"
 
 
 @pytest.mark.parametrize("template", [PLAIN, MASKED])
 def test_assistant_tokens_of_a_chat_count(template: str) -> None:
-    made = tokenizer(template)
-    (row,) = rows([CHAT], made)
-    assert made.decode(to_numpy(row.tokens)) == "<u>hi|<a>yo|<u>2+2|<a>4"
-    assert counted(row, made) == "yo|4|"
+    tokenizer = make_tokenizer(template)
+    (row,) = rows([CHAT], tokenizer)
+    assert tokenizer.decode(to_numpy(row.tokens)) == "<u>hi|<a>yo|<u>2+2|<a>4"
+    assert counted(row, tokenizer) == "yo|4|"
 
 
-def test_all_tokens_of_a_chat_count_where_the_server_is_told_so() -> None:
-    made = tokenizer()
-    text = parse_call([CHAT], None, LOSS, vocab_size=len(made), max_length=64)
+def test_all_tokens_of_a_chat_count_if_chat_tokens_is_all() -> None:
+    tokenizer = make_tokenizer()
+    text = parse_call([CHAT], None, LOSS, vocab_size=len(tokenizer), max_length=64)
     assert isinstance(text, TextData)
-    (row,) = rows_from_text(text, made, LOSS, vocab_size=len(made), max_length=64, chat_tokens="all")
-    assert counted(row, made) == "u>hi|<a>yo|<u>2+2|<a>4|"
+    (row,) = rows_from_text(text, tokenizer, LOSS, vocab_size=len(tokenizer), max_length=64, chat_tokens="all")
+    assert counted(row, tokenizer) == "u>hi|<a>yo|<u>2+2|<a>4|"
 
 
-def test_a_template_that_drops_earlier_turns_is_refused_by_turn() -> None:
+def test_the_error_for_a_template_that_changes_earlier_turns_names_the_turn() -> None:
     chat = [*CHAT[:1], {"role": "assistant", "content": "thinking=yo"}, *CHAT[2:]]
     with pytest.raises(
-        BadData, match=r"data\[0\], turn 1 \(assistant\): the chat template writes .* as a row of its own"
+        BadData, match=r"data\[0\], turn 1 \(assistant\): the chat template renders .* as a separate row"
     ):
-        rows([chat], tokenizer(FORGETFUL))
-    assert len(rows([chat[:2]], tokenizer(FORGETFUL))) == 1
+        rows([chat], make_tokenizer(FORGETFUL))
+    assert len(rows([chat[:2]], make_tokenizer(FORGETFUL))) == 1
 
 
-def test_a_model_without_a_chat_template_says_so() -> None:
+def test_a_chat_is_refused_if_the_model_has_no_chat_template() -> None:
     with pytest.raises(BadData, match="the model has no chat template: send strings or token ids"):
-        rows([CHAT], tokenizer(None))
+        rows([CHAT], make_tokenizer(None))
 
 
-def test_what_a_template_raises_is_passed_on() -> None:
+def test_an_error_that_the_template_raises_is_part_of_the_message() -> None:
     with pytest.raises(BadData, match=r"data\[0\]: the model's chat template refuses this chat: begin with a user"):
-        rows([CHAT[1:2]], tokenizer(STRICT))
+        rows([CHAT[1:2]], make_tokenizer(STRICT))
 
 
 def test_a_chat_without_an_assistant_is_refused() -> None:
     with pytest.raises(BadData, match="has no assistant message, so no token of it would count"):
-        rows([CHAT[:1]], tokenizer())
+        rows([CHAT[:1]], make_tokenizer())
 
 
 def test_only_the_answers_of_preference_strings_count() -> None:
-    made = tokenizer()
-    chosen, rejected = rows([{"prompt": "2+2=", "chosen": "4", "rejected": "five"}], made)
-    assert [counted(chosen, made), counted(rejected, made)] == ["4", "five"]
+    tokenizer = make_tokenizer()
+    chosen, rejected = rows([{"prompt": "2+2=", "chosen": "4", "rejected": "five"}], tokenizer)
+    assert [counted(chosen, tokenizer), counted(rejected, tokenizer)] == ["4", "five"]
 
 
-def test_a_token_across_prompt_and_answer_belongs_to_the_answer() -> None:
-    made = tokenizer(merges=(("=", "4"),))
-    chosen, rejected = rows([{"prompt": "2+2=", "chosen": "4", "rejected": "5"}], made)
-    assert [counted(chosen, made), counted(rejected, made)] == ["=4", "5"]
+def test_a_token_that_joins_prompt_and_answer_counts() -> None:
+    tokenizer = make_tokenizer(merges=(("=", "4"),))
+    chosen, rejected = rows([{"prompt": "2+2=", "chosen": "4", "rejected": "5"}], tokenizer)
+    assert [counted(chosen, tokenizer), counted(rejected, tokenizer)] == ["=4", "5"]
 
 
 @pytest.mark.parametrize("template", [PLAIN, MASKED])
 def test_only_the_answers_of_preference_chats_count(template: str) -> None:
-    made = tokenizer(template)
+    tokenizer = make_tokenizer(template)
     record = {"prompt": CHAT[:3], "chosen": CHAT[3:], "rejected": "5"}
-    chosen, rejected = rows([record], made)
-    assert [counted(chosen, made), counted(rejected, made)] == ["4|", "5|"]
+    chosen, rejected = rows([record], tokenizer)
+    assert [counted(chosen, tokenizer), counted(rejected, tokenizer)] == ["4|", "5|"]
 
 
-def test_a_row_of_text_that_is_too_long_is_named_by_its_record() -> None:
+def test_the_error_for_a_text_that_is_too_long_names_its_record() -> None:
     record = {"prompt": "a", "chosen": "b", "rejected": "c" * 70}
     with pytest.raises(BadData, match=r"data\[0\] \(rejected\) has 70 tokens, but the model takes 64 at most"):
-        rows([record], tokenizer())
+        rows([record], make_tokenizer())
 
 
-def test_inputs_of_the_call_fit_the_shifted_text() -> None:
-    assert to_numpy(rows(["abc"], tokenizer(), {"weights": [[0, 1]]})[0].inputs["weights"]).tolist() == [0, 1]
+def test_loss_fn_inputs_have_one_entry_per_position_of_the_shifted_text() -> None:
+    assert to_numpy(rows(["abc"], make_tokenizer(), {"weights": [[0, 1]]})[0].inputs["weights"]).tolist() == [0, 1]
     with pytest.raises(BadData, match="'weights' has length 3, but the row has 2 positions"):
-        rows(["abc"], tokenizer(), {"weights": [[0, 1, 1]]})
+        rows(["abc"], make_tokenizer(), {"weights": [[0, 1, 1]]})
+
+
+@pytest.mark.parametrize(("prompt", "text"), [("abc", "abc"), (CHAT[:3], "<u>hi|<a>yo|<u>2+2|<a>")])
+def test_a_prompt_ends_where_the_answer_begins(prompt: Any, text: str) -> None:
+    tokenizer = make_tokenizer()
+    ids = prompt_ids(TextPrompt(prompt), tokenizer, vocab_size=len(tokenizer), max_length=64)
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_prompt_that_fills_the_model_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    assert len(prompt_ids(TextPrompt("a" * 63), tokenizer, vocab_size=len(tokenizer), max_length=64)) == 63
+    with pytest.raises(BadData, match="the prompt has 64 tokens, but the model takes 64 tokens, prompt and sample"):
+        prompt_ids(TextPrompt("a" * 64), tokenizer, vocab_size=len(tokenizer), max_length=64)

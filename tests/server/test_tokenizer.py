@@ -150,6 +150,13 @@ async def test_a_token_outside_the_vocabulary_is_an_error() -> None:
             await client.rows(parsed(["az"]), LOSS)
 
 
+async def test_an_integer_of_more_than_64_bits_is_an_error() -> None:
+    async with running(engine=FAKE_ENGINE) as client:
+        with pytest.raises(BadData, match="more than 64 bits"):
+            await client.rows(parsed([[{**CHAT[0], "id": 10**30}, CHAT[1]]]), LOSS)
+        assert await client.prompt(TextPrompt("a")) == [97]
+
+
 async def test_an_unexpected_error_fails_one_request_only() -> None:
     async with running(engine=FAKE_ENGINE) as client:
         with pytest.raises(TinkerbellError, match="ZeroDivisionError: on purpose"):

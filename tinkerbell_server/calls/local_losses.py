@@ -1,4 +1,4 @@
-"""The losses that somebody names on this machine: installed ones, a package's folder, a file, or `module:function`."""
+"""Loads losses of this machine by name: installed losses, a package's folder, a file, or `module:function`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tinkerbell_server.calls.loss_lookup import DOTTED, is_dotted
 
 
 def find_specs(target: str) -> list[LossSpec]:
-    """The losses that `target` stands for, at least one. Raises UnknownLoss, BadLoss."""
+    """The losses that `target` names, at least one. Raises UnknownLoss, AmbiguousLoss or BadLoss."""
     path = Path(target)
     if path.is_dir():
-        return _of_package(path)
+        return _in_package(path)
     if path.suffix == ".py" and path.is_file():
-        return _of_file(path)
+        return _in_file(path)
     if path.suffix == ".py" or len(path.parts) > 1:
         raise UnknownLoss(f"there is no file or folder {target!r}")
     registry, infos = build_registry()
@@ -38,87 +38,89 @@ def find_specs(target: str) -> list[LossSpec]:
     if packaged:
         return packaged
     if is_dotted(target) and target not in registry:
-        return [dotted(target)]
+        return [import_loss(target)]
     return [registry.get(target)]
 
 
-def dotted(name: str) -> LossSpec:
-    """The loss that `my.module:function` names, imported. Raises UnknownLoss, BadLoss with the traceback."""
-    found = DOTTED.fullmatch(name)
-    if found is None:
-        raise UnknownLoss(f"{name!r} is no dotted path: write my.module:function")
-    module = _imported(found[1])
-    value = getattr(module, found[2], None)
+def import_loss(path: str) -> LossSpec:
+    """Import the loss that `my.module:function` names. Raises UnknownLoss, or BadLoss with the traceback."""
+    match = DOTTED.fullmatch(path)
+    if match is None:
+        raise UnknownLoss(f"{path!r} is not a dotted path: write my.module:function")
+    module = _import(match[1])
+    value = getattr(module, match[2], None)
     if value is None:
-        near = did_you_mean(found[2], [key for key, there in vars(module).items() if callable(there)])
-        raise UnknownLoss(f"the module {found[1]!r} has no {found[2]!r}{near}")
+        functions = [name for name, attribute in vars(module).items() if callable(attribute)]
+        raise UnknownLoss(f"the module {match[1]!r} has no {match[2]!r}{did_you_mean(match[2], functions)}")
     if isinstance(value, LossSpec):
         return value
     if not callable(value) or isinstance(value, type):
-        raise BadLoss(f"{name!r} is a {type(value).__name__}, not a loss: name a function, decorated with @loss or not")
+        raise BadLoss(f"{path!r} is a {type(value).__name__}, not a loss: name a function, decorated with @loss or not")
     return loss(value)
 
 
-def _imported(module: str) -> ModuleType:
+def _import(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and (module == error.name or module.startswith(f"{error.name}.")):
-            raise UnknownLoss(f"there is no module {module!r} here: install it, or set PYTHONPATH") from None
+            raise UnknownLoss(f"there is no module {module!r}: install it, or set PYTHONPATH") from None
         raise BadLoss(f"importing {module!r} failed: {error}", traceback.format_exc()) from error
-    # Broad: a module is somebody else's code and may fail at import in any way, sys.exit() among them.
+    # broad: the module is a plugin, which can raise anything at import, SystemExit included
     except (Exception, SystemExit) as error:
         raise BadLoss(
             f"importing {module!r} failed: {type(error).__name__}: {error}", traceback.format_exc()
         ) from error
 
 
-def _of_package(folder: Path) -> list[LossSpec]:
-    """Those that the entry points in a folder's pyproject.toml bring, installed or not."""
+def _in_package(folder: Path) -> list[LossSpec]:
+    """The losses of the entry points in a folder's pyproject.toml; the package need not be installed."""
     try:
         project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
         modules = dict(project["entry-points"][GROUP])
     except (FileNotFoundError, KeyError):
         raise UnknownLoss(
-            f"{folder} is no loss package: its pyproject.toml needs [project.entry-points.{GROUP}]"
+            f"{folder} is not a loss package: its pyproject.toml needs [project.entry-points.{GROUP}]"
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise BadLoss(f"{folder / 'pyproject.toml'} is not TOML: {error}") from error
     source = folder / "src"
     with _on_path(source if source.is_dir() else folder):
-        specs = [spec for module in modules.values() for spec in _registered(_imported(module))]
-    return _some(specs, f"the package in {folder}")
+        specs = [spec for module in modules.values() for spec in _registered(_import(module))]
+    return _at_least_one(specs, f"the package in {folder}")
 
 
-def _of_file(path: Path) -> list[LossSpec]:
-    """Those at the top of a file."""
+def _in_file(path: Path) -> list[LossSpec]:
+    """The losses at the top level of a file."""
     name = "tinkerbell_tested_" + re.sub(r"\W", "_", path.stem)
-    described = importlib.util.spec_from_file_location(name, path)
-    assert described is not None
-    assert described.loader is not None
-    module = importlib.util.module_from_spec(described)
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module
     try:
         with _on_path(path.parent):
-            described.loader.exec_module(module)
-    # Broad: as above.
+            module_spec.loader.exec_module(module)
+    # broad: as above
     except (Exception, SystemExit) as error:
         raise BadLoss(f"{path} failed: {type(error).__name__}: {error}", traceback.format_exc()) from error
     specs = [value for value in vars(module).values() if isinstance(value, LossSpec)]
-    return _some([spec for spec in specs if spec.fn.__module__ == name] or specs, str(path))
+    return _at_least_one([spec for spec in specs if spec.fn.__module__ == name] or specs, str(path))
 
 
 def _registered(module: ModuleType) -> Iterable[LossSpec]:
     hook = getattr(module, "register_losses", None)
     if hook is None:
-        raise BadLoss(f"the module {module.__name__!r} has no register_losses(), by which its losses are found")
-    found: Iterable[LossSpec] = hook()
-    return found
+        raise BadLoss(
+            f"the module {module.__name__!r} has no function register_losses(): add one that returns its losses"
+        )
+    specs: Iterable[LossSpec] = hook()
+    return specs
 
 
-def _some(specs: list[LossSpec], where: str) -> list[LossSpec]:
+def _at_least_one(specs: list[LossSpec], source: str) -> list[LossSpec]:
     if not specs:
-        raise UnknownLoss(f"{where} has no loss: decorate a function with @tinkerbell_core.loss")
+        raise UnknownLoss(f"{source} has no loss: decorate a function with @tinkerbell_core.loss")
     return specs
 
 

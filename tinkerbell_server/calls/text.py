@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from tinkerbell_core.errors import BadData
 from tinkerbell_core.types import LossDescription
 from tinkerbell_server.calls.data import shift
-from tinkerbell_server.calls.rows import check_rows, row_names
+from tinkerbell_server.calls.rows import check_rows, names_of_rows
 from tinkerbell_server.calls.sample import TextPrompt
 from tinkerbell_server.calls.tensors import as_tensor
 from tinkerbell_server.commands import Row, TextData
@@ -59,12 +59,12 @@ def rows_from_text(
                 counted.append(_chat(name, item, tokenizer))
             case "preferences":
                 counted += [_answer(name, item, part, tokenizer) for part in ("chosen", "rejected")]
-    names = row_names(text.kind, len(counted))
+    row_names = names_of_rows(text.kind, len(counted))
     rows = [
-        shift(name, as_tensor(ids, name), inputs, counts)
-        for name, (ids, counts), inputs in zip(names, counted, text.inputs, strict=True)
+        shift(row_name, as_tensor(ids, row_name), inputs, counts)
+        for row_name, (ids, counts), inputs in zip(row_names, counted, text.inputs, strict=True)
     ]
-    return check_rows(rows, names, loss, vocab_size=vocab_size, max_length=max_length)
+    return check_rows(rows, row_names, loss, vocab_size=vocab_size, max_length=max_length)
 
 
 def prompt_ids(prompt: TextPrompt, tokenizer: Tokenizer, *, vocab_size: int, max_length: int) -> list[int]:
