@@ -87,7 +87,7 @@ def test_a_loss_outlives_the_server_and_the_engine(serve: Serve, data: Path) -> 
         assert after_loss(one, loss_id) == {}
     with serve(uploads="off") as caller:
         one.caller = caller
-        assert "not on this server any more" in after_loss(one, loss_id)["error"]
+        assert "no longer on this server" in after_loss(one, loss_id)["error"]
 
 
 def test_a_key_that_may_not_upload_is_told_to_run_losses_itself(serve: Serve, keys: Keys) -> None:

@@ -11,7 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from tinkerbell_core.errors import EngineLost, TinkerbellError
-from tinkerbell_server.api.openai.completions import Json, chunks
+from tinkerbell_server.api.openai.completions import Completions, Json, chunks
 from tinkerbell_server.api.tinker.http import (
     Endpoint,
     body_of,
@@ -19,7 +19,6 @@ from tinkerbell_server.api.tinker.http import (
     json_response,
     status_of,
     tenant_of,
-    tinker_server,
     with_retry_after,
 )
 from tinkerbell_server.api.tinker.requests import NotHere
@@ -39,27 +38,32 @@ def routes() -> list[Route]:
 
 
 async def models(request: Request) -> Response:
-    names = tinker_server(request).completions.models(tenant_of(request))
+    names = _completions(request).models(tenant_of(request))
     return json_response({"object": "list", "data": [_model(name) for name in names]})
 
 
 async def model(request: Request) -> Response:
     name = request.path_params["name"]
     # a name that begins with a slash comes with it, or without
-    for known in tinker_server(request).completions.models(tenant_of(request)):
+    for known in _completions(request).models(tenant_of(request)):
         if known.lstrip("/") == name.lstrip("/"):
             return json_response(_model(known))
     raise NotHere(f"no model {name[:160]!r}: GET /v1/models lists what there is")
 
 
 async def completions(request: Request) -> Response:
-    answer, stream = await tinker_server(request).completions.complete(caller_of(request), await body_of(request))
+    answer, stream = await _completions(request).complete(caller_of(request), await body_of(request))
     return _streamed(answer) if stream else json_response(answer)
 
 
 async def chat_completions(request: Request) -> Response:
-    answer, stream = await tinker_server(request).completions.chat(caller_of(request), await body_of(request))
+    answer, stream = await _completions(request).chat(caller_of(request), await body_of(request))
     return _streamed(answer) if stream else json_response(answer)
+
+
+def _completions(request: Request) -> Completions:
+    completions: Completions = request.app.state.completions
+    return completions
 
 
 def _model(name: str) -> Json:

@@ -9,13 +9,13 @@ from tinkerbell_core.errors import BadCheckpoint, BadRequest, TinkerbellError
 from tinkerbell_core.types import CreateModelRequest
 from tinkerbell_server.access.tenants import Caller
 from tinkerbell_server.api.tinker import protocol
-from tinkerbell_server.api.tinker.paths import TinkerPath, check_save_name, expiry
+from tinkerbell_server.api.tinker.paths import BaseModel, TinkerPath, check_save_name, expiry
 from tinkerbell_server.api.tinker.requests import NotHere, TinkerRequests
 from tinkerbell_server.api.tinker.sequencer import Sequencer
 from tinkerbell_server.api.tinker.store import Checkpoint, Kind, Run, Sampler, StoredRequest
 from tinkerbell_server.api.tinker.training import ALPHA, check_optimizer, model_id_of, target_modules
 from tinkerbell_server.calls.settings import normalize_spec
-from tinkerbell_server.commands import Load
+from tinkerbell_server.commands import EngineDescription, Load
 from tinkerbell_server.service.intake import Submission
 from tinkerbell_server.service.save_paths import SaveByName, models_folder
 
@@ -69,7 +69,7 @@ class Checkpoints:
         check_optimizer(sent.optimizer_config)
         checkpoint = self.find(tenant, sent.path, sent.weights_access_token)
         _check_loadable(checkpoint, optimizer=sent.optimizer)
-        requests.base.check(checkpoint.base_model)
+        _check_base(checkpoint, requests.base, engine)
         parts = protocol.LoraConfig(
             rank=checkpoint.rank or 0,
             train_attn=checkpoint.train_attn,
@@ -166,8 +166,16 @@ class Checkpoints:
 
         def add_record(_: bytes) -> None:
             expires = expiry(sent.ttl_seconds)
-            saved = folder / path.folder_name
-            self._requests.store.put(_checkpoint(run, path, saved, expires=expires, user_metadata=sent.user_metadata))
+            model = self._requests.service.store.model(run.model_id)
+            checkpoint = _checkpoint(
+                run,
+                path,
+                folder / path.folder_name,
+                base_id=(model and model.base_id) or "",
+                expires=expires,
+                user_metadata=sent.user_metadata,
+            )
+            self._requests.store.put(checkpoint)
 
         submission = Submission(
             caller=caller,
@@ -221,7 +229,13 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _checkpoint(
-    run: Run, path: TinkerPath, folder: Path, *, expires: float | None, user_metadata: dict[str, protocol.Any_] | None
+    run: Run,
+    path: TinkerPath,
+    folder: Path,
+    *,
+    base_id: str,
+    expires: float | None,
+    user_metadata: dict[str, protocol.Any_] | None,
 ) -> Checkpoint:
     return Checkpoint(
         id=str(path),
@@ -232,6 +246,7 @@ def _checkpoint(
         folder=str(folder),
         size=folder_bytes(folder),
         base_model=run.base_model,
+        base_id=base_id,
         rank=run.rank,
         train_attn=run.train_attn,
         train_mlp=run.train_mlp,
@@ -239,6 +254,17 @@ def _checkpoint(
         expires=expires,
         user_metadata=user_metadata,
     )
+
+
+def _check_base(checkpoint: Checkpoint, base: BaseModel, engine: EngineDescription) -> None:
+    """Raise BadRequest if a checkpoint is of another base: by the identities if both are known, else by the names."""
+    if not checkpoint.base_id or not engine.base_id:
+        base.check(checkpoint.base_model)
+    elif checkpoint.base_id != engine.base_id:
+        raise BadRequest(
+            f"{checkpoint.id!r} was trained on {checkpoint.base_model!r}, which is not the base model of this server, "
+            f"{base.name!r}: load it on a server that has its base model"
+        )
 
 
 def _check_loadable(checkpoint: Checkpoint, *, optimizer: bool) -> None:

@@ -84,11 +84,11 @@ class TinkerRequests:
         record: its id and digest are filled in. Raises BadRequest if the key was used for another request: the SDK
         sends a 409 again for minutes.
         """
-        caller, key = submission.caller, submission.key
+        caller, key, also = submission.caller, submission.key, submission.on_accept
 
         def accepted(request_id: str) -> None:
-            if submission.on_accept is not None:
-                submission.on_accept(request_id)
+            if also is not None:
+                also(request_id)
             self.store.put(msgspec.structs.replace(record, id=request_id))
             self._accepted += 1
             if self._accepted % _FORGET_EVERY == 0:

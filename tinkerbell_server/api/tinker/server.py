@@ -1,10 +1,9 @@
-"""Everything a server has for clients of the Tinker and OpenAI wires, made once and closed once."""
+"""The parts of the Tinker API: created with the server, and closed with it."""
 
 from __future__ import annotations
 
 import asyncio
 
-from tinkerbell_server.api.openai.completions import Completions
 from tinkerbell_server.api.tinker.checkpoints import Checkpoints
 from tinkerbell_server.api.tinker.custom_losses import CustomLosses
 from tinkerbell_server.api.tinker.queries import Queries
@@ -28,7 +27,6 @@ class TinkerServer:
         self.checkpoints = Checkpoints(self.requests, self.sequencer)
         self.copies = CheckpointCopies(self.requests, self.checkpoints)
         self.sampling = Sampling(self.requests, self.checkpoints)
-        self.completions = Completions(self.requests, self.checkpoints)
         self.queries = Queries(self.requests, self.checkpoints)
         self.downloads = DownloadLinks()
         self.reaper = Reaper(self.requests, self.queries, self.losses)

@@ -79,6 +79,7 @@ class Training:
         kind = "forward_backward" if call.backward else "forward"
         # a graph has one K: it reads no weights that would mark some targets as padding
         widths = None if call.loss_fn == CUSTOM else decode.same_widths(call.data)
+        sent_config = call.config
         content: ForwardRequest | None = None
         loss: LossDescription | None = None
         chunk: Chunk | None = None
@@ -92,7 +93,16 @@ class Training:
             content = forward_request(run, [call], loss)
         except TinkerbellError as error:
             problem = error
-        submission = Submission(caller=caller, kind=kind, content=content, problem=problem, loss=loss)
+        custom = call.loss_fn == CUSTOM
+        submission = Submission(
+            caller=caller,
+            kind=kind,
+            content=content,
+            problem=problem,
+            loss=loss,
+            action=kind if custom else None,
+            subject=str(sent_config.get("loss_id")) if custom else None,
+        )
         rows = len(call.data)
         record = StoredRequest(id="", tenant=caller.tenant, parent=run.id, kind=kind, rows=rows, widths=widths)
         return await self._sequencer.submit(run, call.seq_id, submission, body, record, chunk), run.id

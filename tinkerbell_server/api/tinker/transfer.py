@@ -45,7 +45,7 @@ class CheckpointCopies:
                 raise BadRequest(f"model {run.id!r} is there already: a copy needs a model_seq_id of its own")
             return str(path)
         folder = models_folder(self._requests.service.settings.data_path, tenant) / run.id / path.folder_name
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(folder.parent)
         shutil.rmtree(folder, ignore_errors=True)  # what a copy that failed has left
         shutil.copytree(source.folder, folder, copy_function=_link)
         store.put(run)
