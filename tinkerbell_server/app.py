@@ -12,6 +12,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from tinkerbell_server.api import native
 from tinkerbell_server.api.openai import routes as openai_routes
+from tinkerbell_server.api.openai.completions import Completions
 from tinkerbell_server.api.tinker import routes as tinker_routes
 from tinkerbell_server.api.tinker.server import TinkerServer
 from tinkerbell_server.config import Settings
@@ -53,4 +54,5 @@ def create_app(settings: Settings) -> Starlette:
     )
     app.state.service = service
     app.state.tinker = front
+    app.state.completions = Completions(front.requests, front.checkpoints)
     return app
