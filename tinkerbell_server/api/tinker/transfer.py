@@ -20,6 +20,7 @@ from tinkerbell_server.api.tinker.paths import TinkerPath, expiry
 from tinkerbell_server.api.tinker.requests import Gone, TinkerRequests
 from tinkerbell_server.api.tinker.store import Checkpoint, Run, Session
 from tinkerbell_server.api.tinker.training import model_id_of
+from tinkerbell_server.database import make_folders
 from tinkerbell_server.service.save_paths import models_folder
 
 _LEAST_TTL = 3600
@@ -103,7 +104,7 @@ def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, Path(target))
+        shutil.copy(source, target)
 
 
 SECONDS = 3600.0
