@@ -63,6 +63,11 @@ def test_a_cycle_through_type_checking_and_a_function_is_found(tmp_path: Path) -
         TopologicalSorter(imports(tmp_path)).prepare()
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_is_marked_as_typed(package: str) -> None:
+    assert (ROOT / package / "py.typed").exists()
+
+
 def test_the_api_process_loads_no_torch() -> None:
     loaded = loaded_by("import tinkerbell_server.launch, tinkerbell_server.app")
     assert not loaded & {"torch", "transformers", "peft"}
