@@ -1,22 +1,22 @@
 """The native API over plain HTTP: decodes each body, passes it to the service, and encodes the answer.
 
-Bodies are msgpack (`Content-Type: application/msgpack`) or JSON (`application/json`); anything else is a 415. Answers
-come in the format of `Accept` where it names one of the two, else in that of the request's body, else in JSON. In JSON,
-bytes are base64. Every struct named here is in `tinkerbell_core.types`; fields at their default are left out.
+Bodies are msgpack (`Content-Type: application/msgpack`) or JSON (`application/json`); anything else is a 415. An
+answer has the format that `Accept` names, otherwise the format of the request's body, otherwise JSON. In JSON, bytes
+are base64. The structs are in `tinkerbell_core.types`; fields with their default value are omitted.
 
     GET  /healthz                 {"status": "ok"|"starting"|"engine_down", "problem": str|null, "boot_id": str,
                                    "version": str, "engine": str, "base_model": str|null, "device": str|null,
                                    "dtype": str|null, "vocab_size": int|null, "max_length": int|null,
-                                   "uploads": "off"|"trusted", "auth": "auto"|"on"|"off", "queue": int,
+                                   "uploads": "off"|"sandboxed"|"trusted", "auth": "auto"|"on"|"off", "queue": int,
                                    "restarts": int};
-                                  always 200; without a key where one is asked for, status, boot_id and version only
+                                  always 200; without a required key: only status, boot_id and version
     GET  /list_loss_functions     {"available_loss_functions": [name], "descriptions": {name: summary},
                                    "losses": [LossDescription], "plugins": [PluginDescription]}
     GET  /list_models             {"models": [ModelInfo]}
     POST /register_custom_loss    RegisterLossRequest → LossDescription, after the dry run; the call waits for it
     POST /get_custom_loss         GetLossRequest      → RegisterLossRequest, as it was uploaded
     POST /delete_custom_loss      DeleteLossesRequest → DeleteLossesOutput
-    POST /publish_custom_loss     PublishLossRequest  → LossDescription; every tenant's from now on
+    POST /publish_custom_loss     PublishLossRequest  → LossDescription; available to every tenant
     POST /create_model            CreateModelRequest  → Future of ModelInfo
     POST /forward                 ForwardRequest      → Future of ForwardOutput
     POST /forward_backward        ForwardRequest      → Future of ForwardOutput
@@ -27,19 +27,20 @@ bytes are base64. Every struct named here is in `tinkerbell_core.types`; fields 
     POST /delete_model            DeleteModelRequest  → Future of DeleteModelOutput
     GET  /futures/{id}?wait=30    Future; waits up to `wait` seconds (at most 30) for it to finish
 
-Where the server asks for API keys, each path wants one with a scope: read for the GETs and /sample, upload for
-/register_custom_loss, /get_custom_loss and /delete_custom_loss, admin for /publish_custom_loss, train for the rest.
-A key belongs to a tenant, and another tenant's model, save, future or upload is answered as one that does not exist:
-404.
+If the server requires API keys, each path needs a key with a scope: read for the GETs and /sample, upload for
+/register_custom_loss, /get_custom_loss and /delete_custom_loss, admin for /publish_custom_loss, train for the others.
+A key belongs to a tenant. A model, save, future or upload of another tenant gets the answer for one that does not
+exist: 404.
 
-A `Future` comes back at once with status 200 and state queued, running, done (`result` is the struct above, a map) or
-failed (`problem` is a Problem); GET /futures answers 200 for a failed one too. `Idempotency-Key: <any string>` makes a
-POST repeatable: the same key with the same body answers the first one's Future, with another body 409 Conflict.
+A POST is answered at once with status 200 and a `Future`, whose state is queued, running, done (`result` is the struct
+above) or failed (`problem` is a Problem). GET /futures answers 200 for a failed future too. `Idempotency-Key: <any
+string>` makes a POST repeatable: the same key with the same body returns the Future of the first request, and with
+another body 409 Conflict.
 
-A refusal is `{"problem": {"kind": ..., "message": ..., "traceback": ...}}` with the status of that kind of
-`TinkerbellError` (422 unless it says otherwise; a body over the limit 413; over a limit of the key or of the queue 429
-with Retry-After; a bug of ours 500). After an engine was lost
-together with steps of a model, that model's next request is refused once with EngineLost (503); sent again, it goes on.
+An error is `{"problem": {"kind": ..., "message": ..., "traceback": ...}}` with the status of its kind of
+`TinkerbellError`: 422 unless the kind has another; 413 for a body over the limit; 429 with Retry-After over a limit of
+the key or of the queue; 500 for a bug. If an engine died and a model lost steps, the next request of that model fails
+once with EngineLost (503); a repetition continues from the last save.
 """
 
 from __future__ import annotations
@@ -179,9 +180,9 @@ def _submit(kind: str, type_: type[ModelRequest]) -> Endpoint:
 
 
 async def _large(request: Request) -> bytes:
-    """A body with data in it."""
+    """A body that contains data."""
     mebibytes = _service(request).settings.body_limit
-    limit = f"a body may have {mebibytes} MiB; send fewer rows a call, gradients add up until optim_step"
+    limit = f"the limit for a body is {mebibytes} MiB; send fewer rows in a call: gradients add up until optim_step"
     return await read_body(request, mebibytes << 20, HttpError(limit, 413))
 
 

@@ -1,1 +1,1 @@
-"""Engines run losses on a model. `base` says what one is, `host` runs one in its own process, `link` talks to it."""
+"""Engine and tokenizer processes, and the clients of both. Imports sandbox, calls, commands and config."""

@@ -1,5 +1,5 @@
-"""The Tinker wire: what the stock `tinker` SDK says, in words of this server's own. Knows no HTTP; imports no torch.
+"""The Tinker API under /api/v1, for the stock `tinker` SDK. Imports what `api` may import.
 
-bodies and wire_pb2 are its words, datums and results translate them, store keep its nouns (sessions, training runs,
-samplers, checkpoints), order puts a run's requests into their order, and training, sampling, checkpoints do the rest.
+protocol and wire_pb2 are the bodies, decode and encode translate them, store holds the records of sessions, runs,
+samplers and checkpoints, sequencer orders the requests of a run, and requests passes them to the intake.
 """

@@ -1,4 +1,4 @@
-"""Datums of the Tinker wire, protobuf or JSON, as the data of a `ForwardRequest`. Imports no torch."""
+"""Decodes forward requests, protobuf or JSON, into the data of a `ForwardRequest`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OF_TOKENS = frozenset({"target_tokens", "weights", "advantages", "logprobs"})
 
 @dataclass(frozen=True, slots=True)
 class ForwardCall:
-    """One forward or forward_backward as it was sent, its tensors dense."""
+    """A decoded forward or forward_backward, with dense tensors."""
 
     model_id: str
     seq_id: int | None
@@ -40,12 +40,12 @@ class ForwardCall:
 
 
 def from_proto(body: bytes) -> ForwardCall:
-    """Raises BadRequest where the body is none, BadData for what a datum holds."""
+    """Decode a protobuf body. Raises BadRequest if it is not one, BadData for an invalid datum."""
     message = wire.ForwardBackwardRequest()
     try:
         message.ParseFromString(body)
-    except Exception as error:  # protobuf's own DecodeError is of another module in each implementation
-        raise BadRequest(f"the body is no ForwardBackwardRequest in protobuf: {str(error)[:200]}") from None
+    except Exception as error:  # each implementation of protobuf has its DecodeError in another module
+        raise BadRequest(f"the body is not a ForwardBackwardRequest in protobuf: {str(error)[:200]}") from None
     config: dict[str, float | str] = dict(message.loss_fn_config)
     for name, value in message.loss_fn_config_v2.items():
         config[name] = value.text if value.WhichOneof("value") == "text" else value.number
@@ -60,7 +60,7 @@ def from_proto(body: bytes) -> ForwardCall:
 
 
 def numbered(body: bytes) -> tuple[str, int | None]:
-    """The model_id and seq_id of a protobuf body that could not be honoured; empty and None where it has none."""
+    """The model_id and seq_id of a refused protobuf body; empty and None if it has none."""
     message = wire.ForwardBackwardRequest()
     try:
         message.ParseFromString(body)
@@ -70,7 +70,7 @@ def numbered(body: bytes) -> tuple[str, int | None]:
 
 
 def from_json(body: bytes, *, backward: bool) -> ForwardCall:
-    """What SDKs before 0.25 send. Raises BadRequest, BadData."""
+    """Decode a JSON body, which SDKs before 0.25 send. Raises BadRequest, BadData."""
     sent = protocol.parse(body, protocol.Forward)
     given = sent.forward_backward_input or sent.forward_input
     if given is None:
@@ -84,7 +84,7 @@ def from_json(body: bytes, *, backward: bool) -> ForwardCall:
 
 
 def json_tokens(whose: str, model_input: protocol.ModelInputBody) -> TensorData:
-    """Token ids of a JSON model_input. Raises BadData for an image or what is no token."""
+    """The token ids of a JSON model_input. Raises BadData for an image or an invalid token."""
     tokens: list[int] = []
     for chunk in model_input.chunks:
         if chunk.get("type", "encoded_text") != "encoded_text" or not isinstance(chunk.get("tokens"), list):
@@ -96,9 +96,9 @@ def json_tokens(whose: str, model_input: protocol.ModelInputBody) -> TensorData:
     return from_numpy(np.asarray(tokens, dtype=np.int64))
 
 
-# Any: JSON not looked at yet
+# Any: JSON that is not checked yet
 def json_tensor(whose: str, value: Any) -> TensorData:
-    """`{data, dtype, shape?, sparse_crow_indices?, sparse_col_indices?}`, dense. Raises BadData."""
+    """The dense tensor of `{data, dtype, shape?, sparse_crow_indices?, sparse_col_indices?}`. Raises BadData."""
     if not isinstance(value, Mapping) or not isinstance(value.get("data"), list):
         raise BadData(f"{whose} must be a tensor: data (a flat list), dtype and shape")
     dtype = value.get("dtype", "float32")
@@ -113,7 +113,7 @@ def json_tensor(whose: str, value: Any) -> TensorData:
 
 
 def same_widths(data: list[dict[str, Any]]) -> list[int] | None:
-    """Pad `[T, K]` inputs of several K to the widest, in place, with weight 0; the K of each row, None where all agree.
+    """Pad `[T, K]` inputs to the widest K, in place, with weight 0; the K of each row, or None if all are equal.
 
     Any: as in ForwardCall.
     """
@@ -143,7 +143,7 @@ def same_widths(data: list[dict[str, Any]]) -> list[int] | None:
 
 
 def of_ranks(data: list[dict[str, Any]], ranks: Mapping[str, int]) -> list[dict[str, Any]]:
-    """What a graph with these inputs reads of each datum; one number may come as a tensor of one. Any: as above."""
+    """The inputs of each datum that a graph with these ranks reads; scalars may have shape [1]. Any: as above."""
     fitted = []
     for datum in data:
         inputs = {}
@@ -156,7 +156,10 @@ def of_ranks(data: list[dict[str, Any]], ranks: Mapping[str, int]) -> list[dict[
 
 
 def config_of(loss: LossDescription, sent: Mapping[str, float | str]) -> Config:
-    """The wire has doubles and strings only: whole numbers for int, 0 and 1 for bool. Raises BadHyperparameter."""
+    """The config with the types of the hyperparameters: the protocol has only doubles and strings.
+
+    Raises BadHyperparameter for NaN.
+    """
     types = {hyper.name: hyper.type for hyper in loss.hyperparameters}
     config: Config = {}
     for name, value in sent.items():
@@ -173,7 +176,7 @@ def config_of(loss: LossDescription, sent: Mapping[str, float | str]) -> Config:
 
 
 def check_known_inputs(loss: LossDescription, data: Iterable[Mapping[str, Any]]) -> None:
-    """Raise BadData for an input that a built-in loss does not read; a loss of somebody's own takes what it likes.
+    """Raise BadData for an input that a built-in loss does not read; other losses may read any input.
 
     Any: as in ForwardCall.
     """
@@ -199,7 +202,7 @@ def _proto_datum(whose: str, datum: wire.Datum) -> dict[str, Any]:  # Any: as in
     tokens = np.concatenate(pieces).astype(np.int64) if pieces else np.zeros(0, dtype=np.int64)
     inputs = {name: _proto_tensor(f"{whose}: {name!r}", tensor) for name, tensor in datum.loss_fn_inputs.items()}
     for name, tensor in datum.loss_fn_inputs.items():
-        # no shape is that of one number too; an input of each token stays flat, and is refused for its length
+        # a scalar has no shape either; an input with one entry for each token stays flat, and its length is checked
         if not tensor.shape and inputs[name].shape == (1,) and len(tokens) != 1 and name not in _OF_TOKENS:
             inputs[name] = TensorData(inputs[name].data, inputs[name].dtype, ())
     return {"model_input": from_numpy(tokens), "loss_fn_inputs": inputs}
@@ -208,7 +211,7 @@ def _proto_datum(whose: str, datum: wire.Datum) -> dict[str, Any]:  # Any: as in
 def _proto_tensor(whose: str, tensor: wire.Tensor) -> TensorData:
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
-        raise BadData(f"{whose} has no dtype this server knows ({tensor.dtype})")
+        raise BadData(f"{whose} has a dtype that this server does not know ({tensor.dtype})")
     if tensor.WhichOneof("layout") == "sparse_csr":
         csr = tensor.sparse_csr
         values = from_bytes(csr.values, dtype, whose)
@@ -219,7 +222,7 @@ def _proto_tensor(whose: str, tensor: wire.Tensor) -> TensorData:
 
 
 def _dense(whose: str, values: Array, crow: Array, col: Array, shape: Iterable[int]) -> Array:
-    """The matrix of a CSR tensor; what is not listed is 0."""
+    """The matrix of a CSR tensor; entries that it does not list are 0."""
     rows, width = (*shape, -1, -1)[:2]
     if rows < 0 or width < 0 or rows * width > 1 << 28:
         raise BadData(f"{whose} is sparse and has shape {list(shape)}, but needs two sizes, [T, K]")

@@ -1,4 +1,4 @@
-"""Results of the engine as a Tinker client reads them: protobuf for losses and samples, JSON for the rest."""
+"""Encodes results for Tinker clients: protobuf for losses and samples, JSON for everything else."""
 
 from __future__ import annotations
 
@@ -40,38 +40,38 @@ _USERS = frozenset(
         "OutOfMemory",
     }
 )
-"""Kinds of problem that the same request would meet again."""
+"""Kinds of errors that a repetition of the same request would meet again."""
 
 
 def failed(problem: Problem) -> dict[str, str]:
-    """A failed future; `category` says whether to send it again would help."""
+    """A failed future; `category` tells the SDK whether a retry can help."""
     text = f"{problem.message}\n\n{problem.traceback}" if problem.traceback else problem.message
     return {"error": text, "category": "user" if problem.kind in _USERS else "server"}
 
 
-def done(asked: StoredRequest, result: bytes) -> bytes | dict[str, Any]:  # Any: JSON values of several types
-    """Protobuf as bytes, JSON as a dict."""
-    match asked.kind:
+def done(record: StoredRequest, result: bytes) -> bytes | dict[str, Any]:  # Any: JSON values of several types
+    """The answer of a request that has ended: protobuf as bytes, JSON as a dict."""
+    match record.kind:
         case "forward" | "forward_backward":
-            return forward_output(msgspec.msgpack.decode(result, type=ForwardOutput), asked)
+            return forward_output(msgspec.msgpack.decode(result, type=ForwardOutput), record)
         case "sample":
-            return sample_response(msgspec.msgpack.decode(result, type=SampleOutput), asked)
+            return sample_response(msgspec.msgpack.decode(result, type=SampleOutput), record)
         case "optim_step":
             return {"metrics": optim_metrics(msgspec.msgpack.decode(result, type=OptimStepOutput))}
         case "create_model":
-            return {"model_id": asked.parent, "type": "create_model"}
+            return {"model_id": record.parent, "type": "create_model"}
         case "create_custom_loss":
-            return {"loss_id": asked.path, "type": "create_custom_loss"}
+            return {"loss_id": record.path, "type": "create_custom_loss"}
         case "load_weights":
-            return {"path": asked.path, "model_id": asked.parent, "type": "load_weights"}
-        case "save_weights_for_sampler" if asked.sampling_session_id is not None:
-            return {"sampling_session_id": asked.sampling_session_id, "type": asked.kind}
+            return {"path": record.path, "model_id": record.parent, "type": "load_weights"}
+        case "save_weights_for_sampler" if record.sampling_session_id is not None:
+            return {"sampling_session_id": record.sampling_session_id, "type": record.kind}
         case _:
-            return {"path": asked.path, "type": asked.kind}
+            return {"path": record.path, "type": record.kind}
 
 
 def metrics_of(output: ForwardOutput) -> dict[str, float]:
-    """Each name with one reduction behind a colon, and `loss:sum`."""
+    """The metrics of an output: each name has its reduction after a colon; the loss is `loss:sum`."""
     metrics = {}
     for name, value in output.diagnostics.items():
         base, _, reduction = name.rpartition(":")
@@ -83,12 +83,12 @@ def metrics_of(output: ForwardOutput) -> dict[str, float]:
     return metrics
 
 
-def forward_output(output: ForwardOutput, asked: StoredRequest) -> bytes:
-    """Log-probabilities in the order of the datums; a new record wherever their K changes."""
+def forward_output(output: ForwardOutput, record: StoredRequest) -> bytes:
+    """Log-probabilities in the order of the datums, with a new record each time their K changes."""
     message = wire.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
     arrays = [_float32(tensor) for tensor in output.logprobs or ()]
-    if asked.widths is not None and arrays:
-        arrays = [array[:, :width] for array, width in zip(arrays, asked.widths, strict=True)]
+    if record.widths is not None and arrays:
+        arrays = [array[:, :width] for array, width in zip(arrays, record.widths, strict=True)]
     start = 0
     for end in range(1, len(arrays) + 1):
         if end == len(arrays) or arrays[end].shape[1:] != arrays[start].shape[1:]:
@@ -96,14 +96,14 @@ def forward_output(output: ForwardOutput, asked: StoredRequest) -> bytes:
             record.fields["logprobs"].CopyFrom(_batched(arrays[start:end]))
             start = end
     if output.logprobs is None:
-        message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=asked.rows)
+        message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=record.rows)
     for name, value in metrics_of(output).items():
         message.metrics[name] = value
     return message.SerializeToString()
 
 
 def split(output: ForwardOutput, rows: Sequence[int]) -> list[ForwardOutput]:
-    """One output for each of the chunks that were run as one: sums are told with the first, the rest with each."""
+    """One output for each chunk of a call: the first has the sums, and each has the other diagnostics."""
     outputs = []
     start = 0
     for index, count in enumerate(rows):
@@ -125,7 +125,7 @@ def split(output: ForwardOutput, rows: Sequence[int]) -> list[ForwardOutput]:
 
 
 def optim_metrics(output: OptimStepOutput) -> dict[str, float]:
-    """Names a training loop can merge into its own log."""
+    """The metrics of a step, with names that a training loop can merge into its own."""
     return {
         "optim/grad_norm": output.grad_norm,
         "optim/learning_rate": output.learning_rate,
@@ -135,8 +135,8 @@ def optim_metrics(output: OptimStepOutput) -> dict[str, float]:
     }
 
 
-def sample_response(output: SampleOutput, asked: StoredRequest) -> bytes:
-    """The samples, and what was asked of the prompt."""
+def sample_response(output: SampleOutput, record: StoredRequest) -> bytes:
+    """The samples, and the answers to the questions about the prompt."""
     message = wire.SampleResponse()
     for sequence in output.sequences:
         sent = message.sequences.add(
@@ -152,7 +152,7 @@ def sample_response(output: SampleOutput, asked: StoredRequest) -> bytes:
     if prompt.top is not None:
         message.topk_prompt_logprobs.CopyFrom(_top(prompt.top))
     if prompt.targets is not None:
-        message.target_prompt_logprobs.CopyFrom(_targets(to_numpy(prompt.targets), asked.layout))
+        message.target_prompt_logprobs.CopyFrom(_targets(to_numpy(prompt.targets), record.layout))
     if prompt.drawn is not None:
         message.prompt_alt_tokens.tokens.CopyFrom(tensor(to_numpy(prompt.drawn.ids)))
         message.prompt_alt_tokens.logprobs.CopyFrom(tensor(to_numpy(prompt.drawn.logprobs)))
@@ -170,7 +170,7 @@ def _top(top: TopLogprobs) -> wire.TopkLogprobs:
 
 
 def _targets(found: Array, layout: Layout | None) -> wire.Tensor:
-    """In the layout of what was asked."""
+    """The log-probabilities in the layout of the requested targets."""
     if layout is None:
         return tensor(found)
     rows = np.repeat(np.arange(found.shape[0]), np.diff(layout.crow))
@@ -205,5 +205,5 @@ def _float32(data: TensorData) -> Array:
 
 # Any: JSON values of several types
 def pending(request_id: str, status: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of a future that is not done."""
+    """The answer of a request that has not ended."""
     return {"type": "try_again", "request_id": request_id, "queue_state": "active", **status}

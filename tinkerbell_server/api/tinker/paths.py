@@ -1,4 +1,4 @@
-"""What things are called on the Tinker wire: the base model, and paths of checkpoints."""
+"""Names in the Tinker protocol: the base model, and the tinker:// paths of checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """The one base model of a server: its name on the wire, and what a tokenizer is loaded from."""
+    """The base model of a server: its name in the protocol, and the source of its tokenizer. also: its other names."""
 
     name: str
     tokenizer: str
@@ -29,7 +29,7 @@ class BaseModel:
 
     @classmethod
     def of(cls, settings: Settings) -> BaseModel:
-        """MODEL as it was given; the embedded one is the folder it is written to, so that a client can load it."""
+        """The base of these settings. The embedded model has its folder as name, so that a client finds its tokenizer."""
         if settings.model is None:
             folder = str(settings.data_path / "models" / "embedded")
             return cls(folder, folder, ("embedded",))
@@ -61,24 +61,24 @@ class TinkerPath:
 
     @property
     def folder_name(self) -> str:
-        """What the save is called beside its run's other saves."""
+        """The name of the save's folder among those of its run."""
         return f"{self.kind}.{self.name}"
 
     @classmethod
     def parse(cls, text: str) -> TinkerPath:
-        """Raises BadCheckpoint that says what a path looks like."""
+        """Parse a path. Raises BadCheckpoint, which shows the form of a path."""
         scheme, _, rest = text.partition("://")
         parts = rest.split("/")
         if scheme != "tinker" or len(parts) != 3 or parts[1] not in KINDS or not all(parts):
             raise BadCheckpoint(
-                f"{text[:200]!r} is no path of a checkpoint: it must read tinker://<training run>/<kind>/<name>, "
-                f"kind one of {', '.join(KINDS)}, as save_state and save_weights_for_sampler answer it"
+                f"{text[:200]!r} is not the path of a checkpoint, tinker://<training run>/<kind>/<name> with a kind of "
+                f"{', '.join(KINDS)}: pass a path that save_state or save_weights_for_sampler returned"
             )
         return cls(parts[0], parts[1], parts[2])
 
 
 def expiry(ttl_seconds: int | None, least: int = 1) -> float | None:
-    """When a checkpoint that is to live so long will be gone; None for never. Raises BadRequest."""
+    """The time at which a checkpoint expires; None for never. Raises BadRequest."""
     if ttl_seconds is None:
         return None
     if not least <= ttl_seconds <= _MOST_TTL:
@@ -87,9 +87,9 @@ def expiry(ttl_seconds: int | None, least: int = 1) -> float | None:
 
 
 def check_save_name(name: str) -> None:
-    """Raise BadCheckpoint where `name` cannot be the last part of a path."""
+    """Raise BadCheckpoint if `name` cannot be the last part of a path."""
     if not _NAME.fullmatch(name):
         raise BadCheckpoint(
             f"a checkpoint cannot be named {name[:120]!r}: use letters, digits, '.', '_', ':' and '-', beginning with "
-            "a letter or a digit, at most 101"
+            "a letter or a digit, with at most 101 characters"
         )

@@ -1,4 +1,4 @@
-"""The JSON bodies of the Tinker wire. A field that is new to us is ignored and told once; one we know is honoured."""
+"""The JSON bodies of the Tinker protocol. An unknown field is ignored and logged once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger("tinkerbell.server")
 
 _told: set[tuple[str, str]] = set()
 
-Any_ = Any  # Any: JSON of the user's own, or not looked at yet
+Any_ = Any  # Any: the user's own JSON, or JSON that is not checked yet
 
 
 class Body(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,7 +56,7 @@ class LossInput(msgspec.Struct, frozen=True):
 
 
 class CreateCustomLoss(Body, frozen=True):
-    """inputs: `logprobs` first. graph: not read here; who rebuilds it checks every word of it."""
+    """inputs: `logprobs` first. graph: the process that rebuilds it checks it."""
 
     session_id: str
     custom_loss_seq_id: int
@@ -85,7 +85,7 @@ class ForwardInput(msgspec.Struct, frozen=True):
 
 
 class Forward(Body, frozen=True):
-    """SDKs before 0.25 send JSON, under one of two names."""
+    """A forward request of an SDK before 0.25, which sends JSON under one of two names."""
 
     model_id: str
     seq_id: int | None = None
@@ -155,7 +155,7 @@ class FuturesTarget(msgspec.Struct, frozen=True):
 
 
 class RetrieveFutures(Body, frozen=True):
-    """timeout: seconds; retrieved_request_ids: whose results a server may forget."""
+    """timeout: seconds; retrieved_request_ids: requests whose results a server may delete."""
 
     target: FuturesTarget
     prev_cursor: int = 0
@@ -227,7 +227,7 @@ class SearchSessions(Body, frozen=True):
 class SamplingParams(msgspec.Struct, frozen=True):
     max_tokens: int | None = None
     seed: int | None = None
-    stop: str | list[Any_] | None = None  # Any: strings or ids, which msgspec tells apart only one by one
+    stop: str | list[Any_] | None = None  # Any: strings or ids; msgspec cannot decode a list of both
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
@@ -256,7 +256,7 @@ B = TypeVar("B", bound=msgspec.Struct)
 
 
 def parse(body: bytes, type_: type[B]) -> B:
-    """The body as a struct. Raises BadRequest that names the field."""
+    """Decode a body. Raises BadRequest, which names the field."""
     try:
         fields = msgspec.json.decode(body or b"{}")
         parsed = msgspec.convert(fields, type_)
@@ -272,7 +272,7 @@ def parse(body: bytes, type_: type[B]) -> B:
 
 
 def numbered(body: bytes) -> tuple[str, int | None]:
-    """The model_id and seq_id of a body that could not be honoured; empty and None where it has none."""
+    """The model_id and seq_id of a refused body; empty and None if it has none."""
     try:
         fields = msgspec.json.decode(body)
         model_id, seq = fields["model_id"], fields["seq_id"]

@@ -1,4 +1,4 @@
-"""What is told of sessions, runs and checkpoints, and what is done to them by name. Knows no HTTP."""
+"""Lists and describes sessions, runs and checkpoints, and changes checkpoints by name."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Queries:
         self._records.put(msgspec.structs.replace(session, project_id=project_id))
 
     def own(self, tenant: str, run_id: str, kind: str, name: str) -> Checkpoint:
-        """A checkpoint of one's own, by the parts of its path. Raises NotHere."""
+        """A checkpoint of the tenant, by the parts of its path. Raises NotHere."""
         self._known_run(tenant, run_id)
         if kind not in KINDS:
             raise NotHere(f"no kind of checkpoint {kind[:60]!r}: there is {', '.join(KINDS)}")
@@ -90,7 +90,7 @@ class Queries:
         return checkpoint
 
     def delete(self, checkpoint: Checkpoint) -> None:
-        """Its record and its folder. What is loaded already stays loaded."""
+        """Delete the record and the folder of a checkpoint; models that loaded it keep their weights."""
         self._records.drop(checkpoint)
         shutil.rmtree(checkpoint.folder, ignore_errors=True)
 
@@ -101,7 +101,7 @@ class Queries:
         self._records.put(msgspec.structs.replace(checkpoint, expires=expiry(ttl_seconds)))
 
     def sweep(self) -> None:
-        """Delete what has expired."""
+        """Delete expired checkpoints."""
         for checkpoint in self._records.all(Checkpoint):
             if _expired(checkpoint):
                 self.delete(checkpoint)
@@ -152,10 +152,10 @@ def _checkpoint(one: Checkpoint) -> Json:
     }
 
 
-def _page(store: Sequence[Any], offset: int, limit: int) -> tuple[Sequence[Any], Json]:  # Any: store of one kind
+def _page(records: Sequence[Any], offset: int, limit: int) -> tuple[Sequence[Any], Json]:  # Any: records of one kind
     if offset < 0 or not 1 <= limit <= _MOST:
         raise BadRequest(f"offset is {offset} and limit {limit}, but must be at least 0, and from 1 to {_MOST}")
-    return store[offset : offset + limit], {"offset": offset, "limit": limit, "total_count": len(store)}
+    return records[offset : offset + limit], {"offset": offset, "limit": limit, "total_count": len(records)}
 
 
 def _expired(checkpoint: Checkpoint) -> bool:
@@ -167,7 +167,7 @@ def _time(seconds: float) -> str:
 
 
 HEARD_SECONDS = 120.0
-"""A session is active that was heard so lately; its client sends a heartbeat every 10 seconds."""
+"""A session is active if its last heartbeat is at most this old; its client sends one every 10 seconds."""
 
 _MOST_FOUND = 200
 
@@ -177,7 +177,7 @@ _STATUSES = ("active", "cancelled", "failed", "client_finished")
 
 
 def search(store: TinkerStore, tenant: str, body: bytes) -> Json:
-    """What POST /sessions/search answers: a page. Raises BadRequest for a setting that is none."""
+    """The answer of POST /sessions/search: one page. Raises BadRequest for an invalid filter."""
     sent = protocol.parse(body, protocol.SearchSessions)
     if not 1 <= sent.limit <= _MOST_FOUND:
         raise BadRequest(f"limit is {sent.limit}, but must be from 1 to {_MOST_FOUND}")
@@ -195,7 +195,7 @@ def search(store: TinkerStore, tenant: str, body: bytes) -> Json:
 
 
 def status_of(session: Session) -> Json | None:
-    """None where it has not said how it ended, and was not heard lately."""
+    """The status of a session; None if its client did not report how it ended and sends no heartbeat."""
     if session.reason is not None:
         return {"type": "client_finished", "reason": {"type": session.reason}, "detail": session.detail}
     active = not session.ended and session.last_seen > time.time() - HEARD_SECONDS
@@ -203,7 +203,7 @@ def status_of(session: Session) -> Json | None:
 
 
 def _of_owner(store: TinkerStore, tenant: str, sent: protocol.SearchSessions) -> list[Session]:
-    """Of the tenant's own: nobody else's are there."""
+    """Whether the owner filter matches the tenant, who sees no other sessions."""
     kind = sent.owner.get("type", "own")
     if kind not in _OWNERS:
         raise BadRequest(f"owner is of type {str(kind)[:40]!r}, but must be one of {', '.join(_OWNERS)}")

@@ -1,4 +1,4 @@
-"""The Tinker wire under /api/v1, as the stock SDK speaks it. Thin: bodies in, answers out."""
+"""Every route of the Tinker API, and the handlers of sessions, samplers and futures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tinkerbell_server.api.tinker.sessions import client_config as config_of
 from tinkerbell_server.http.auth import allowed, caller_of
 
 WAIT = 30.0
-"""Seconds; the client gives up a poll after 45, and polls again without a pause."""
+"""Seconds that a poll waits; the client ends a poll after 45 seconds and polls again at once."""
 
 
 async def retrieve_future(request: Request) -> Response:
@@ -30,7 +30,7 @@ async def retrieve_future(request: Request) -> Response:
     requests = tinker_server(request).requests
     answer = await requests.retrieve(tenant_of(request), sent.request_id, WAIT)
     if answer is None:
-        # a client logs a pending 200 each time, and a 408 not
+        # a client logs each pending answer with status 200, but none with 408
         return json_response(encode.pending(sent.request_id, {}), 408)
     if isinstance(answer, bytes):
         return Response(answer, media_type=PROTOBUF)
@@ -55,7 +55,7 @@ async def healthz(request: Request) -> Response:
 async def client_config(request: Request) -> Response:
     requests = tinker_server(request).requests
     settings = requests.service.settings
-    # the engine says whether uploads are really on, which takes a while after a start
+    # only the engine knows whether uploads are possible
     takes_losses = (
         "upload" in request.auth.scopes and settings.uploads != "off" and (await requests.engine()).uploads != "off"
     )
@@ -95,13 +95,13 @@ async def finish(request: Request) -> Response:
 
 
 async def telemetry(request: Request) -> Response:
-    """Taken and forgotten: it carries stack traces and texts of the user's."""
+    """Accept telemetry and discard it: it contains stack traces and texts of the user."""
     await body_of(request)
     return json_response({"status": "accepted"})
 
 
 async def nothing(request: Request) -> Response:
-    """What the hosted service has and this one has not."""
+    """Refuse a path of the hosted service that this server does not have."""
     raise NotHere(f"{request.method} {request.url.path[:200]} is not on this server: see its page 'Coming from Tinker'")
 
 
@@ -187,7 +187,7 @@ _METHODS = ("GET", "POST", "PUT", "DELETE")
 
 
 def routes() -> list[Route]:
-    """Every path of the Tinker wire; a link to a download is a secret of its own, and needs no key."""
+    """Every route of the Tinker API. A download link contains a secret, so it needs no key."""
     return [
         *(_route("GET", path, endpoint) for path, endpoint in _ANYBODY.items()),
         *(_route(method, path, allowed("read", endpoint)) for method, path, endpoint in _READ),

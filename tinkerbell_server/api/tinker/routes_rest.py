@@ -1,4 +1,4 @@
-"""What a RestClient asks: lists, descriptions, and changes to checkpoints by name. All answered at once."""
+"""Routes of the RestClient: lists, descriptions, and changes to checkpoints. Each is answered at once."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def external_urls(request: Request) -> Response:
 
 
 async def archive(request: Request) -> Response:
-    """Where SDKs before 0.25 look for a checkpoint's tar."""
+    """Redirect to the archive of a checkpoint, where SDKs before 0.25 expect it."""
     url = tinker_server(request).downloads.archive_url(_base(request), _own(request))
     expires = format_datetime(datetime.now(UTC) + timedelta(seconds=SECONDS), usegmt=True)
     return RedirectResponse(url, 302, headers={"Expires": expires})
@@ -83,7 +83,7 @@ async def download(request: Request) -> Response:
     path = tinker_server(request).downloads.path(request.path_params["token"])
     if path.is_file():
         return FileResponse(path)
-    file = tempfile.TemporaryFile()  # noqa: SIM115  # closed when it has been sent
+    file = tempfile.TemporaryFile()  # noqa: SIM115  # closed after it has been sent
     await asyncio.to_thread(write_archive, path, file)
     return StreamingResponse(_pieces(file), media_type="application/x-tar")
 

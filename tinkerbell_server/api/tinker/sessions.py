@@ -1,4 +1,4 @@
-"""Sessions of Tinker clients: a handshake, a heartbeat, an end."""
+"""Sessions of Tinker clients: configuration, start, heartbeat and end."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from tinkerbell_server.config import Settings
 
 # Any: JSON values of several types
 def client_config(settings: Settings, *, limited: bool, takes_losses: bool) -> dict[str, Any]:
-    """What a client is told before its first session.
+    """The configuration that a client reads before its first session.
 
-    limited: its key may have so many requests at once. takes_losses: whether this client may send losses; otherwise
-    its SDK runs them where it is, as two passes.
+    limited: whether the number of its concurrent requests is limited. takes_losses: whether this client may send
+    losses; otherwise its SDK runs them locally, as two passes.
     """
     body_limit = settings.body_limit << 20
-    # fewer than the results that are kept; each waits in a request of its own
+    # fewer than the results that are kept; each sample is a request that waits
     samples = max(1, settings.concurrency_limit // 2) if limited else 512
     return {
         "pjwt_auth_enabled": False,
         "credential_default_source": "api_key",
         "parallel_fwdbwd_chunks": True,
         "proto_compress_fwdbwd": False,
-        # a call is one request as long as a body may be that large: a loss then sees its batch whole
+        # chunks as large as a body may be, so that a loss usually sees its whole batch in one request
         "fwdbwd_max_chunk_len": 1 << 16,
         "fwdbwd_max_chunk_bytes_count": body_limit // 2,
         "fwdbwd_dispatch_bytes_semaphore_size": body_limit,
@@ -42,10 +42,13 @@ def client_config(settings: Settings, *, limited: bool, takes_losses: bool) -> d
 
 
 class Sessions:
+    """The sessions of one server."""
+
     def __init__(self, requests: TinkerRequests) -> None:
         self._requests = requests
 
     async def create(self, tenant: str, body: bytes) -> dict[str, Any]:  # Any: JSON values of several types
+        """create_session: the answer with the id of the new session."""
         sent = protocol.parse(body, protocol.CreateSession)
         session = Session(
             id=secrets.token_hex(16),
@@ -64,17 +67,17 @@ class Sessions:
         return {"type": "create_session", "session_id": session.id, "info_message": message}
 
     def heartbeat(self, tenant: str, body: bytes) -> None:
-        """Raises Gone where there is no such session, so that the client stops asking."""
+        """Note that a client is alive. Raises Gone if the session has ended, so that the client stops."""
         sent = protocol.parse(body, protocol.Heartbeat)
         session = self._requests.store.get(Session, sent.session_id, tenant)
         if session is None or session.ended:
-            raise Gone(f"session {sent.session_id[:80]!r} has ended, or is not of this server")
+            raise Gone(f"session {sent.session_id[:80]!r} has ended, or belongs to another server")
         self._requests.store.put(msgspec.structs.replace(session, last_seen=time.time()))
 
     def finish(self, tenant: str, session_id: str, body: bytes) -> None:
-        """The client says good-bye: what it made and did not save by name is given back soon."""
+        """End a session; the reaper then frees everything that was not saved by name."""
         sent = protocol.parse(body, protocol.Finish)
         session = self._requests.session(tenant, session_id)
         reason = str(sent.reason.get("type", "success"))[:40]
-        over = msgspec.structs.replace(session, ended=True, reason=reason, detail=(sent.detail or "")[:1000] or None)
-        self._requests.store.put(over)
+        ended = msgspec.structs.replace(session, ended=True, reason=reason, detail=(sent.detail or "")[:1000] or None)
+        self._requests.store.put(ended)

@@ -1,4 +1,4 @@
-"""Checkpoints copied into another session or project. Knows no HTTP."""
+"""Copies checkpoints into other sessions or projects, and makes download links and archives of them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ _LEAST_TTL = 3600
 
 
 class CheckpointCopies:
+    """Copies checkpoints."""
+
     def __init__(self, requests: TinkerRequests, checkpoints: Checkpoints) -> None:
         self._requests, self._checkpoints = requests, checkpoints
 
     def copy(self, tenant: str, body: bytes, key: str | None, token: str | None) -> str:
-        """copy_weights: the copy's path, of a new run that cannot be trained. key: the same one makes one copy.
+        """copy_weights: the path of the copy, in a new run that cannot be trained. key: makes a repetition harmless.
 
         Raises BadRequest, BadCheckpoint, NotHere.
         """
@@ -47,7 +49,7 @@ class CheckpointCopies:
             return str(path)
         folder = models_folder(self._requests.service.settings.data_path, tenant) / run.id / path.folder_name
         make_folders(folder.parent)
-        shutil.rmtree(folder, ignore_errors=True)  # what a copy that failed has left
+        shutil.rmtree(folder, ignore_errors=True)  # the remains of a copy that failed
         shutil.copytree(source.folder, folder, copy_function=_link)
         store.put(run)
         copy = msgspec.structs.replace(
@@ -64,7 +66,7 @@ class CheckpointCopies:
         return copy.id
 
     def _run(self, tenant: str, sent: protocol.CopyWeights, source: Checkpoint, key: str | None) -> Run:
-        """The run that will have the copy, of the session that was named or of a new one."""
+        """The run that gets the copy, in the named session or in a new one."""
         if sent.session_id is not None and sent.model_seq_id is not None:
             session = self._requests.session(tenant, sent.session_id)
             model_id = model_id_of(session.id, sent.model_seq_id)
@@ -100,7 +102,7 @@ class CheckpointCopies:
 
 
 def _link(source: str, target: str) -> None:
-    """One more name for the same bytes, which nobody changes; a copy where the file system has no such names."""
+    """Hard-link a file, which nothing changes later; copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -110,19 +112,19 @@ def _link(source: str, target: str) -> None:
 SECONDS = 3600.0
 
 _LEFT_OUT = ("optimizer.safetensors", "tinkerbell.json")
-"""Of this server only: who downloads a checkpoint wants the adapter."""
+"""Files that only this server reads; a download contains the adapter."""
 
 
 class DownloadLinks:
-    """token: what stands in a link; nobody can guess one."""
+    """Links to files of checkpoints that work without a key for an hour; each contains a secret token."""
 
     def __init__(self) -> None:
         self._paths: dict[str, tuple[Path, float]] = {}
 
     def urls(self, base: str, checkpoint: Checkpoint) -> dict[str, str]:
-        """A link for each file, by its name in the checkpoint. Raises BadRequest where it is not external."""
+        """A link for each file, by its name in the checkpoint. Raises BadRequest if the checkpoint is not external."""
         if checkpoint.kind != "external_weights":
-            raise BadRequest(f"{checkpoint.id!r} is no external checkpoint: save_weights_external makes one")
+            raise BadRequest(f"{checkpoint.id!r} is not an external checkpoint: create one with save_weights_external")
         folder = Path(checkpoint.folder)
         return {
             str(path.relative_to(folder)): f"{base}{self._token(path)}"
@@ -134,10 +136,10 @@ class DownloadLinks:
         return f"{base}{self._token(Path(checkpoint.folder))}"
 
     def path(self, token: str) -> Path:
-        """Raises Gone for a link that has ended, or never was."""
+        """The path that a link stands for. Raises Gone if the link is unknown or has expired."""
         path, expires = self._paths.get(token, (Path(), 0.0))
         if expires < time.time() or not path.exists():
-            raise Gone("this link has ended: ask for a new one")
+            raise Gone("this link has expired or is unknown: request a new one")
         return path
 
     def _token(self, path: Path) -> str:
@@ -149,7 +151,7 @@ class DownloadLinks:
 
 
 def write_archive(folder: Path, file: IO[bytes]) -> None:
-    """A tar of the files in a folder, without the folder."""
+    """Write a tar of the files in a folder, without the folder itself."""
     with tarfile.open(fileobj=file, mode="w") as tar:
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.name not in _LEFT_OUT:
