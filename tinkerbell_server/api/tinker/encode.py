@@ -49,25 +49,25 @@ def failed(problem: Problem) -> dict[str, str]:
     return {"error": text, "category": "user" if problem.kind in _USERS else "server"}
 
 
-def done(record: StoredRequest, result: bytes) -> bytes | dict[str, Any]:  # Any: JSON values of several types
+def done(stored: StoredRequest, result: bytes) -> bytes | dict[str, Any]:  # Any: JSON values of several types
     """The answer of a request that has ended: protobuf as bytes, JSON as a dict."""
-    match record.kind:
+    match stored.kind:
         case "forward" | "forward_backward":
-            return forward_output(msgspec.msgpack.decode(result, type=ForwardOutput), record)
+            return forward_output(msgspec.msgpack.decode(result, type=ForwardOutput), stored)
         case "sample":
-            return sample_response(msgspec.msgpack.decode(result, type=SampleOutput), record)
+            return sample_response(msgspec.msgpack.decode(result, type=SampleOutput), stored)
         case "optim_step":
             return {"metrics": optim_metrics(msgspec.msgpack.decode(result, type=OptimStepOutput))}
         case "create_model":
-            return {"model_id": record.parent, "type": "create_model"}
+            return {"model_id": stored.parent, "type": "create_model"}
         case "create_custom_loss":
-            return {"loss_id": record.path, "type": "create_custom_loss"}
+            return {"loss_id": stored.path, "type": "create_custom_loss"}
         case "load_weights":
-            return {"path": record.path, "model_id": record.parent, "type": "load_weights"}
-        case "save_weights_for_sampler" if record.sampling_session_id is not None:
-            return {"sampling_session_id": record.sampling_session_id, "type": record.kind}
+            return {"path": stored.path, "model_id": stored.parent, "type": "load_weights"}
+        case "save_weights_for_sampler" if stored.sampling_session_id is not None:
+            return {"sampling_session_id": stored.sampling_session_id, "type": stored.kind}
         case _:
-            return {"path": record.path, "type": record.kind}
+            return {"path": stored.path, "type": stored.kind}
 
 
 def metrics_of(output: ForwardOutput) -> dict[str, float]:
@@ -83,12 +83,12 @@ def metrics_of(output: ForwardOutput) -> dict[str, float]:
     return metrics
 
 
-def forward_output(output: ForwardOutput, record: StoredRequest) -> bytes:
+def forward_output(output: ForwardOutput, stored: StoredRequest) -> bytes:
     """Log-probabilities in the order of the datums, with a new record each time their K changes."""
     message = wire.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
     arrays = [_float32(tensor) for tensor in output.logprobs or ()]
-    if record.widths is not None and arrays:
-        arrays = [array[:, :width] for array, width in zip(arrays, record.widths, strict=True)]
+    if stored.widths is not None and arrays:
+        arrays = [array[:, :width] for array, width in zip(arrays, stored.widths, strict=True)]
     start = 0
     for end in range(1, len(arrays) + 1):
         if end == len(arrays) or arrays[end].shape[1:] != arrays[start].shape[1:]:
@@ -96,7 +96,7 @@ def forward_output(output: ForwardOutput, record: StoredRequest) -> bytes:
             record.fields["logprobs"].CopyFrom(_batched(arrays[start:end]))
             start = end
     if output.logprobs is None:
-        message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=record.rows)
+        message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=stored.rows)
     for name, value in metrics_of(output).items():
         message.metrics[name] = value
     return message.SerializeToString()
@@ -135,7 +135,7 @@ def optim_metrics(output: OptimStepOutput) -> dict[str, float]:
     }
 
 
-def sample_response(output: SampleOutput, record: StoredRequest) -> bytes:
+def sample_response(output: SampleOutput, stored: StoredRequest) -> bytes:
     """The samples, and the answers to the questions about the prompt."""
     message = wire.SampleResponse()
     for sequence in output.sequences:
@@ -152,7 +152,7 @@ def sample_response(output: SampleOutput, record: StoredRequest) -> bytes:
     if prompt.top is not None:
         message.topk_prompt_logprobs.CopyFrom(_top(prompt.top))
     if prompt.targets is not None:
-        message.target_prompt_logprobs.CopyFrom(_targets(to_numpy(prompt.targets), record.layout))
+        message.target_prompt_logprobs.CopyFrom(_targets(to_numpy(prompt.targets), stored.layout))
     if prompt.drawn is not None:
         message.prompt_alt_tokens.tokens.CopyFrom(tensor(to_numpy(prompt.drawn.ids)))
         message.prompt_alt_tokens.logprobs.CopyFrom(tensor(to_numpy(prompt.drawn.logprobs)))

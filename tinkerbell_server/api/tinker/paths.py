@@ -29,7 +29,7 @@ class BaseModel:
 
     @classmethod
     def of(cls, settings: Settings) -> BaseModel:
-        """The base of these settings. The embedded model has its folder as name, so that a client finds its tokenizer."""
+        """The base of these settings. The embedded model has its folder as its name, which is a tokenizer too."""
         if settings.model is None:
             folder = str(settings.data_path / "models" / "embedded")
             return cls(folder, folder, ("embedded",))
