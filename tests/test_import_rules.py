@@ -47,6 +47,11 @@ VIOLATIONS = [
         "tinkerbell_server/sandbox/rpc.py",
         "import tinkerbell_server.config",
     ),
+    Violation(
+        "the scaffold imports only tinkerbell_core",
+        "tinkerbell_server/scaffold/literals.py",
+        "import tinkerbell_server.calls.tensors",
+    ),
     Violation(NO_TORCH, "tinkerbell_server/config.py", "import torch"),
     Violation(NO_TORCH, "tinkerbell_server/service/queue.py", "def late():\n    import transformers"),
     Violation(NO_TORCH, "tinkerbell_server/api/native.py", "if TYPE_CHECKING:\n    from peft import PeftModel"),
