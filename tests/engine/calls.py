@@ -1,32 +1,40 @@
-"""What the tests say to an engine: rows, losses and commands."""
+"""Commands for the engine tests, checked as the service checks them, and what they leave in the engine."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import platform
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cloudpickle
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tinkerbell_core.decorator import loss
-from tinkerbell_core.errors import BadRequest
-from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.hyperparameters import bind_hyperparameters
 from tinkerbell_core.spec import LossFn
 from tinkerbell_core.tensors import from_torch
-from tinkerbell_core.types import CreateModelRequest, ForwardOutput, OptimStepOutput, RegisterLossRequest, SampleOutput
+from tinkerbell_core.types import (
+    CreateModelRequest,
+    ForwardOutput,
+    LossDescription,
+    OptimStepOutput,
+    RegisterLossRequest,
+    SampleOutput,
+)
+from tinkerbell_server.calls.data import parse_call
 from tinkerbell_server.commands import CreateModel, OptimStep, RegisterLoss, Row, RunLoss, Sample
 from tinkerbell_server.engines.torch.engine import TorchEngine
 
 CE = "tinkerbell-core:cross_entropy"
 
+LENGTHS = [5, 12, 3, 9, 7, 12, 1, 4]
+
 
 def rows(lengths: list[int], seed: int = 0, **inputs: list[Any]) -> list[Row]:
-    """Random rows with target_tokens; each of `inputs` has an entry a row."""
+    """Random rows with target_tokens. inputs: more inputs by name, with one entry per row."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for index, length in enumerate(lengths):
@@ -36,14 +44,44 @@ def rows(lengths: list[int], seed: int = 0, **inputs: list[Any]) -> list[Row]:
     return made
 
 
+def run_loss_command(
+    engine: TorchEngine,
+    data: Sequence[Row],
+    loss: str | Mapping[str, float],
+    model: str,
+    *,
+    backward: bool = True,
+    **hyperparameters: Any,
+) -> RunLoss:
+    """The command of a loss, or of a weighted sum of ids, on these rows."""
+    spec = engine._losses.get(loss) if isinstance(loss, str) else engine._losses.sum(loss)
+    description = LossDescription.of(spec)
+    datums = [{"model_input": row.tokens, "loss_fn_inputs": row.inputs} for row in data]
+    limits = {"vocab_size": engine._base.vocab_size, "max_length": engine._base.max_length}
+    checked = parse_call(datums, None, description, **limits)
+    assert isinstance(checked, list)
+    return RunLoss(
+        model_id=model,
+        loss=spec.id,
+        weights={} if isinstance(loss, str) else dict(loss),
+        data=checked,
+        hyperparameters=bind_hyperparameters(description.name, description.hyperparameters, hyperparameters),
+        backward=backward,
+    )
+
+
 def run(
-    engine: TorchEngine, data: list[Row], loss: str = CE, model: str = "m", backward: bool = True, **settings: Any
+    engine: TorchEngine,
+    data: Sequence[Row],
+    loss: str | Mapping[str, float] = CE,
+    model: str = "m",
+    backward: bool = True,
+    **hyperparameters: Any,
 ) -> ForwardOutput:
-    """Run a loss on a model, which is made where it is not there."""
-    with contextlib.suppress(BadRequest):  # it exists already
+    """Run a loss, or a weighted sum of ids, on a model, which is created if it does not exist."""
+    if model not in engine._models:
         create(engine, model)
-    command = RunLoss(model_id=model, loss=loss, data=data, hyperparameters=settings, backward=backward)
-    result = engine.execute(command)
+    result = engine.execute(run_loss_command(engine, data, loss, model, backward=backward, **hyperparameters))
     assert isinstance(result, ForwardOutput)
     return result
 
@@ -62,7 +100,14 @@ def step(engine: TorchEngine, model: str = "m", **settings: Any) -> OptimStepOut
     return result
 
 
-def sample(engine: TorchEngine, prompt: Any, model: str | None = None, **settings: Any) -> SampleOutput:
+def train(engine: TorchEngine, model: str, steps: int) -> None:
+    """Take steps of cross-entropy on random rows."""
+    for seed in range(steps):
+        run(engine, rows([6, 9], seed), model=model)
+        step(engine, model)
+
+
+def sample_command(prompt: list[int], model: str | None = None, **settings: Any) -> Sample:
     defaults: dict[str, Any] = {
         "max_tokens": 8,
         "temperature": 1.0,
@@ -72,7 +117,11 @@ def sample(engine: TorchEngine, prompt: Any, model: str | None = None, **setting
         "seed": 0,
         "num_samples": 1,
     }
-    result = engine.execute(Sample(model_id=model, prompt=prompt, **(defaults | settings)))
+    return Sample(model_id=model, prompt=prompt, **(defaults | settings))
+
+
+def sample(engine: TorchEngine, prompt: list[int], model: str | None = None, **settings: Any) -> SampleOutput:
+    result = engine.execute(sample_command(prompt, model, **settings))
     assert isinstance(result, SampleOutput)
     return result
 
@@ -82,11 +131,11 @@ def create(engine: TorchEngine, model: str = "m", **settings: Any) -> None:
 
 
 def upload(engine: TorchEngine, fn: LossFn, name: str, **settings: Any) -> str:
-    """Register a loss; its id."""
+    """Upload a loss; its id."""
     settings = {"coupling": "batch", "group_size": 1} | settings
     example_inputs = settings.pop("example_inputs", None)
     spec = loss(name=name, **settings)(fn)
-    # as the client does with modules of the author's own
+    # as the client does for a module that is not installed
     module = sys.modules[fn.__module__]
     cloudpickle.register_pickle_by_value(module)
     payload = cloudpickle.dumps(fn)
@@ -108,13 +157,13 @@ def upload(engine: TorchEngine, fn: LossFn, name: str, **settings: Any) -> str:
 
 
 def gradients(engine: TorchEngine, model: str = "m") -> dict[str, Tensor]:
-    """What a model has accumulated, copied."""
+    """A copy of the gradients that a model has accumulated."""
     trained = engine._models.get(model)
     return {name: gradient.clone() for name, gradient in trained.accumulated.gradients.items()}
 
 
 def weights(engine: TorchEngine, model: str = "m") -> dict[str, Tensor]:
-    """A model's trained weights, copied."""
+    """A copy of the trained weights of a model."""
     return {name: p.detach().clone() for name, p in engine._models.get(model).parameters.items()}
 
 
@@ -125,19 +174,12 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0.0) -> 
     return a.keys() == b.keys() and worst <= tolerance * largest
 
 
-def normalised(model_outputs: Tensor, loss_fn_inputs: dict[str, Tensor], attention_mask: Tensor) -> LossFnOutput:
-    """Batch-coupled: sequence log-probabilities are centred and scaled over the batch."""
-    targets = loss_fn_inputs["target_tokens"]
-    logprobs = F.log_softmax(model_outputs, -1).gather(-1, targets[..., None])[..., 0]  # [B, T]
-    scores = (logprobs * attention_mask).sum(1)  # [B]
-    centred = (scores - scores.mean()) / (scores.std() + 1)
-    return LossFnOutput((centred**3).mean() - torch.logsumexp(scores / 10, 0), logprobs, {"spread": scores.std()})
-
-
-def pairs(model_outputs: Tensor, loss_fn_inputs: dict[str, Tensor], attention_mask: Tensor) -> LossFnOutput:
-    """Rows 2i and 2i+1: the first should be likelier."""
-    targets = loss_fn_inputs["target_tokens"]
-    logprobs = F.log_softmax(model_outputs, -1).gather(-1, targets[..., None])[..., 0]  # [B, T]
-    scores = (logprobs * attention_mask).sum(1) / 10  # [B]
-    margin = scores[0::2] - scores[1::2]  # [B/2]
-    return LossFnOutput(-F.logsigmoid(margin).sum(), logprobs, {"accuracy": (margin > 0).double().mean()})
+def off_zero(engine: TorchEngine, model: str = "m") -> None:
+    """Set the weights of an adapter to fixed random numbers: LoRA's initial weights make half of the gradient 0."""
+    generator = torch.Generator().manual_seed(1)
+    trained = engine._models.get(model)
+    if trained.adapter is None:
+        return
+    for parameter in trained.parameters.values():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.05
+        parameter.data.copy_(noise.to(parameter))

@@ -1,4 +1,4 @@
-"""Tiny random models on disk, and engines on them; `device` is cpu unless TINKERBELL_TEST_DEVICE says cuda."""
+"""Tiny random models on disk, and engines on them; the device is cpu, or the value of TINKERBELL_TEST_DEVICE."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from tests.engine.exact_models import EXACT_MODELS
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines.torch.engine import TorchEngine
 from tinkerbell_server.engines.torch.tiny_model import write_tokenizer
@@ -29,6 +30,10 @@ SMALL = {
     "initializer_range": 0.2,
 }
 
+LLAMA = LlamaConfig(**SMALL)
+QWEN3 = Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=True)
+GEMMA2 = Gemma2Config(**SMALL, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=5.0)
+
 MakeEngine = Callable[..., TorchEngine]
 
 
@@ -39,22 +44,16 @@ def device() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Threads only wait for each other on models this small."""
+    """Several threads are slower for models of this size."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of tiny models by name: llama, qwen3, dropout (a llama with attention dropout), softcap (a gemma2)."""
+    """Folders of tiny models by name: those of `exact_models`, llama, qwen3 and gemma2."""
     torch.manual_seed(0)
-    models = {
-        "llama": LlamaForCausalLM(LlamaConfig(**SMALL)),
-        "qwen3": Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=True)),
-        "dropout": LlamaForCausalLM(LlamaConfig(**SMALL, attention_dropout=0.3)),
-        "softcap": Gemma2ForCausalLM(
-            Gemma2Config(**SMALL, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=5.0)
-        ),
-    }
+    models = {name: make() for name, make in EXACT_MODELS.items()}
+    models |= {"llama": LlamaForCausalLM(LLAMA), "qwen3": Qwen3ForCausalLM(QWEN3), "gemma2": Gemma2ForCausalLM(GEMMA2)}
     folders = {}
     for name, model in models.items():
         folders[name] = tmp_path_factory.mktemp(name)
@@ -65,13 +64,14 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def engine_maker(bases: dict[str, Path], device: str) -> Callable[[Path], MakeEngine]:
-    """Makes engines on one of the bases, whose data is in a folder.
+    """Makes engines whose data directory is a given folder.
 
-    float64 and with the built-in losses alone, unless told: to try a hundred others takes a second.
+    By default they are in float64, trust uploads and have only the built-in losses: the dry runs of all installed
+    losses take a second.
     """
 
     def maker(folder: Path) -> MakeEngine:
-        def make(base: str = "llama", dtype: str = "float64", **settings: Any) -> TorchEngine:
+        def make(base: str = "plain", dtype: str = "float64", **settings: Any) -> TorchEngine:
             model = str(bases[base]) if base in bases else None
             settings = {"uploads": "trusted", "plugins": False} | settings
             return TorchEngine(Settings(model=model, data_dir=str(folder), device=device, dtype=dtype, **settings))

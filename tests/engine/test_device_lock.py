@@ -1,4 +1,4 @@
-"""The device goes from thread to thread in the order they asked, and comes back as it was left."""
+"""The device lock is fair, and a thread that lends the device continues as if it had kept it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from tinkerbell_server.engines.torch.device_lock import DeviceLock
 
 
-def test_who_waits_longest_is_next() -> None:
+def test_the_thread_that_has_waited_longest_is_next() -> None:
     device_lock, order = DeviceLock(), []
 
     def take(name: int) -> None:
@@ -28,20 +28,20 @@ def test_who_waits_longest_is_next() -> None:
     assert order == [0, 1, 2, 3]
 
 
-def test_another_computes_while_one_is_away_and_random_numbers_go_on_as_if_it_had_not() -> None:
+def test_another_thread_can_compute_while_one_is_away_without_changing_its_random_numbers() -> None:
     device_lock, restored = DeviceLock(), []
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)
 
-    def other() -> None:
+    def compute() -> None:
         with device_lock.held():
             torch.manual_seed(5)
 
     with device_lock.held():
         first = torch.rand(1)
         with device_lock.away(lambda: restored.append(True)):
-            thread = threading.Thread(target=other)
+            thread = threading.Thread(target=compute)
             thread.start()
             thread.join(10)
             assert not thread.is_alive()

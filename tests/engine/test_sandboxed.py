@@ -1,4 +1,4 @@
-"""An uploaded loss in the sandbox gives what it would give here, and holds nobody up."""
+"""An uploaded loss gives the same results in the sandbox, and other commands run while it computes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.calls import CE, create, gradients, normalised, pairs, rows, run, same, upload
+from tests.engine.calls import CE, create, gradients, rows, run, same, upload
 from tests.engine.conftest import MakeEngine
+from tests.engine.losses import normalised, pairs
 from tinkerbell_core.errors import BadLoss, LossKilled
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.tensors import from_torch, to_torch
 from tinkerbell_server.engines.torch.engine import TorchEngine
 
-AT_ONCE = {"seconds": from_torch(torch.zeros(4))}
+NO_SLEEP = {"seconds": from_torch(torch.zeros(4))}
 
 
 @pytest.fixture(scope="module")
 def engine(
     engine_maker: Callable[[Path], MakeEngine], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TorchEngine]:
-    """One for the tests that leave it as it was."""
+    """An engine for the tests that do not change its settings."""
     make = engine_maker(tmp_path_factory.mktemp("sandboxed"))
     made = make(uploads="sandboxed", dry_run_seconds=60.0, sandbox_seconds=60.0)
     yield made
@@ -46,7 +47,7 @@ def draws(model_outputs: Tensor, loss_fn_inputs: dict[str, Tensor], attention_ma
 
 @pytest.mark.parametrize("loss", [normalised, pairs])
 @pytest.mark.parametrize("budget", [None, 6])
-def test_loss_and_gradient_are_those_of_the_engine(make_engine: MakeEngine, loss, budget: int | None) -> None:
+def test_loss_and_gradient_are_the_same_in_the_sandbox(make_engine: MakeEngine, loss, budget: int | None) -> None:
     data = rows([3, 5, 2, 4])
     results = []
     for mode in ("trusted", "sandboxed"):
@@ -54,20 +55,20 @@ def test_loss_and_gradient_are_those_of_the_engine(make_engine: MakeEngine, loss
         name = upload(engine, loss, "mine", group_size=2)
         results.append((run(engine, data, name), gradients(engine)))
         engine.close()
-    (here, ours), (there, theirs) = results
-    assert here.loss == pytest.approx(there.loss, rel=1e-12)
-    assert here.diagnostics == pytest.approx(there.diagnostics)
-    for one, other in zip(here.logprobs, there.logprobs, strict=True):
+    (trusted, expected), (sandboxed, gradient) = results
+    assert sandboxed.loss == pytest.approx(trusted.loss, rel=1e-12)
+    assert sandboxed.diagnostics == pytest.approx(trusted.diagnostics)
+    for one, other in zip(sandboxed.logprobs, trusted.logprobs, strict=True):
         assert torch.allclose(to_torch(one), to_torch(other), rtol=1e-12)
-    assert same(ours, theirs, 1e-12)
+    assert same(expected, gradient, 1e-12)
 
 
-def test_forward_only_asks_for_no_gradient(engine: TorchEngine) -> None:
+def test_forward_gives_the_loss_of_forward_backward(engine: TorchEngine) -> None:
     name = upload(engine, normalised, "mine")
     assert run(engine, rows([3, 4]), name, backward=False).loss == run(engine, rows([3, 4]), name).loss
 
 
-def test_a_call_that_is_replayed_draws_the_same_random_numbers(make_engine: MakeEngine) -> None:
+def test_a_replayed_call_draws_the_same_random_numbers(make_engine: MakeEngine) -> None:
     losses = []
     for _ in range(2):
         engine = make_engine(uploads="sandboxed", dry_run_seconds=60.0, sandbox_seconds=60.0)
@@ -76,30 +77,31 @@ def test_a_call_that_is_replayed_draws_the_same_random_numbers(make_engine: Make
     assert losses[0] == losses[1]
 
 
-def test_a_neighbour_trains_while_a_sandbox_computes(engine: TorchEngine) -> None:
-    """And its gradient is bit for bit what it is alone, as is that of the model whose loss was away."""
-    slow = upload(engine, sleeps, "slow", example_inputs=AT_ONCE)
+def test_another_model_trains_while_a_sandbox_computes_and_the_gradients_of_both_are_unchanged(
+    engine: TorchEngine,
+) -> None:
+    slow = upload(engine, sleeps, "slow", example_inputs=NO_SLEEP)
     data = rows([3, 5], seconds=[1.5, 0.0])
     for model in ("alone", "beside"):
         create(engine, model)
     alone = run(engine, rows([4, 6]), CE, "alone")
-    first = run(engine, rows([3, 5], seconds=[0.0, 0.0]), slow, "away-first")
+    quick = run(engine, rows([3, 5], seconds=[0.0, 0.0]), slow, "quick")
     with ThreadPoolExecutor(1) as pool:
         start = time.monotonic()
-        away = pool.submit(run, engine, data, slow, "away")
+        sleeping = pool.submit(run, engine, data, slow, "sleeping")
         time.sleep(0.3)
         beside = run(engine, rows([4, 6]), CE, "beside")
         assert time.monotonic() - start < 1.4
-        away.result()
-    assert (alone.loss, first.loss) == (beside.loss, run(engine, rows([3, 5], seconds=[0.0, 0.0]), slow, "x").loss)
+        sleeping.result()
+    assert (alone.loss, quick.loss) == (beside.loss, run(engine, rows([3, 5], seconds=[0.0, 0.0]), slow, "x").loss)
     assert same(gradients(engine, "alone"), gradients(engine, "beside"))
-    assert same(gradients(engine, "away-first"), gradients(engine, "away"))
+    assert same(gradients(engine, "quick"), gradients(engine, "sleeping"))
 
 
 def test_a_loss_that_takes_too_long_is_killed_and_the_next_call_works(
     engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = upload(engine, sleeps, "slow", example_inputs=AT_ONCE)
+    slow = upload(engine, sleeps, "slow", example_inputs=NO_SLEEP)
     losses = engine._uploads._losses
     monkeypatch.setattr(losses, "_patience", type(losses._patience)(call=0.5))
     start = time.monotonic()
@@ -111,7 +113,7 @@ def test_a_loss_that_takes_too_long_is_killed_and_the_next_call_works(
     assert time.monotonic() - start < 0.7
 
 
-def test_a_loss_that_raises_later_shows_its_authors_line(engine: TorchEngine) -> None:
+def test_a_loss_that_raises_in_a_call_shows_its_authors_line(engine: TorchEngine) -> None:
     def fussy(model_outputs: Tensor, loss_fn_inputs: dict[str, Tensor], attention_mask: Tensor) -> LossFnOutput:
         assert loss_fn_inputs["weights"].max() < 2, "a sentence of mine"
         return LossFnOutput(model_outputs.sum())

@@ -1,4 +1,4 @@
-"""The step is exact: micro-batches, pairs, dropout and accumulation give one gradient."""
+"""The step is exact: micro-batches, pairs, dropout and accumulation do not change the gradient."""
 
 from __future__ import annotations
 
@@ -6,72 +6,80 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.engine.calls import CE, create, gradients, normalised, pairs, rows, run, same, step, upload, weights
+from tests.engine.calls import CE, LENGTHS, create, gradients, off_zero, rows, run, same, step, upload, weights
 from tests.engine.conftest import MakeEngine
-from tinkerbell_core.errors import BadData, BadHyperparameter, BadLoss, NothingAccumulated, UnknownLoss, UnknownModel
+from tests.engine.exact_models import EXACT, FLOAT32_PARTS
+from tests.engine.losses import normalised, pairs, summed_nll
+from tinkerbell_core.errors import BadLoss, NothingAccumulated, UnknownLoss, UnknownModel
 from tinkerbell_core.functional import hidden_states
 from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.tensors import from_torch, to_torch
+from tinkerbell_server.commands import RunLoss
 from tinkerbell_server.engines.torch import lm_head
 from tinkerbell_server.engines.torch.memory import Budgets
 
-LENGTHS = [5, 12, 3, 9, 7, 12, 1, 4]
 
-
-@pytest.mark.parametrize("base", ["llama", "qwen3"])
+@pytest.mark.parametrize(("base", "tolerance"), [("plain", EXACT), ("tied", EXACT), ("qwen3", FLOAT32_PARTS)])
 @pytest.mark.parametrize(("fn", "settings"), [(normalised, {}), (pairs, {"coupling": "sequence", "group_size": 2})])
-def test_the_gradient_is_the_same_at_every_micro_batch_size(make_engine: MakeEngine, base, fn, settings) -> None:
+def test_the_gradient_is_the_same_at_every_micro_batch_size(
+    make_engine: MakeEngine, base, tolerance, fn, settings
+) -> None:
     found = {}
     engine = make_engine(base)
     name = upload(engine, fn, "mine", **settings)
     for budget in (1, 13, 24, 40, 1000):
-        engine._budgets = Budgets(budget, budget, 1 << 30)
+        engine._loss_calls.budgets = Budgets(budget, budget, 1 << 30)
         create(engine, str(budget))
-        _off_zero(engine, str(budget))
+        off_zero(engine, str(budget))
         result = run(engine, rows(LENGTHS), name, str(budget))
         found[budget] = (gradients(engine, str(budget)), result)
     whole, answer = found[1000]
     assert answer.micro_batches == 1
     assert found[1][1].micro_batches == (4 if settings else 8)
     for budget, (gradient, result) in found.items():
-        assert same(whole, gradient, 1e-9), budget
-        assert result.loss == pytest.approx(answer.loss, rel=1e-12)
-        assert result.diagnostics == pytest.approx(answer.diagnostics, rel=1e-9)
+        assert same(whole, gradient, tolerance), budget
+        assert result.loss == pytest.approx(answer.loss, rel=tolerance)
+        assert result.diagnostics == pytest.approx(answer.diagnostics, rel=tolerance)
         assert result.logprobs is not None
         assert [t.shape for t in result.logprobs] == [(length,) for length in LENGTHS]
 
 
-def test_the_gradient_is_that_of_torch_on_the_whole_model(make_engine: MakeEngine) -> None:
+def test_the_gradient_equals_that_of_torch_on_the_whole_model(make_engine: MakeEngine) -> None:
     engine = make_engine()
     create(engine)
-    _off_zero(engine)
+    off_zero(engine)
     data = rows([6, 6], seed=3)
     run(engine, data)
     found = gradients(engine)
     model = engine._models.get("m")
-    tokens = torch.stack([_ids(row.tokens.data) for row in data]).to(engine._base.device)
-    targets = torch.stack([_ids(row.inputs["target_tokens"].data) for row in data]).to(engine._base.device)
+    tokens = torch.stack([to_torch(row.tokens) for row in data]).to(engine._base.device)
+    targets = torch.stack([to_torch(row.inputs["target_tokens"]) for row in data]).to(engine._base.device)
     logits = engine._base.model(tokens).logits
     F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
-    assert same({name: p.grad for name, p in model.parameters.items() if p.grad is not None}, found, 1e-9)
+    expected = {name: p.grad for name, p in model.parameters.items() if p.grad is not None}
+    assert same(expected, found, EXACT)
 
 
-def test_dropout_is_replayed_when_the_backbone_runs_again(make_engine: MakeEngine) -> None:
+def test_dropout_is_replayed_when_the_backbone_runs_a_second_time(make_engine: MakeEngine) -> None:
     engine = make_engine("dropout", micro_batch_tokens=24)
-    coupled = upload(engine, lambda o, i, m: _sum(o, i, m), "coupled", coupling="batch")
-    alone = upload(engine, lambda o, i, m: _sum(o, i, m), "alone", coupling="sequence")
-    create(engine, "two-passes")
-    create(engine, "one-pass")
-    _off_zero(engine, "two-passes")
-    _off_zero(engine, "one-pass")
+    coupled = upload(engine, lambda o, i, m: summed_nll(o, i, m), "coupled", coupling="batch")
+    alone = upload(engine, lambda o, i, m: summed_nll(o, i, m), "alone", coupling="sequence")
+    for model in ("two-passes", "one-pass"):
+        create(engine, model)
+        off_zero(engine, model)
     two = run(engine, rows(LENGTHS), coupled, "two-passes")
     one = run(engine, rows(LENGTHS), alone, "one-pass")
     assert two.micro_batches > 1
     assert two.loss == pytest.approx(one.loss, rel=1e-12)
-    assert same(gradients(engine, "two-passes"), gradients(engine, "one-pass"), 1e-9)
-    again = run(engine, rows(LENGTHS), alone, "one-pass")
-    assert again.loss != one.loss  # dropout is on, and differs from call to call
-    still = [run(engine, rows(LENGTHS), alone, "one-pass", backward=False).loss for _ in range(2)]
-    assert still[0] == still[1]
+    assert same(gradients(engine, "two-passes"), gradients(engine, "one-pass"), EXACT)
+
+
+def test_dropout_differs_from_call_to_call_and_is_off_without_backward(make_engine: MakeEngine) -> None:
+    engine = make_engine("dropout")
+    first, second = (run(engine, rows(LENGTHS)).loss for _ in range(2))
+    assert first != second
+    first, second = (run(engine, rows(LENGTHS), backward=False).loss for _ in range(2))
+    assert first == second
 
 
 def test_gradients_of_calls_since_the_last_step_are_summed(make_engine: MakeEngine) -> None:
@@ -82,13 +90,13 @@ def test_gradients_of_calls_since_the_last_step_are_summed(make_engine: MakeEngi
     create(engine, "twice")
     run(engine, data[:3], model="twice")
     run(engine, data[3:], model="twice")
-    assert same(whole, gradients(engine, "twice"), 1e-9)
+    assert same(whole, gradients(engine, "twice"), EXACT)
     step(engine)
     with pytest.raises(NothingAccumulated):
         step(engine)
 
 
-def test_normalising_counts_the_whole_step(make_engine: MakeEngine) -> None:
+def test_normalising_divides_by_the_tokens_of_the_whole_step(make_engine: MakeEngine) -> None:
     engine = make_engine()
     data = rows([4, 4], weights=[[1.0, 0.0, 2.0, 0.0], [0.0, 0.0, 0.0, -1.0]])
     run(engine, data[:1])
@@ -100,14 +108,14 @@ def test_normalising_counts_the_whole_step(make_engine: MakeEngine) -> None:
     assert stepped.grad_norm == pytest.approx(float(summed) / 3)
 
 
-def test_an_aggregation_other_than_sum_sees_the_whole_batch(make_engine: MakeEngine) -> None:
+def test_an_aggregation_other_than_sum_gets_the_whole_batch(make_engine: MakeEngine) -> None:
     small, large = make_engine(micro_batch_tokens=8), make_engine()
     for engine in (small, large):
         run(engine, rows(LENGTHS), CE, aggregation="token-mean")
-    assert same(gradients(small), gradients(large), 1e-9)
+    assert same(gradients(small), gradients(large), EXACT)
 
 
-def test_targets_may_be_several_a_position(make_engine: MakeEngine) -> None:
+def test_a_position_may_have_several_targets(make_engine: MakeEngine) -> None:
     engine = make_engine()
     several = [torch.randint(0, 256, (length, 3)) for length in (4, 2)]
     data = rows([4, 2], target_tokens=several, weights=[torch.ones(4, 3), torch.ones(2, 3)])
@@ -118,7 +126,7 @@ def test_targets_may_be_several_a_position(make_engine: MakeEngine) -> None:
 
 
 @pytest.mark.parametrize("splits", [True, False])
-def test_a_forward_call_of_weights_0_reads_log_probabilities(
+def test_a_forward_call_with_weights_0_returns_logprobs(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, splits: bool
 ) -> None:
     if not splits:
@@ -145,9 +153,9 @@ def test_inputs_of_any_dtype_and_shape_reach_the_loss_padded(make_engine: MakeEn
         return LossFnOutput(model_outputs.sum())
 
     examples = {
-        "half": _data(torch.ones(4, 8)),
-        "score": _data(torch.ones(4)),
-        "table": _data(torch.ones(4, 8, 2)),
+        "half": from_torch(torch.ones(4, 8)),
+        "score": from_torch(torch.ones(4)),
+        "table": from_torch(torch.ones(4, 8, 2)),
     }
     name = upload(engine, checked, "checked", example_inputs=examples)
     half = [torch.tensor([1.5, 2.5, 3.5]).bfloat16(), torch.tensor([4.5]).bfloat16()]
@@ -166,37 +174,38 @@ def test_a_loss_that_is_not_finite_changes_nothing(make_engine: MakeEngine, brok
 
     name = upload(engine, poisoned, "poisoned")
     run(engine, rows([4, 3]))
-    before, kept = weights(engine), gradients(engine)
+    before, accumulated = weights(engine), gradients(engine)
     with pytest.raises(BadLoss, match="poisoned"):
         run(engine, rows([4, 3]), name, broken=broken)
     assert same(before, weights(engine))
-    assert same(kept, gradients(engine))
+    assert same(accumulated, gradients(engine))
     step(engine)
 
 
-def test_a_model_that_changes_its_logits_in_an_unknown_way_is_run_through_its_own_forward(
+def test_a_model_with_an_unknown_logit_transform_is_run_through_its_own_forward(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lm_head, "SOFTCAPS", ())  # as if the cap had a name of its own
+    monkeypatch.setattr(lm_head, "SOFTCAPS", ())  # then the cap in the config has an unknown name
     engine, small = make_engine("softcap"), make_engine("softcap", micro_batch_tokens=12)
     assert not engine._base.splits
     for one in (engine, small):
         name = upload(one, normalised, "mine")
         create(one)
-        _off_zero(one)
+        off_zero(one)
         run(one, rows(LENGTHS), name)
-    assert same(gradients(engine), gradients(small), 1e-9)
+    assert same(gradients(engine), gradients(small), EXACT)
 
-    def asks(model_outputs, loss_fn_inputs, attention_mask):
+    def reads_hidden_states(model_outputs, loss_fn_inputs, attention_mask):
         return LossFnOutput(hidden_states(model_outputs).sum())
 
-    name = upload(engine, asks, "asks")
+    name = upload(engine, reads_hidden_states, "reads")
     with pytest.raises(BadLoss, match=r"asks for hidden states, but .* changes its logits"):
         run(engine, rows([3]), name)
 
 
-def test_a_loss_may_ask_for_hidden_states(make_engine: MakeEngine) -> None:
-    small, large = make_engine(micro_batch_tokens=12), make_engine()
+@pytest.mark.parametrize("base", ["plain", "softcap"])
+def test_a_loss_can_read_hidden_states(make_engine: MakeEngine, base: str) -> None:
+    small, large = make_engine(base, micro_batch_tokens=12), make_engine(base)
 
     def contrast(model_outputs, loss_fn_inputs, attention_mask):
         hidden = hidden_states(model_outputs)[:, 0]
@@ -205,47 +214,19 @@ def test_a_loss_may_ask_for_hidden_states(make_engine: MakeEngine) -> None:
     for engine in (small, large):
         name = upload(engine, contrast, "contrast")
         create(engine)
-        _off_zero(engine)
-        run(engine, rows(LENGTHS), name)
-    assert same(gradients(small), gradients(large), 1e-9)
+        off_zero(engine)
+        result = run(engine, rows(LENGTHS), name)
+        assert not any(name.startswith("logits_materialised/") for name in result.diagnostics)
+    assert same(gradients(small), gradients(large), EXACT)
 
 
-def test_bad_calls_are_refused_and_accumulate_nothing(make_engine: MakeEngine) -> None:
+def test_an_unknown_loss_or_model_changes_nothing(make_engine: MakeEngine) -> None:
     engine = make_engine()
-    name = upload(engine, pairs, "pairs", group_size=2)
-    with pytest.raises(BadData, match="pairs"):
-        run(engine, rows([3, 3, 3]), name)
+    create(engine)
+    command = RunLoss(model_id="m", loss="cross_entropi", data=rows([3]), hyperparameters={}, backward=True)
     with pytest.raises(UnknownLoss, match="did you mean"):
-        run(engine, rows([3]), "cross_entropi")
-    with pytest.raises(BadHyperparameter, match="no hyperparameter"):
-        run(engine, rows([3]), CE, betta=1.0)
-    with pytest.raises(BadData, match="takes 64"):
-        run(engine, rows([65]))
+        engine.execute(command)
     with pytest.raises(NothingAccumulated):
         step(engine)
     with pytest.raises(UnknownModel):
         step(engine, "another")
-
-
-def _sum(model_outputs, loss_fn_inputs, attention_mask):
-    targets = loss_fn_inputs["target_tokens"]
-    logprobs = F.log_softmax(model_outputs, -1).gather(-1, targets[..., None])[..., 0]
-    return LossFnOutput(-(logprobs * attention_mask).sum(), logprobs)
-
-
-def _off_zero(engine, model: str = "m") -> None:
-    """Move the weights off LoRA's start, where half of the gradient is 0; alike for every model of a shape."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in engine._models.get(model).parameters.values():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.05
-        parameter.data.copy_(noise.to(parameter))
-
-
-def _ids(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.int64)
-
-
-def _data(tensor: torch.Tensor):
-    from tinkerbell_core.tensors import from_torch
-
-    return from_torch(tensor)

@@ -1,4 +1,4 @@
-"""The engine that computes with PyTorch. The only package of the server that imports torch, with `sandbox`."""
+"""The engine that computes with PyTorch. Importing this package does not import torch; its modules do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 def create_engine(settings: Settings) -> TorchEngine:
     """Load the base model, its tokenizer and the losses. Raises BadRequest if one of them cannot be loaded."""
-    # imported here, so that the API process can name this package without loading torch
     from tinkerbell_server.engines.torch.engine import TorchEngine
 
     return TorchEngine(settings)

@@ -1,8 +1,7 @@
-"""Rows become padded batches, and batches micro-batches. Never splits a group; never looks at what an input means."""
+"""Pads rows into batches, and divides rows into micro-batches that keep groups together."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,10 @@ from tinkerbell_server.commands import Row
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """tokens and attention_mask int64 `[B, T]`, inputs `[B]`, `[B, T]` or `[B, T, K]`; padded on the right with 0."""
+    """Rows on the device, padded on the right with 0.
+
+    tokens, attention_mask: int64 `[B, T]`. inputs: `[B]`, `[B, T]` or `[B, T, K]`. lengths: of each row.
+    """
 
     tokens: Tensor
     attention_mask: Tensor
@@ -24,22 +26,22 @@ class Batch:
     lengths: tuple[int, ...]
 
     @property
-    def padding(self) -> Tensor | None:
-        """The attention mask where there is padding; a full batch needs none, and runs faster without."""
+    def padding_mask(self) -> Tensor | None:
+        """The attention mask, or None if no row is padded: a model runs faster without a mask."""
         return self.attention_mask if min(self.lengths) < self.tokens.shape[1] else None
 
     def counted_tokens(self) -> Tensor:
-        """Positions with attention_mask 1 and weight not 0, as a scalar on the device."""
+        """The number of positions with attention_mask 1 and weight not 0, as a scalar on the device."""
         weights = self.inputs.get("weights")
         counted = self.attention_mask != 0  # [B, T]
         if weights is not None:
-            counts = (weights != 0).reshape(*weights.shape[:2], -1).any(-1)  # [B, T], or [B, 1] of a weight a row
-            counted = counted & counts.reshape(len(counts), -1)
+            nonzero = (weights != 0).reshape(*weights.shape[:2], -1).any(-1)  # [B, T], or [B] for one weight per row
+            counted = counted & nonzero.reshape(len(nonzero), -1)
         return counted.sum()
 
 
 def collate(rows: Sequence[Row], device: torch.device) -> Batch:
-    """Pad rows of the same inputs into one batch on the device."""
+    """Pad rows that have the same inputs into one batch on the device."""
     lengths = tuple(row.tokens.shape[0] for row in rows)
     longest = max(lengths)
     tokens = torch.stack([_padded(to_torch(row.tokens), longest) for row in rows]).long()  # [B, T]
@@ -54,9 +56,10 @@ def collate(rows: Sequence[Row], device: torch.device) -> Batch:
 
 
 def micro_batches(lengths: Sequence[int], group_size: int, budget: int) -> list[list[int]]:
-    """Row indices of each micro-batch: groups sorted by length, packed while padded tokens stay within `budget`.
+    """The row indices of each micro-batch, in ascending order.
 
-    A group longer than the budget is a micro-batch of its own. Rows that fit together stay in their order.
+    Groups of adjacent rows are sorted by length and packed while the padded tokens of a micro-batch stay within
+    `budget`. A group that exceeds the budget becomes a micro-batch by itself.
     """
     groups = [range(start, start + group_size) for start in range(0, len(lengths), group_size)]
     groups.sort(key=lambda group: max(lengths[row] for row in group))
@@ -68,19 +71,6 @@ def micro_batches(lengths: Sequence[int], group_size: int, budget: int) -> list[
         else:
             packed.append(list(group))
     return [sorted(rows) for rows in packed]
-
-
-def token_budget(bytes_a_token: int, device: torch.device) -> int:
-    """Padded tokens of a micro-batch that takes about 1 GiB on a CPU, a quarter of what is free on a GPU."""
-    if device.type == "cuda":
-        free, _total = torch.cuda.mem_get_info(device)
-        return max(256, min(65536, free // 4 // bytes_a_token))
-    return max(256, min(16384, (1 << 30) // bytes_a_token))
-
-
-def batch_bytes(tokens: int, vocab_size: int) -> int:
-    """About what the logits of so many tokens take in a forward and backward pass."""
-    return math.prod((16, tokens, vocab_size))
 
 
 def _stack(tensors: list[Tensor], longest: int) -> Tensor:

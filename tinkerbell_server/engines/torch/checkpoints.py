@@ -1,4 +1,4 @@
-"""A model on disk: a PEFT or Hugging Face folder that others can read, with the optimizer's state beside it."""
+"""Saved models: a PEFT or Hugging Face folder that other programs can read, with the optimizer's state beside it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from tinkerbell_core.errors import BadCheckpoint
 from tinkerbell_core.types import CreateModelRequest
+from tinkerbell_server.database import full_path, make_folders, relocated_path, stored_path
 from tinkerbell_server.engines.torch.adapters import Adapters
 from tinkerbell_server.engines.torch.network import Network, Transformer
 from tinkerbell_server.engines.torch.trained_model import TrainedModel
@@ -34,7 +34,10 @@ WEIGHTS, CONFIG, OPTIMIZER, STATE = (
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """What tinkerbell.json holds."""
+    """The content of tinkerbell.json; the fields are those of TrainedModel.
+
+    Paths below the data folder are relative to it. base_id: of the base model; empty if 0.1.0 wrote the folder.
+    """
 
     step: int
     calls: int
@@ -45,7 +48,11 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder that was read and found whole. config None: a full model. state and moments None: made elsewhere."""
+    """A complete folder that was read.
+
+    config: None for a full model. weights: of an adapter. moments: the state of AdamW by `parameter|kind`.
+    state, moments: None if another program wrote the folder.
+    """
 
     path: Path
     config: LoraConfig | None
@@ -55,31 +62,38 @@ class Checkpoint:
 
 
 def save(
-    model: TrainedModel, adapters: Adapters, tokenizer: Transformer, path: Path, *, optimizer: bool = True
+    model: TrainedModel,
+    adapters: Adapters,
+    tokenizer: Transformer,
+    path: Path,
+    data_folder: Path,
+    *,
+    optimizer: bool = True,
 ) -> None:
-    """Write the folder in one rename. Raises BadCheckpoint where it exists or cannot be written.
+    """Write a folder, which appears at `path` complete and for its owner only.
 
-    optimizer: with its state; without, the model's last save is still the one before.
+    optimizer: whether to include the optimizer's state; a save without it does not count as the model's last save.
+    Raises BadCheckpoint if the folder exists or cannot be written.
     """
     if path.exists():
         raise BadCheckpoint(f"{path} exists already: save under another name")
     state = State(
         step=model.steps,
         calls=model.calls,
-        initial=model.initial,
-        spec=model.spec,
+        initial=_stored(model.initial, data_folder),
+        spec=msgspec.structs.replace(model.spec, reference=_stored(model.spec.reference, data_folder)),
         base_id=model.network.base_id,
     )
     try:
-        with _draft(path) as draft:
+        with _new_folder(path) as folder:
             if model.adapter is None:
-                model.network.model.save_pretrained(draft)
-                tokenizer.save_pretrained(draft)
+                model.network.model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
             else:
-                _save_adapter(model, adapters, draft)
+                _save_adapter(model, adapters, folder)
             if optimizer:
-                save_file(_moments(model), draft / OPTIMIZER)
-            (draft / STATE).write_bytes(msgspec.json.encode(state))
+                save_file(_moments(model), folder / OPTIMIZER)
+            (folder / STATE).write_bytes(msgspec.json.encode(state))
     except OSError as error:
         raise BadCheckpoint(f"cannot save model {model.id!r} to {path}: {error}") from error
     if optimizer:
@@ -87,9 +101,11 @@ def save(
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a folder that `save` wrote, or a PEFT folder made elsewhere. Raises BadCheckpoint saying what is wrong."""
+    """Read a folder that `save` or PEFT wrote. Raises BadCheckpoint if it is missing, broken or not supported."""
     if not path.is_dir():
-        raise BadCheckpoint(f"there is no folder {path}: pass a path that save answered, or a PEFT adapter folder")
+        raise BadCheckpoint(
+            f"there is no folder {path}: pass a path that save returned, or the folder of a PEFT adapter"
+        )
     try:
         state = msgspec.json.decode((path / STATE).read_bytes(), type=State) if (path / STATE).exists() else None
         moments = load_file(path / OPTIMIZER) if (path / OPTIMIZER).exists() else None
@@ -99,7 +115,15 @@ def read(path: Path) -> Checkpoint:
         raise BadCheckpoint(f"{path} cannot be read: {error}") from error
     if (path / "config.json").exists():
         return Checkpoint(path, None, {}, state, moments)
-    raise BadCheckpoint(f"{path} holds neither {CONFIG} nor config.json: it is no saved model")
+    raise BadCheckpoint(f"{path} contains neither {CONFIG} nor config.json, so it is not a saved model")
+
+
+def initial_of(state: State, data_folder: Path) -> str:
+    """What training began from: "base" or an absolute path. 0.1.0 stored the absolute path of that time."""
+    if state.initial == "base":
+        return state.initial
+    path = full_path(data_folder, state.initial)
+    return full_path(data_folder, relocated_path(data_folder, path))
 
 
 def check_base(checkpoint: Checkpoint, base: Network) -> None:
@@ -117,58 +141,23 @@ def check_base(checkpoint: Checkpoint, base: Network) -> None:
             )
         return
     made_for = checkpoint.config.base_model_name_or_path if checkpoint.config is not None else None
-    # a local folder may have moved: there the shapes decide
+    # the path of a local folder may have changed, so only the shapes of the weights can tell
     if made_for and made_for != base.source and not Path(made_for).is_absolute() and not Path(base.source).is_dir():
         raise BadCheckpoint(f"{checkpoint.path} is an adapter of {made_for!r}, but this server has {base.source!r}")
 
 
-def restore_weights(path: Path, parameters: dict[str, torch.nn.Parameter], weights: dict[str, Tensor]) -> None:
-    """Copy weights into parameters of the same names and shapes, or raise BadCheckpoint and copy nothing."""
-    for name in sorted(parameters.keys() ^ weights.keys()):
-        whose = "the checkpoint" if name in parameters else "the model"
-        raise BadCheckpoint(f"{path} does not fit: {whose} has no weight {name!r}")
-    for name, parameter in parameters.items():
-        if parameter.shape != weights[name].shape:
-            raise BadCheckpoint(
-                f"{path} does not fit this base model: {name!r} is {list(weights[name].shape)}, "
-                f"but the model needs {list(parameter.shape)}"
-            )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-
-
-def check_moments(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Raise BadCheckpoint where the optimizer's state is not of these parameters."""
-    for key, value in (checkpoint.moments or {}).items():
-        name, _, kind = key.rpartition("|")
-        if name not in parameters or (kind != "step" and value.shape != parameters[name].shape):
-            raise BadCheckpoint(
-                f"{checkpoint.path / OPTIMIZER} does not fit the weights beside it: load with optimizer=False"
-            )
-
-
-def restore_moments(model: TrainedModel, checkpoint: Checkpoint) -> None:
-    """Bring AdamW to what was saved, exactly."""
-    for key, value in (checkpoint.moments or {}).items():
-        name, _, kind = key.rpartition("|")
-        parameter = model.parameters[name]
-        device = "cpu" if kind == "step" else parameter.device
-        model.optimizer.state[parameter][kind] = value.to(device)
-
-
-def _save_adapter(model: TrainedModel, adapters: Adapters, draft: Path) -> None:
+def _save_adapter(model: TrainedModel, adapters: Adapters, folder: Path) -> None:
     assert model.adapter is not None
     weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.parameters.items()}
-    save_file(weights, draft / WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     config: dict[str, Any] = adapters.peft.peft_config[model.adapter].to_dict()  # Any: PEFT's own fields
     config |= {"base_model_name_or_path": model.network.source, "inference_mode": True}
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    (draft / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str))
 
 
 def _moments(model: TrainedModel) -> dict[str, Tensor]:
-    """AdamW's state by `parameter|kind`."""
+    """The state of AdamW by `parameter|kind`."""
     return {
         f"{name}|{kind}": value.detach().cpu().contiguous()
         for name, parameter in model.parameters.items()
@@ -187,27 +176,33 @@ def _lora_config(path: Path) -> LoraConfig:
     if config.use_dora:
         raise BadCheckpoint(f"{path} is a DoRA adapter, which is not supported")
     if config.init_lora_weights not in (True, False, "gaussian"):
-        raise BadCheckpoint(  # such an initialisation changes the base, which others use
-            f"{path} was initialised by {config.init_lora_weights!r}, which changes the base: convert it to plain LoRA"
+        raise BadCheckpoint(
+            f"{path} was initialised by {config.init_lora_weights!r}, which changes the weights of the base model, "
+            "and other models use them too: convert it to plain LoRA"
         )
     config.inference_mode = False
     return config
 
 
 @contextmanager
-def _draft(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that becomes `path` at the end, on disk, or goes away."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".saving-", dir=path.parent))
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that is flushed to disk and renamed to `path` at the end, or deleted after an exception."""
+    make_folders(path.parent)
+    folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=path.parent))
     try:
-        yield draft
-        for file in draft.rglob("*"):
+        yield folder
+        for file in folder.rglob("*"):
+            file.chmod(0o700 if file.is_dir() else 0o600)
             _sync(file)
-        _sync(draft)
-        os.replace(draft, path)
+        _sync(folder)
+        os.replace(folder, path)
         _sync(path.parent)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stored(reference: str, data_folder: Path) -> str:
+    return reference if reference in ("base", "initial") else stored_path(data_folder, reference)
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Diagnostics of micro-batches become those of the call, fetched from the device in one copy."""
+"""Combines the diagnostics of micro-batches into those of the call, with one copy from the device."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from torch import Tensor
 
 
 class Diagnostics:
-    """A name may end in `:sum`, `:mean`, `:min` or `:max`; without one it is a mean weighted by sequences."""
+    """The suffix of a name, `:sum`, `:mean`, `:min` or `:max`, defines how its values are combined.
+
+    Without a suffix, the result is the mean weighted by sequences.
+    """
 
     def __init__(self) -> None:
         self._values: list[tuple[str, float | Tensor, int]] = []
 
     def add(self, diagnostics: Mapping[str, float | Tensor], sequences: int) -> None:
-        """Those of one micro-batch of so many sequences (or groups)."""
+        """Add the diagnostics of one micro-batch. sequences: its number of sequences, or of groups."""
         self._values += [(name, value, sequences) for name, value in diagnostics.items()]
 
     def fetch(self, others: Sequence[Tensor]) -> tuple[list[float], dict[str, float]]:
-        """Scalars `others` of the same device as floats, and the combined diagnostics."""
+        """The values of the scalars `others`, and the combined diagnostics."""
         tensors = [value for _, value, _ in self._values if isinstance(value, Tensor)]
         device = others[0].device
         scalars = [scalar.detach().to(device, torch.float64).reshape(()) for scalar in (*others, *tensors)]

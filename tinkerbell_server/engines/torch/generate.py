@@ -1,8 +1,7 @@
-"""Decoding in batches on the model's own forward, with its KV cache. A row's numbers come from its seed alone."""
+"""Generates samples: a decode loop over batches of prompts that uses the model's own forward and its KV cache."""
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,29 +10,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tinkerbell_core.errors import BadData, BadHyperparameter
 from tinkerbell_core.tensors import from_torch
 from tinkerbell_core.types import PromptScores, SampledSequence, TopLogprobs
 from tinkerbell_server.commands import Sample
 from tinkerbell_server.engines.torch.network import Network
 from tinkerbell_server.engines.torch.prompt_logprobs import score_prompt
-from tinkerbell_server.engines.torch.sampler import Settings, Uniforms, choose
+from tinkerbell_server.engines.torch.sampler import SamplingSettings, UniformStream, choose_tokens
 
-_CELLS = 1 << 17
-"""Positions in the KV cache of one batch, counted as if each row grew to its end."""
+Tokenizer = Any  # a transformers tokenizer, which may be code of the model
 
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What is to be continued, and how."""
-
-    ids: Sequence[int]
-    command: Sample
+_CACHE_POSITIONS = 1 << 17
+"""The most positions in the KV cache of one batch, if every row grew to its full length."""
 
 
 @dataclass(frozen=True, slots=True)
-class Continued:
-    """One prompt's samples, and what was asked of the prompt itself."""
+class Generated:
+    """The samples of one command, and the scores of its prompt if the command asks for them."""
 
     sequences: list[SampledSequence]
     prompt: PromptScores | None = None
@@ -41,10 +33,10 @@ class Continued:
 
 @dataclass(slots=True)
 class _Row:
-    """One sample as it grows."""
+    """One sample while it grows. room: the most tokens that it may have. tops: ids and logprobs `[top]` per token."""
 
-    settings: Settings
-    uniforms: Uniforms
+    settings: SamplingSettings
+    uniforms: UniformStream
     room: int
     stop_ids: frozenset[int]
     stop_texts: list[str]
@@ -55,121 +47,84 @@ class _Row:
     stop_reason: Literal["stop", "length"] | None = None
 
 
-def sample(network: Network, tokenizer: Any, prompt: Sequence[int], command: Sample) -> list[SampledSequence]:
-    """Continue one prompt; see `sample_many`. Any: the model's own tokenizer."""
-    (continued,) = sample_many(network, tokenizer, [Prompt(prompt, command)])
-    return continued.sequences
+def generate(network: Network, tokenizer: Tokenizer, commands: Sequence[Sample]) -> list[Generated]:
+    """Continue the prompt of each command `num_samples` times. The network must be in eval mode.
 
-
-def sample_many(network: Network, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Continued]:
-    """Continue prompts of token ids, num_samples times each; the model is in eval mode. Any: the model's own tokenizer.
-
-    Raises what `check` raises, before anything is run.
+    The tokens of a sample depend on its seed, and not on the other commands.
     """
-    for prompt in prompts:
-        check(prompt, network)
-    ends = _end_ids(network, tokenizer)
-    found: dict[int, Continued] = {}
-    for part in _batches(prompts, network.pads):
-        continued = _sample_batch(network, tokenizer, [prompts[index] for index in part], ends)
-        found.update(zip(part, continued, strict=True))
-    return [found[index] for index in range(len(prompts))]
-
-
-def check(prompt: Prompt, network: Network) -> None:
-    """Raise BadHyperparameter for a setting that is out of range, BadData for a prompt the model cannot take."""
-    command = prompt.command
-    wrong = None
-    if command.max_tokens < 1:
-        wrong = f"max_tokens is {command.max_tokens}, but must be at least 1"
-    elif not math.isfinite(command.temperature) or command.temperature < 0:
-        wrong = f"temperature is {command.temperature}, but must be a finite number of at least 0 (0: greedy)"
-    elif not 0 < command.top_p <= 1:
-        wrong = f"top_p is {command.top_p}, but must be above 0 and at most 1"
-    elif command.top_k < 1 and command.top_k not in (0, -1):
-        wrong = f"top_k is {command.top_k}, but must be at least 1, or -1 for all"
-    elif command.num_samples < 1:
-        wrong = f"num_samples is {command.num_samples}, but must be at least 1"
-    elif "" in command.stop:
-        wrong = "stop holds an empty string: leave it out"
-    if wrong:
-        raise BadHyperparameter(f"sample: {wrong}")
-    ids = prompt.ids
-    if not ids:
-        raise BadData("the prompt has no tokens: send at least one")
-    outside = next((token for token in ids if not 0 <= token < network.vocab_size), None)
-    if outside is not None:
-        raise BadData(f"the prompt holds token id {outside}, but the model has ids 0 to {network.vocab_size - 1}")
-    if len(ids) >= network.max_length:
-        raise BadData(
-            f"the prompt has {len(ids)} tokens, but the model takes {network.max_length} with the answer: cut it"
-        )
+    end_ids = _end_ids(network, tokenizer)
+    results: dict[int, Generated] = {}
+    for batch in _batches(commands, network.supports_padding):
+        generated = _generate_batch(network, tokenizer, [commands[index] for index in batch], end_ids)
+        results.update(zip(batch, generated, strict=True))
+    return [results[index] for index in range(len(commands))]
 
 
 @torch.no_grad()
-def _sample_batch(
-    network: Network, tokenizer: Any, prompts: Sequence[Prompt], ends: frozenset[int]
-) -> list[Continued]:  # Any: the model's own tokenizer
-    longest = max(len(prompt.ids) for prompt in prompts)
+def _generate_batch(
+    network: Network, tokenizer: Tokenizer, commands: Sequence[Sample], end_ids: frozenset[int]
+) -> list[Generated]:
+    prompts = [command.prompt for command in commands]
+    longest = max(len(prompt) for prompt in prompts)
+    padding = [longest - len(prompt) for prompt in prompts]
     tokens = torch.tensor(
-        [[0] * (longest - len(p.ids)) + list(p.ids) for p in prompts], device=network.device
+        [[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)], device=network.device
     )  # [P, T]
-    mask = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=network.device)
-    padded = bool((mask == 0).any())
+    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=network.device)  # [P, T]
+    padded = any(padding)
     states, cache = network.extend(tokens, None, mask if padded else None)  # [P, T, H]
-    asked = [
-        _asked(network, prompt, states[index, longest - len(prompt.ids) :]) for index, prompt in enumerate(prompts)
+    scores = [
+        _prompt_scores(network, command, states[index, padding[index] :]) for index, command in enumerate(commands)
     ]
-    rows = [_rows(prompt, network, ends) for prompt in prompts]
-    alive = [row for own in rows for row in own]
+    rows = [_new_rows(command, network, end_ids) for command in commands]
+    growing = [row for own in rows for row in own]
     parents = [index for index, own in enumerate(rows) for _ in own]
     last = states[parents, -1]  # [S, H]
-    if len(parents) > len(prompts):
+    if len(parents) > len(commands):
         cache.batch_select_indices(torch.tensor(parents, device=network.device))
         mask = mask[parents]
     while True:
-        _grow(network.scores(last), alive, tokenizer)
-        kept = [index for index, row in enumerate(alive) if row.stop_reason is None]
+        _append_tokens(network.sampling_logits(last), growing, tokenizer)
+        kept = [index for index, row in enumerate(growing) if row.stop_reason is None]
         if not kept:
             break
-        if len(kept) < len(alive):
+        if len(kept) < len(growing):
             cache.batch_select_indices(torch.tensor(kept, device=network.device))
-            alive, mask = [alive[index] for index in kept], mask[kept]
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-        newest = torch.tensor([[row.tokens[-1]] for row in alive], device=network.device)  # [S, 1]
+            growing, mask = [growing[index] for index in kept], mask[kept]
+        mask = torch.cat([mask, mask.new_ones(len(growing), 1)], dim=1)
+        newest = torch.tensor([[row.tokens[-1]] for row in growing], device=network.device)  # [S, 1]
         states, cache = network.extend(newest, cache, mask if padded else None)
         last = states[:, -1]  # [S, H]
     return [
-        Continued([_finished(row, tokenizer) for row in own], scores) for own, scores in zip(rows, asked, strict=True)
+        Generated([_sequence(row, tokenizer) for row in own], score) for own, score in zip(rows, scores, strict=True)
     ]
 
 
-def _batches(prompts: Sequence[Prompt], pads: bool) -> Iterator[list[int]]:
-    """Indices of prompts that are continued together: of like length, within the room of the KV cache."""
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
-    part: list[int] = []
+def _batches(commands: Sequence[Sample], supports_padding: bool) -> Iterator[list[int]]:
+    """Indices of the commands of each batch: prompts of similar length that fit into the KV cache together."""
+    order = sorted(range(len(commands)), key=lambda index: len(commands[index].prompt))
+    batch: list[int] = []
     for index in order:
-        grown = [*part, index]
-        rows = sum(prompts[one].command.num_samples for one in grown)
-        longest = max(len(prompts[one].ids) + prompts[one].command.max_tokens for one in grown)
-        other = part and not pads and len(prompts[part[0]].ids) != len(prompts[index].ids)
-        if part and (other or rows * longest > _CELLS):
-            yield part
-            grown = [index]
-        part = grown
-    yield part
+        extended = [*batch, index]
+        rows = sum(commands[one].num_samples for one in extended)
+        longest = max(len(commands[one].prompt) + commands[one].max_tokens for one in extended)
+        needs_padding = batch and len(commands[batch[0]].prompt) != len(commands[index].prompt)
+        if batch and ((needs_padding and not supports_padding) or rows * longest > _CACHE_POSITIONS):
+            yield batch
+            extended = [index]
+        batch = extended
+    yield batch
 
 
-def _rows(prompt: Prompt, network: Network, ends: frozenset[int]) -> list[_Row]:
-    command = prompt.command
-    base = random.randrange(2**31) if command.seed is None else command.seed
+def _new_rows(command: Sample, network: Network, end_ids: frozenset[int]) -> list[_Row]:
+    seed = _seed(command)
     stop_ids = frozenset(stop for stop in command.stop if isinstance(stop, int))
     return [
         _Row(
             settings=_settings(command),
-            uniforms=Uniforms(base + index),
-            room=min(command.max_tokens, network.max_length - len(prompt.ids)),
-            stop_ids=stop_ids | ends if command.end else stop_ids,
+            uniforms=UniformStream(seed + index),
+            room=min(command.max_tokens, network.max_length - len(command.prompt)),
+            stop_ids=stop_ids | end_ids if command.end else stop_ids,
             stop_texts=[stop for stop in command.stop if isinstance(stop, str)],
             top=command.top,
         )
@@ -177,24 +132,26 @@ def _rows(prompt: Prompt, network: Network, ends: frozenset[int]) -> list[_Row]:
     ]
 
 
-def _settings(command: Sample) -> Settings:
-    return Settings(command.temperature, command.top_k if command.top_k > 0 else -1, command.top_p)
+def _settings(command: Sample) -> SamplingSettings:
+    return SamplingSettings(command.temperature, command.top_k, command.top_p)
 
 
-def _asked(network: Network, prompt: Prompt, states: Tensor) -> PromptScores | None:
-    questions = prompt.command.questions
-    if questions is None:
+def _seed(command: Sample) -> int:
+    return random.randrange(2**31) if command.seed is None else command.seed
+
+
+def _prompt_scores(network: Network, command: Sample, states: Tensor) -> PromptScores | None:
+    if command.questions is None:
         return None
-    seed = random.randrange(2**31) if prompt.command.seed is None else prompt.command.seed
-    return score_prompt(
-        states, torch.tensor(list(prompt.ids)), network.scores, questions, _settings(prompt.command), seed
-    )
+    tokens = torch.tensor(command.prompt)
+    return score_prompt(states, tokens, network.sampling_logits, command.questions, _settings(command), _seed(command))
 
 
-def _grow(logits: Tensor, rows: list[_Row], tokenizer: Any) -> None:
-    """Append a token to each row, from logits `[S, V]`, and say which have ended. Any: the model's own tokenizer."""
-    tokens = choose(logits, [row.settings for row in rows], [row.uniforms.take() for row in rows])  # [S]
-    logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # [S], untempered
+def _append_tokens(logits: Tensor, rows: list[_Row], tokenizer: Tokenizer) -> None:
+    """Append a token to each row, from logits `[S, V]`, and set the stop_reason of rows that end with it."""
+    tokens = choose_tokens(logits, [row.settings for row in rows], [row.uniforms.next() for row in rows])  # [S]
+    # of the distribution of the model, whatever the temperature is
+    logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # [S]
     fetched = torch.stack([tokens.double(), logprobs.double()]).tolist()
     for index, row in enumerate(rows):
         row.tokens.append(int(fetched[0][index]))
@@ -202,30 +159,30 @@ def _grow(logits: Tensor, rows: list[_Row], tokenizer: Any) -> None:
         if row.top:
             values, ids = logits[index].log_softmax(-1).topk(min(row.top, logits.shape[-1]))
             row.tops.append((ids.int().cpu(), values.float().cpu()))
-        if row.tokens[-1] in row.stop_ids or _stop_text(tokenizer, row):
+        if row.tokens[-1] in row.stop_ids or _has_stop_text(tokenizer, row):
             row.stop_reason = "stop"
         elif len(row.tokens) >= row.room:
             row.stop_reason = "length"
 
 
-def _end_ids(network: Network, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a text, by the tokenizer and the generation config. Any: the model's own tokenizer."""
+def _end_ids(network: Network, tokenizer: Tokenizer) -> frozenset[int]:
+    """The end-of-text ids of the tokenizer and of the model's generation config."""
     configured = getattr(getattr(network.model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return frozenset(token for token in (*ids, getattr(tokenizer, "eos_token_id", None)) if isinstance(token, int))
 
 
-def _stop_text(tokenizer: Any, row: _Row) -> bool:
-    """Whether the text ends a stop string at its last token. Any: the model's own tokenizer."""
+def _has_stop_text(tokenizer: Tokenizer, row: _Row) -> bool:
+    """Whether the newest token completes a stop string."""
     if not row.stop_texts:
         return False
-    # a byte-level token may be a quarter of a character; earlier tokens were looked at before
+    # a byte-level token may be a quarter of a character; strings that end earlier were found with earlier tokens
     tail = tokenizer.decode(row.tokens[-(4 * max(map(len, row.stop_texts)) + 8) :], skip_special_tokens=True)
     return any(stop in tail for stop in row.stop_texts)
 
 
-def _finished(row: _Row, tokenizer: Any) -> SampledSequence:
-    """The text ends before the stop string; the tokens hold it. Any: the model's own tokenizer."""
+def _sequence(row: _Row, tokenizer: Tokenizer) -> SampledSequence:
+    """The result of a finished row. Its text ends before the stop string; its tokens include the stop string."""
     text: str = tokenizer.decode(row.tokens, skip_special_tokens=True)
     for stop in row.stop_texts:
         text = text.partition(stop)[0]

@@ -1,4 +1,4 @@
-"""The head of a model, found and verified: its matrix, its adapter, and what follows them. Knows nothing of losses."""
+"""The output head of a model: its weight, its adapter, and the scaling and soft-capping of the logits after it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from tinkerbell_core.logits.head import Head, Lora
 
-Config = Any  # a transformers config, which has what its model has
-Peft = Any  # peft is untyped
+Config = Any  # a transformers config, whose attributes depend on the model
+Peft = Any  # peft has no type hints
 
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-"""Names in configs of what multiplies or divides the logits; which of the two, only the model's code says."""
+"""Config names of a factor of the logits. Some models multiply by it and others divide; only their code shows which."""
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
-"""Names in configs of the cap in cap * tanh(logits / cap)."""
+"""Config names of the cap in cap * tanh(logits / cap)."""
 
 
-class Tail(NamedTuple):
-    """What a model does to its head's output: the multiplier first, then the cap."""
+class LogitTransform(NamedTuple):
+    """What a model does with the output of its head: multiply, then soft-cap."""
 
     multiplier: float = 1.0
     softcap: float | None = None
@@ -35,37 +35,38 @@ class Tail(NamedTuple):
         return logits
 
 
-def possible_tails(config: Config) -> Iterator[Tail]:
-    """Every reading of the numbers a config holds, the plainest first."""
+def candidate_transforms(config: Config) -> Iterator[LogitTransform]:
+    """Every transform that the numbers in a config can mean, the simplest first."""
     scales = _numbers(config, SCALES)
     caps = _numbers(config, SOFTCAPS)
     multipliers = dict.fromkeys((1.0, *scales, *(1 / scale for scale in scales)))
     for softcap in (None, *dict.fromkeys(caps)):
         for multiplier in multipliers:
-            yield Tail(multiplier, softcap)
+            yield LogitTransform(multiplier, softcap)
 
 
-def head_of(module: nn.Module, tail: Tail, precision: torch.dtype | None = None) -> Head | None:
-    """The head as it is now, with its active adapter; None for one of another form, a random one among them.
+def read_head(module: nn.Module, transform: LogitTransform, precision: torch.dtype | None = None) -> Head | None:
+    """The current weights of a head with its active adapter.
 
-    precision: the dtype of the products, where the weights are wider.
+    precision: the dtype of the matrix products, if the weights are wider. Returns None if the head has a form that
+    `Head` cannot express, for example with active dropout.
     """
     lora = None
     if type(module) is LoraLinear:
         base: nn.Module = module.get_base_layer()
         active = [name for name in module.active_adapters if name in module.lora_A]
         if active and not module.disable_adapters:
-            lora = _lora_of(module, active)
+            lora = _read_lora(module, active)
             if lora is None:
                 return None
     else:
         base = module
-    if type(base) is not nn.Linear:  # a quantised one is a subclass
+    if type(base) is not nn.Linear:  # a quantised layer is a subclass
         return None
-    return Head(base.weight, base.bias, lora, tail.multiplier, tail.softcap, precision)
+    return Head(base.weight, base.bias, lora, transform.multiplier, transform.softcap, precision)
 
 
-def _lora_of(module: Peft, active: list[str]) -> Lora | None:
+def _read_lora(module: Peft, active: list[str]) -> Lora | None:
     name = active[0]
     plain = name not in module.lora_variant and module.lora_B[name].bias is None
     dropout = module.lora_dropout[name]
@@ -76,5 +77,5 @@ def _lora_of(module: Peft, active: list[str]) -> Lora | None:
 
 
 def _numbers(config: Config, names: tuple[str, ...]) -> list[float]:
-    found = [getattr(config, name, None) for name in names]
-    return [float(number) for number in found if isinstance(number, int | float) and number > 0]
+    values = [getattr(config, name, None) for name in names]
+    return [float(value) for value in values if isinstance(value, int | float) and value > 0]

@@ -1,4 +1,4 @@
-"""What a loss is given as its logits: lazy ones where it can be, else stored ones and the reason. It cannot tell."""
+"""The logits that a loss gets: lazy ones, or stored ones with the reason why."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tinkerbell_core.spec import LossSpec
 from tinkerbell_server.commands import MATERIALISED
 from tinkerbell_server.engines.torch.network import Network
 
-AGAIN = "run again"
-"""Why logits are stored where a loss, in this call only, asked for what lazy ones do not give."""
+RUN_AGAIN = "run again"
+"""The reason if a loss used lazy logits, in this call, in a way that they do not support, and so runs a second time."""
 
 
-def stored_because(network: Network, spec: LossSpec | None = None) -> str:
-    """Why a loss gets stored logits of this network; empty: it gets lazy ones."""
+def why_stored(network: Network, spec: LossSpec | None = None) -> str:
+    """Why a loss gets stored logits of this network; empty if it gets lazy ones."""
     if not network.splits:
         return "the model's own forward"
     if spec is not None and spec.plain_logits:
@@ -32,36 +32,36 @@ def stored_because(network: Network, spec: LossSpec | None = None) -> str:
 def model_outputs(
     network: Network,
     states: Tensor,
-    because: str = "",
+    reason: str = "",
     budget: int | None = None,
     *,
     reads: Collection[Statistic] = (),
     beside: Collection[Statistic] = (),
 ) -> Tensor:
-    """Logits `[B, T, V]` of `network.states`; lazy unless `because` says why not.
+    """Logits `[B, T, V]` of `Network.states`, lazy if `reason` is empty.
 
-    budget: the most bytes of logits that may be stored, None for any number. reads, beside: as in `LossSpec`.
-    Raises LogitsTooLarge.
+    reason: of `why_stored`. budget: bytes of logits that may be stored, None for no limit. reads, beside: `reads` and
+    `reads_detached` of the LossSpec. Raises LogitsTooLarge.
     """
-    if not because:
+    if not reason:
         head = network.head()
         assert head is not None
-        source = LocalSource(states.flatten(0, 1), head, together=frozenset(reads), beside=frozenset(beside))
+        source = LocalSource(states.flatten(0, 1), head, prefetch=frozenset(reads), prefetch_detached=frozenset(beside))
         return Logits.over(source, states.shape[:2], budget=budget)
     size = stored_bytes(network, states)
     if budget is not None and size > budget:
         shape = [*states.shape[:2], network.vocab_size]
         raise LogitsTooLarge(
-            f"logits {shape} are stored ({because}) and take {size:,} bytes, but the budget for them is {budget:,}: "
-            "send fewer or shorter rows, or serve with a larger --logits-budget"
+            f"logits {shape} must be stored ({reason}) and take {size:,} bytes, but the budget is {budget:,} bytes: "
+            "send fewer or shorter rows, or start the server with a larger --logits-budget"
         )
     return network.logits(states)
 
 
-def materialised(logits: Tensor, because: str, network: Network, states: Tensor) -> Mapping[str, float]:
-    """Diagnostics about these logits after the loss has run: bytes that were stored, by what stored them."""
-    if because:
-        return {f"{MATERIALISED}{because}:sum": float(stored_bytes(network, states))}
+def materialised(logits: Tensor, reason: str, network: Network, states: Tensor) -> Mapping[str, float]:
+    """Diagnostics of a finished loss: the bytes of logits that were stored, by the operation that stored them."""
+    if reason:
+        return {f"{MATERIALISED}{reason}:sum": float(stored_bytes(network, states))}
     assert isinstance(logits, Logits)
     total: dict[str, float] = {}
     for operation, size in logits.materialised:
@@ -71,6 +71,6 @@ def materialised(logits: Tensor, because: str, network: Network, states: Tensor)
 
 
 def stored_bytes(network: Network, states: Tensor) -> int:
-    """What the logits of these states take, float32 or better."""
-    wide = torch.promote_types(states.dtype, torch.float32)
-    return states.shape[0] * states.shape[1] * network.vocab_size * wide.itemsize
+    """The bytes of stored logits of these states, in float32 or better."""
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    return states.shape[0] * states.shape[1] * network.vocab_size * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Memory of the device: what is used, what ran out and in which words, and giving back what is only cached."""
+"""Memory of the device: how much is used, how large micro-batches may be, and the error if a call does not fit."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ import psutil
 import torch
 
 from tinkerbell_core.errors import TinkerbellError
-from tinkerbell_server.commands import Command, RunLoss, TextData
+from tinkerbell_server.commands import Command, RunLoss
 from tinkerbell_server.config import Settings
-from tinkerbell_server.engines.torch.batching import batch_bytes, token_budget
 from tinkerbell_server.engines.torch.network import Network
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 class Budgets(NamedTuple):
-    """lazy, stored: padded tokens of a micro-batch, by how the loss gets its logits. logits: the most bytes stored."""
+    """Limits of one loss call.
+
+    lazy, stored: padded tokens of a micro-batch, if the loss gets lazy or stored logits. logits: bytes of logits that
+    may be stored at once.
+    """
 
     lazy: int
     stored: int
@@ -28,14 +31,14 @@ class Budgets(NamedTuple):
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that tensors took on a GPU; elsewhere, the most that this process took."""
+    """Peak memory of tensors on a GPU; on a CPU, peak memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def free_bytes(device: torch.device) -> int:
-    """What tensors may still take: of the GPU, or of the machine and of this process's control group."""
+    """Free memory of the GPU; on a CPU, of the machine and of this process's control group, whichever is less."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = int(psutil.virtual_memory().available)
@@ -44,66 +47,81 @@ def free_bytes(device: torch.device) -> int:
 
 
 def budgets(network: Network, settings: Settings) -> Budgets:
-    """What the settings say; by the memory that is free where they say nothing."""
+    """The budgets of the settings; a budget that is not set is derived from the free memory."""
 
-    def tokens(stored: bool) -> int:
-        return settings.micro_batch_tokens or token_budget(
-            _bytes_a_token(network, stored, settings.gradient_checkpointing), network.device
-        )
+    def tokens(*, stored: bool) -> int:
+        if settings.micro_batch_tokens is not None:
+            return settings.micro_batch_tokens
+        return token_budget(_bytes_per_token(network, stored, settings.gradient_checkpointing), network.device)
 
     logits = settings.logits_budget
-    # an eighth, since a loss makes some copies of what it is given, and so does its backward pass
-    return Budgets(tokens(False), tokens(True), free_bytes(network.device) // 8 if logits is None else logits)
+    if logits is None:
+        # an eighth, because a loss and its backward pass make several copies of the logits
+        logits = free_bytes(network.device) // 8
+    return Budgets(tokens(stored=False), tokens(stored=True), logits)
 
 
-def ran_out(error: BaseException) -> bool:
-    """Whether torch or Python ran out of memory, also inside a loss."""
+def token_budget(bytes_per_token: int, device: torch.device) -> int:
+    """Padded tokens of a micro-batch that uses about 1 GiB on a CPU, or a quarter of the free memory of a GPU."""
+    if device.type == "cuda":
+        free, _total = torch.cuda.mem_get_info(device)
+        return max(256, min(65536, free // 4 // bytes_per_token))
+    return max(256, min(16384, (1 << 30) // bytes_per_token))
+
+
+def stored_logits_bytes(tokens: int, vocab_size: int) -> int:
+    """About the bytes that stored logits of so many tokens use in a forward and backward pass."""
+    return 16 * tokens * vocab_size
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python ran out of memory, in the engine or inside a loss."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, TinkerbellError):
         cause = error.__cause__
-        return cause is not None and not isinstance(cause, TinkerbellError) and ran_out(cause)
-    # the CPU allocator has no exception of its own
+        return cause is not None and not isinstance(cause, TinkerbellError) and is_out_of_memory(cause)
+    # torch has no exception class for the CPU allocator
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
-def what_did_not_fit(command: Command, error: BaseException, network: Network, budget: int) -> str:
-    """A sentence that names tokens and bytes, and what to do."""
+def out_of_memory_message(command: Command, error: BaseException, network: Network, budget: int) -> str:
+    """The size of the command in tokens and bytes, and what the user can do. budget: tokens of a micro-batch."""
     what = type(command).__name__
-    if isinstance(command, RunLoss) and not isinstance(command.data, TextData):
+    if isinstance(command, RunLoss):
         lengths = [row.tokens.shape[0] for row in command.data]
         padded = len(lengths) * max(lengths)
-        size = batch_bytes(padded, network.vocab_size)
+        size = stored_logits_bytes(padded, network.vocab_size)
         what = f"{what} of {sum(lengths)} tokens ({padded} padded, about {size:,} bytes of logits)"
     reason = str(error).strip().partition("\n")[0]
     return (
         f"out of memory on {network.device} in {what}: {reason}. Nothing was changed; "
-        f"send fewer or shorter rows, or serve with --micro-batch-tokens below {budget}"
+        f"send fewer or shorter rows, or start the server with --micro-batch-tokens below {budget}"
     )
 
 
-def free(device: torch.device) -> None:
-    """Give back what nothing refers to."""
+def release_unused(device: torch.device) -> None:
+    """Return memory to the device that no tensor uses any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None where there is no such file, or "max" in it."""
+    """The number in a file; None if there is no such file or it contains "max"."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):
         return None
 
 
-def _bytes_a_token(network: Network, stored: bool, checkpointing: bool) -> int:
-    """About what one token takes in a forward and backward pass, with its logits `stored` or lazy."""
+def _bytes_per_token(network: Network, stored: bool, checkpointing: bool) -> int:
+    """About the bytes that one token uses in a forward and backward pass. stored: its logits are stored."""
     config = network.model.config.get_text_config()
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    inner = int(max(inner) if isinstance(inner, list | tuple) else inner)  # one a layer, in some models
+    inner = int(max(inner) if isinstance(inner, list | tuple) else inner)  # some models have one size per layer
     # what a layer of attention and a gated MLP keeps for its backward pass
-    kept = 16 * hidden + 6 * inner
-    floats = layers * hidden + kept if checkpointing else layers * kept
-    return floats * network.dtype.itemsize + (batch_bytes(1, network.vocab_size) if stored else 0)
+    per_layer = 16 * hidden + 6 * inner
+    floats = layers * hidden + per_layer if checkpointing else layers * per_layer
+    return floats * network.dtype.itemsize + (stored_logits_bytes(1, network.vocab_size) if stored else 0)

@@ -1,4 +1,4 @@
-"""The trained models of one engine: made, loaded, deleted, and found by id. One base network, any number on it."""
+"""The trained models of one engine by id: creates, loads, deletes and activates them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,31 @@ from tinkerbell_server.engines.torch import checkpoints
 from tinkerbell_server.engines.torch.adapters import Adapters
 from tinkerbell_server.engines.torch.checkpoints import Checkpoint
 from tinkerbell_server.engines.torch.network import Network
+from tinkerbell_server.engines.torch.restore import check_moments, restore_moments, restore_weights
 from tinkerbell_server.engines.torch.trained_model import TrainedModel
 
 SNAPSHOTS = 8
-"""Saved folders that stay loaded because samples were drawn from them."""
+"""The number of saved folders that stay loaded after samples were drawn from them."""
 
 LoadNetwork = Callable[[str | Path, torch.dtype], Network]
 
 
 class Models:
-    """load_network: reads a folder or hub id with the settings of this engine."""
+    """One base network, and any number of models on it: adapters on the base, and full copies of it.
 
-    def __init__(self, base: Network, load_network: LoadNetwork) -> None:
+    load_network: loads a folder or hub id with the settings of this engine.
+    """
+
+    def __init__(self, base: Network, load_network: LoadNetwork, data_folder: Path) -> None:
         self.base = base
+        self.data_folder = data_folder
         self.adapters = Adapters(base)
         self._load_network = load_network
         self._by_id: dict[str, TrainedModel] = {}
-        self._references: dict[str, Network | str] = {}  # path → its network, or its adapter on the base
-        self._snapshots: dict[tuple[Path, int], Network | str] = {}  # the same, the one used last at the end
+        # by path: the network of a full model, or the name of an adapter on the base
+        self._references: dict[str, Network | str] = {}
+        # the same by path and time of change, the most recently used last
+        self._snapshots: dict[tuple[Path, int], Network | str] = {}
 
     def __contains__(self, model_id: object) -> bool:
         return model_id in self._by_id
@@ -40,17 +47,17 @@ class Models:
         """Raises UnknownModel."""
         if model_id not in self._by_id:
             known = ", ".join(self._by_id) or "none"
-            raise UnknownModel(f"no model {model_id!r}{did_you_mean(model_id, self._by_id)} (there is: {known})")
+            raise UnknownModel(f"no model {model_id!r}{did_you_mean(model_id, self._by_id)} (available: {known})")
         return self._by_id[model_id]
 
     def get_or_create(self, model_id: str, spec: CreateModelRequest | None) -> tuple[TrainedModel, bool]:
-        """The model of this id, and whether it was made just now. Raises UnknownModel where spec is None."""
+        """The model of this id, and whether it was created now. Raises UnknownModel if it is missing without a spec."""
         if model_id in self._by_id or spec is None:
             return self.get(model_id), False
         return self.create(spec), True
 
     def create(self, spec: CreateModelRequest) -> TrainedModel:
-        """Raises BadRequest where the id is taken, BadHyperparameter and BadCheckpoint for what cannot be made."""
+        """Raises BadRequest if the id exists, BadHyperparameter for the adapter, BadCheckpoint for the reference."""
         if spec.model_id in self._by_id:
             raise BadRequest(f"model {spec.model_id!r} exists already: delete it, or use another id")
         if spec.reference not in ("base", "initial"):
@@ -65,6 +72,7 @@ class Models:
         return model
 
     def delete(self, model_id: str) -> TrainedModel:
+        """Raises UnknownModel."""
         model = self.get(model_id)
         if model.adapter is not None:
             self.adapters.delete(model.adapter)
@@ -72,21 +80,24 @@ class Models:
         return model
 
     def load(self, model: TrainedModel, path: Path, *, optimizer: bool) -> bool:
-        """Bring a model to a checkpoint, adopting its rank and targets; whether the optimizer's state came with it.
+        """Replace a model's weights by a checkpoint's; whether the optimizer's state was restored too.
 
-        Raises BadCheckpoint, and the model is as it was.
+        An adapter takes the rank and the target modules of the checkpoint. Raises BadCheckpoint, and then the model
+        has not changed.
         """
         checkpoint = checkpoints.read(path)
         if (checkpoint.config is None) != (model.adapter is None):
-            what = "a full model" if checkpoint.config is None else "an adapter"
-            is_one = "an adapter" if model.adapter else "a full model"
-            raise BadCheckpoint(f"{path} holds {what}, but model {model.id!r} is {is_one}: create a model of its kind")
+            saved = "a full model" if checkpoint.config is None else "an adapter"
+            current = "an adapter" if model.adapter else "a full model"
+            raise BadCheckpoint(
+                f"{path} contains {saved}, but model {model.id!r} is {current}: create a model of the same kind"
+            )
         checkpoints.check_base(checkpoint, self.base)
         with_moments = optimizer and checkpoint.moments is not None
         loaded = self._loaded(model, checkpoint, with_moments)
         state = checkpoint.state
         loaded.steps, loaded.calls = (state.step, state.calls) if state is not None else (0, 0)
-        loaded.initial = state.initial if state is not None and with_moments else str(path)
+        loaded.initial = checkpoints.initial_of(state, self.data_folder) if state and with_moments else str(path)
         if state is not None:
             loaded.saved_path, loaded.saved_step = str(path), state.step
         self._by_id[model.id] = loaded
@@ -95,47 +106,43 @@ class Models:
         return with_moments
 
     def activate(self, model: TrainedModel | None) -> Network:
-        """The network to run for a model, its adapter on; None: the base alone."""
+        """The network of a model, with its adapter active; None for the base without an adapter."""
         if model is None or model.adapter is not None:
             self.adapters.use(model.adapter if model is not None else None)
         return model.network if model is not None else self.base
 
     def reference(self, name: str) -> Network:
-        """The network of a reference, "base" or a path, ready to run; paths stay loaded."""
+        """The activated network of a reference: "base" or a path. It stays loaded. Raises BadCheckpoint."""
         if name == "base":
             return self.activate(None)
         if name not in self._references:
-            checkpoint = checkpoints.read(Path(name))
-            checkpoints.check_base(checkpoint, self.base)
-            if checkpoint.config is None:
-                self._references[name] = self._load_network(name, self.base.dtype)
-            else:
-                self._references[name] = self._adapter_of(checkpoint, seed=0)
-        found = self._references[name]
-        if isinstance(found, Network):
-            return found
-        self.adapters.use(found)
-        return self.base
+            self._references[name] = self._load_saved(Path(name))
+        return self._activate_saved(self._references[name])
 
     def snapshot(self, path: Path) -> Network:
-        """The network of a saved folder, ready to run; the last few stay loaded. Raises BadCheckpoint."""
+        """The activated network of a saved folder. The last few stay loaded. Raises BadCheckpoint."""
         changed = path.stat().st_mtime_ns if path.is_dir() else 0
         found = self._snapshots.pop((path, changed), None)
         if found is None:
-            checkpoint = checkpoints.read(path)
-            checkpoints.check_base(checkpoint, self.base)
-            if checkpoint.config is None:
-                found = self._load_network(path, self.base.dtype)
-            else:
-                found = self._adapter_of(checkpoint, seed=0)
+            found = self._load_saved(path)
         self._snapshots[path, changed] = found
         while len(self._snapshots) > SNAPSHOTS:
             oldest = self._snapshots.pop(next(iter(self._snapshots)))
             if isinstance(oldest, str):
                 self.adapters.delete(oldest)
-        if isinstance(found, Network):
-            return found
-        self.adapters.use(found)
+        return self._activate_saved(found)
+
+    def _load_saved(self, path: Path) -> Network | str:
+        checkpoint = checkpoints.read(path)
+        checkpoints.check_base(checkpoint, self.base)
+        if checkpoint.config is None:
+            return self._load_network(path, self.base.dtype)
+        return self._adapter_of(checkpoint, seed=0)
+
+    def _activate_saved(self, saved: Network | str) -> Network:
+        if isinstance(saved, Network):
+            return saved
+        self.adapters.use(saved)
         return self.base
 
     def _loaded(self, model: TrainedModel, checkpoint: Checkpoint, with_moments: bool) -> TrainedModel:
@@ -143,8 +150,8 @@ class Models:
         if config is None:
             stored = self._load_network(checkpoint.path, model.network.dtype)
             if with_moments:
-                checkpoints.check_moments(checkpoint, model.parameters)
-            checkpoints.restore_weights(checkpoint.path, model.parameters, dict(stored.model.named_parameters()))
+                check_moments(checkpoint, model.parameters)
+            restore_weights(checkpoint.path, model.parameters, dict(stored.model.named_parameters()))
             loaded = TrainedModel.new(model.spec, model.network, None, model.parameters)
         else:
             targets = None if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
@@ -155,33 +162,33 @@ class Models:
             loaded = TrainedModel.new(spec, self.base, name, self.adapters.parameters(name))
             if with_moments:
                 try:
-                    checkpoints.check_moments(checkpoint, loaded.parameters)
+                    check_moments(checkpoint, loaded.parameters)
                 except BadCheckpoint:
                     self.adapters.delete(name)
                     raise
         if with_moments:
-            checkpoints.restore_moments(loaded, checkpoint)
+            restore_moments(loaded, checkpoint)
         return loaded
 
     def _adapter_of(self, checkpoint: Checkpoint, seed: int) -> str:
         assert checkpoint.config is not None
         try:
             name = self.adapters.add(checkpoint.config, seed)
-        except ValueError as error:  # peft found none of the adapter's modules
+        except ValueError as error:  # the base has none of the adapter's modules
             raise BadCheckpoint(f"{checkpoint.path} does not fit this base model: {error}") from error
         try:
-            checkpoints.restore_weights(checkpoint.path, self.adapters.parameters(name), checkpoint.weights)
+            restore_weights(checkpoint.path, self.adapters.parameters(name), checkpoint.weights)
         except BadCheckpoint:
             self.adapters.delete(name)
             raise
         return name
 
     def _full_copy(self, source: str) -> Network:
-        """All weights of the base once more, trainable, in float32 or better; computed in the base's dtype."""
-        wide = torch.float32 if self.base.dtype == torch.bfloat16 else self.base.dtype
-        network = self._load_network(source, wide)
+        """A trainable copy of the base, in float32 or better, whose matrix products are in the base's dtype."""
+        dtype = torch.float32 if self.base.dtype == torch.bfloat16 else self.base.dtype
+        network = self._load_network(source, dtype)
         network.model.requires_grad_(True)
         network.base_id = self.base.base_id
-        if wide != self.base.dtype:
+        if dtype != self.base.dtype:
             network.autocast = self.base.dtype
         return network

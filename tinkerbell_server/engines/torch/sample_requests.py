@@ -1,4 +1,4 @@
-"""Samples that were asked of models, saved ones and the base: drawn together where they are of one network."""
+"""Runs Sample commands: selects the network of each, and generates those of one network together."""
 
 from __future__ import annotations
 
@@ -7,61 +7,56 @@ from pathlib import Path
 
 from tinkerbell_core.errors import Problem, TinkerbellError
 from tinkerbell_core.types import SampleOutput
-from tinkerbell_server.calls.text import chat_ids
 from tinkerbell_server.commands import Drawn, Sample
-from tinkerbell_server.engines.torch import generate
+from tinkerbell_server.engines.torch.generate import Tokenizer, generate
 from tinkerbell_server.engines.torch.models import Models
-from tinkerbell_server.engines.torch.network import Network, Transformer
+from tinkerbell_server.engines.torch.network import Network
 
 
 class Sampler:
-    def __init__(self, models: Models, tokenizer: Transformer) -> None:
+    """Samples from trained models, from saved ones and from the base model."""
+
+    def __init__(self, models: Models, tokenizer: Tokenizer) -> None:
+        """tokenizer: used for stop strings and for the text of the samples."""
         self._models, self._tokenizer = models, tokenizer
 
-    def one(self, command: Sample) -> SampleOutput:
-        (drawn,) = self.many([command])
+    def sample(self, command: Sample) -> SampleOutput:
+        """Raises UnknownModel, BadCheckpoint."""
+        (drawn,) = self.sample_together([command])
         if drawn.problem is not None:
             raise drawn.problem.error()
         assert drawn.output is not None
         return drawn.output
 
-    def many(self, commands: Sequence[Sample]) -> list[Drawn]:
-        """Each by itself where one cannot be had; those of one network in batches."""
-        drawn: dict[int, Drawn] = {}
-        prompts: dict[tuple[str | None, str | None], dict[int, generate.Prompt]] = {}
+    def sample_together(self, commands: Sequence[Sample]) -> list[Drawn]:
+        """The output or the error of each command; an error of one command does not affect the others."""
+        results: dict[int, Drawn] = {}
+        by_network: dict[tuple[str | None, str | None], list[int]] = {}
         for index, command in enumerate(commands):
+            by_network.setdefault((command.path, command.model_id), []).append(index)
+        for indices in by_network.values():
             try:
-                prompt = generate.Prompt(self._prompt_ids(command), command)
-                generate.check(prompt, self._network_of(command))
-                prompts.setdefault((command.path, command.model_id), {})[index] = prompt
+                network = self._activate(commands[indices[0]])
             except TinkerbellError as error:
-                drawn[index] = Drawn(problem=Problem.of(error))
-        for same in prompts.values():
-            network = self._network_of(commands[next(iter(same))])
-            network.mode(train=False)
-            for index, continued in zip(
-                same, generate.sample_many(network, self._tokenizer, list(same.values())), strict=True
-            ):
+                results.update(dict.fromkeys(indices, Drawn(problem=Problem.of(error))))
+                continue
+            generated = generate(network, self._tokenizer, [commands[index] for index in indices])
+            for index, result in zip(indices, generated, strict=True):
                 output = SampleOutput(
                     model_id=commands[index].model_id,
-                    prompt_tokens=len(same[index].ids),
-                    sequences=continued.sequences,
-                    prompt=continued.prompt,
+                    prompt_tokens=len(commands[index].prompt),
+                    sequences=result.sequences,
+                    prompt=result.prompt,
                 )
-                drawn[index] = Drawn(output=output)
-        return [drawn[index] for index in range(len(commands))]
+                results[index] = Drawn(output=output)
+        return [results[index] for index in range(len(commands))]
 
-    def _network_of(self, command: Sample) -> Network:
+    def _activate(self, command: Sample) -> Network:
         if command.path is not None:
-            return self._models.snapshot(Path(command.path))
-        return self._models.activate(None if command.model_id is None else self._models.get(command.model_id))
-
-    def _prompt_ids(self, command: Sample) -> list[int]:
-        match command.prompt:
-            case str(text):
-                return list(self._tokenizer(text)["input_ids"])
-            case [dict(), *_]:
-                chat = [message for message in command.prompt if isinstance(message, dict)]
-                return chat_ids("the prompt", chat, self._tokenizer, add_generation_prompt=True)
-            case _:
-                return [token for token in command.prompt if isinstance(token, int)]
+            network = self._models.snapshot(Path(command.path))
+        elif command.model_id is not None:
+            network = self._models.activate(self._models.get(command.model_id))
+        else:
+            network = self._models.activate(None)
+        network.mode(train=False)
+        return network

@@ -1,4 +1,4 @@
-"""The embedded tiny model: a byte-level Llama made on the spot, the same everywhere, loaded like any other folder."""
+"""The embedded tiny model: a byte-level Llama with fixed random weights, saved as a folder like any other model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tinkerbell_server.database import make_folders
+
 BOS, EOS, PAD, TURN, END = "<|bos|>", "<|eos|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (BOS, EOS, PAD, TURN, END)
-"""The ids after the 256 bytes, in this order."""
+"""Special tokens, in the order of their ids, which follow the 256 bytes."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -25,18 +27,20 @@ CHAT_TEMPLATE = (
 
 
 def embedded_model(data_dir: Path) -> Path:
-    """The folder of the embedded model, written at the first call, in one rename."""
+    """The folder of the embedded model. The first call creates it; it appears complete."""
     folder = data_dir / "models" / "embedded"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(folder.parent)
     draft = Path(tempfile.mkdtemp(prefix=".embedded-", dir=folder.parent))
     try:
         _model().save_pretrained(draft)
         write_tokenizer(draft)
+        for file in draft.iterdir():
+            file.chmod(0o600)
         os.replace(draft, folder)
     except OSError:
-        if not folder.is_dir():  # else another engine on this data dir was first
+        if not folder.is_dir():  # if it exists now, another engine with this data directory has created it
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -44,7 +48,7 @@ def embedded_model(data_dir: Path) -> Path:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer of 256 bytes and the special tokens, with a ChatML template that marks what counts."""
+    """Save a byte-level tokenizer with a ChatML template, which marks the tokens of the assistant."""
     _tokenizer().save_pretrained(folder)
 
 
@@ -66,7 +70,7 @@ def _model() -> LlamaForCausalLM:
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
     if model.generation_config is not None:
-        model.generation_config.eos_token_id = [257, 260]  # a chat's turn ends a sample too
+        model.generation_config.eos_token_id = [257, 260]  # the end of a message ends a sample too
     return model
 
 
@@ -90,7 +94,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in a byte-level vocabulary, as GPT-2 chose them."""
+    """The character that represents each byte in a byte-level vocabulary, as in GPT-2."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -1,25 +1,20 @@
-"""A model that is being trained: what it is, its parameters, what was accumulated, and its AdamW."""
+"""A model that is trained: its parameters, its accumulated gradients and its AdamW state."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tinkerbell_core.errors import BadHyperparameter, NothingAccumulated
 from tinkerbell_core.types import CreateModelRequest, ModelInfo
-from tinkerbell_server.commands import OptimStep
 from tinkerbell_server.engines.torch.network import Network
 
 
 @dataclass(slots=True)
 class Accumulated:
-    """Gradients by parameter name, summed since the last optim_step, and what went into them."""
+    """Gradients by parameter name, summed since the last optim_step, and the size of the data that they are from."""
 
     gradients: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
@@ -29,9 +24,10 @@ class Accumulated:
 
 @dataclass(slots=True)
 class TrainedModel:
-    """adapter: the name of its LoRA on the shared base, None for a full copy. parameters: the trained ones, by name.
+    """adapter: the name of its LoRA on the shared base; None for a full copy of the base.
 
-    initial: what reference="initial" means: "base", or the path whose weights training began from.
+    parameters: the trained ones by name. steps: optim_steps taken. calls: forward_backward calls so far.
+    initial: the weights that reference="initial" means: "base", or the path that they were loaded from.
     """
 
     spec: CreateModelRequest
@@ -50,7 +46,9 @@ class TrainedModel:
     def new(
         cls, spec: CreateModelRequest, network: Network, adapter: str | None, parameters: dict[str, Parameter]
     ) -> TrainedModel:
-        return cls(spec, network, adapter, parameters, new_adamw(parameters.values()))
+        # each optim_step sets the hyperparameters of AdamW
+        optimizer = torch.optim.AdamW(list(parameters.values()), lr=0.0)
+        return cls(spec, network, adapter, parameters, optimizer)
 
     @property
     def id(self) -> str:
@@ -58,11 +56,11 @@ class TrainedModel:
 
     @property
     def call_seed(self) -> int:
-        """The seed of the next call: a neighbour's calls do not change it, nor does one that fails."""
+        """The seed of the next call. It does not depend on calls of other models, nor on calls that failed."""
         return self.spec.seed * 2_147_483_647 + self.calls
 
     def accumulate(self, tokens: int, sequences: int) -> None:
-        """Add the gradient in `.grad`, which is taken away."""
+        """Add the gradients in `.grad` to the accumulated ones, and clear `.grad`."""
         total = self.accumulated
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
@@ -90,67 +88,4 @@ class TrainedModel:
             steps=self.steps,
             saved_path=self.saved_path,
             saved_step=self.saved_step,
-        )
-
-
-if TYPE_CHECKING:
-    from tinkerbell_server.engines.torch.trained_model import TrainedModel
-
-
-def new_adamw(parameters: Iterable[Parameter]) -> torch.optim.AdamW:
-    """An AdamW without history; its settings come with each step."""
-    return torch.optim.AdamW(list(parameters), lr=0.0)
-
-
-def optim_step(model: TrainedModel, command: OptimStep) -> float:
-    """Take one step and clear what was accumulated; the gradient's norm after normalisation, before clipping.
-
-    Raises BadHyperparameter for a value out of range and NothingAccumulated; nothing is touched then.
-    """
-    check(command)
-    total = model.accumulated
-    if not total.calls:
-        raise NothingAccumulated(
-            f"model {model.id!r} has no gradient accumulated: call forward_backward before optim_step"
-        )
-    divisor = {"tokens": total.tokens, "sequences": total.sequences, None: 1}[command.normalize]
-    gradients = list(total.gradients.values())
-    if divisor > 1:
-        torch._foreach_div_(gradients, float(divisor))
-    norm = global_norm(gradients)
-    if command.grad_clip_norm and norm > command.grad_clip_norm:
-        torch._foreach_mul_(gradients, command.grad_clip_norm / (norm + 1e-6))
-    for group in model.optimizer.param_groups:
-        group["lr"] = command.learning_rate
-        group["betas"] = command.betas
-        group["eps"] = command.eps
-        group["weight_decay"] = command.weight_decay
-    for name, gradient in total.gradients.items():
-        model.parameters[name].grad = gradient
-    model.optimizer.step()
-    model.optimizer.zero_grad(set_to_none=True)
-    model.accumulated = type(total)()
-    model.steps += 1
-    return norm
-
-
-def global_norm(gradients: list[Tensor]) -> float:
-    """The 2-norm of all gradients as one vector; 0 of none."""
-    if not gradients:
-        return 0.0
-    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
-
-
-def check(command: OptimStep) -> None:
-    """Raise BadHyperparameter for the first setting that is out of range."""
-    for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
-        value = getattr(command, name)
-        if not math.isfinite(value) or value < 0:
-            raise BadHyperparameter(f"optim_step: {name} is {value}, but must be a finite number of at least 0")
-    for index, beta in enumerate(command.betas):
-        if not 0 <= beta < 1:
-            raise BadHyperparameter(f"optim_step: betas[{index}] is {beta}, but must be at least 0 and below 1")
-    if command.normalize not in (None, "tokens", "sequences"):
-        raise BadHyperparameter(
-            f"optim_step: normalize is {command.normalize!r}, but must be 'tokens', 'sequences' or None"
         )

@@ -1,0 +1,120 @@
+"""Saving and loading models, also adapters that PEFT saved."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.engine.calls import create, gradients, rows, run, same, step, train, weights
+from tests.engine.conftest import MakeEngine
+from tinkerbell_core.errors import BadCheckpoint
+from tinkerbell_server.commands import Load, Save
+from tinkerbell_server.engines.torch.tiny_model import embedded_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+
+@pytest.mark.parametrize("base", ["plain", "llama", "qwen3"])
+def test_peft_loads_a_saved_adapter(make_engine: MakeEngine, bases, base: str, tmp_path: Path) -> None:
+    engine = make_engine(base)
+    train(engine, "m", 2)
+    engine.execute(Save(model_id="m", path=str(tmp_path / "saved")))
+    assert all("lora_" in name for name in load_file(tmp_path / "saved" / "adapter_model.safetensors"))
+    plain = AutoModelForCausalLM.from_pretrained(bases[base], dtype=torch.float64)
+    loaded = PeftModel.from_pretrained(plain, str(tmp_path / "saved")).eval()
+    tokens = torch.arange(10)[None]
+    network = engine._models.activate(engine._models.get("m"))
+    network.mode(train=False)
+    with torch.no_grad():
+        logits = network.logits(network.states(tokens.to(network.device), None)).cpu()
+        assert torch.allclose(logits, loaded(tokens).logits, atol=1e-12)
+        engine._models.activate(None)
+        assert not torch.allclose(logits, network.logits(network.states(tokens.to(network.device), None)).cpu())
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_loaded_model_continues_exactly_where_it_was_saved(
+    make_engine: MakeEngine, full: bool, tmp_path: Path
+) -> None:
+    engine = make_engine("dropout")
+    create(engine, full=full)
+    train(engine, "m", 2)
+    engine.execute(Save(model_id="m", path=str(tmp_path / "saved")))
+    train(engine, "m", 2)
+    fresh = make_engine("dropout")
+    create(fresh, "n", full=full, rank=2)
+    loaded = fresh.execute(Load(model_id="n", path=str(tmp_path / "saved"), optimizer=True))
+    assert (loaded.step, loaded.rank, loaded.optimizer) == (2, None if full else 4, True)
+    train(fresh, "n", 2)
+    assert same(weights(engine), weights(fresh, "n"))
+
+
+def test_a_model_can_be_loaded_without_the_state_of_its_optimizer(make_engine: MakeEngine, tmp_path: Path) -> None:
+    engine = make_engine()
+    train(engine, "m", 1)
+    engine.execute(Save(model_id="m", path=str(tmp_path / "saved")))
+    assert engine._models.get("m").optimizer.state
+    loaded = engine.execute(Load(model_id="m", path=str(tmp_path / "saved"), optimizer=False))
+    assert loaded.optimizer is False
+    assert not engine._models.get("m").optimizer.state
+
+
+def test_a_save_never_overwrites(make_engine: MakeEngine, tmp_path: Path) -> None:
+    engine = make_engine()
+    create(engine)
+    engine.execute(Save(model_id="m", path=str(tmp_path / "saved")))
+    with pytest.raises(BadCheckpoint, match="exists already"):
+        engine.execute(Save(model_id="m", path=str(tmp_path / "saved")))
+
+
+def test_a_model_takes_rank_and_targets_of_an_adapter_that_peft_saved(
+    make_engine: MakeEngine, bases, tmp_path: Path
+) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(bases["llama"], dtype=torch.float64)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["v_proj", "up_proj"], init_lora_weights=False)
+    adapted = get_peft_model(plain, config).eval()
+    adapted.save_pretrained(tmp_path / "adapted", save_embedding_layers=False)
+    engine = make_engine("llama")
+    create(engine)
+    engine.execute(Load(model_id="m", path=str(tmp_path / "adapted"), optimizer=True))
+    model = engine._models.get("m")
+    assert (model.spec.rank, model.spec.alpha, model.spec.target_modules) == (3, 5.0, ["up_proj", "v_proj"])
+    tokens = torch.arange(10)[None]
+    network = engine._models.activate(model)
+    network.mode(train=False)
+    with torch.no_grad():
+        logits = network.logits(network.states(tokens.to(network.device), None)).cpu()
+        assert torch.allclose(logits, adapted(tokens).logits, atol=1e-6)
+    run(engine, rows([5]))
+    step(engine)
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing(make_engine: MakeEngine, bases, tmp_path: Path) -> None:
+    embedded = embedded_model(tmp_path)
+    for name, options in {"wide": {}, "bias": {"bias": "all"}, "whole": {"modules_to_save": ["lm_head"]}}.items():
+        plain = AutoModelForCausalLM.from_pretrained(embedded if name == "wide" else bases["llama"])
+        config = LoraConfig(r=2, target_modules=["q_proj"], **options)
+        get_peft_model(plain, config).save_pretrained(tmp_path / name)
+    shutil.copytree(tmp_path / "wide", tmp_path / "torn")
+    (tmp_path / "torn" / "adapter_model.safetensors").write_bytes(b"torn")
+    engine = make_engine("llama")
+    run(engine, rows([5]))
+    before, accumulated = weights(engine), gradients(engine)
+    for name, reason in {
+        "wide": "does not fit",
+        "bias": "biases",
+        "whole": "modules",
+        "torn": "cannot be read",
+        "no": "no folder",
+    }.items():
+        with pytest.raises(BadCheckpoint, match=reason):
+            engine.execute(Load(model_id="m", path=str(tmp_path / name), optimizer=True))
+    assert same(before, weights(engine))
+    assert same(accumulated, gradients(engine))
+    step(engine)

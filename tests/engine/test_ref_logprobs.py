@@ -1,0 +1,50 @@
+"""Reference log-probabilities: computed by the base or by a saved model, and cached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch.nn.functional as F
+
+from tests.engine.calls import create, rows, run, train, upload
+from tests.engine.conftest import MakeEngine
+from tinkerbell_core.output import LossFnOutput
+from tinkerbell_server.commands import Load, Save
+
+
+def gap(model_outputs, loss_fn_inputs, attention_mask):
+    """How far the model is from its reference."""
+    targets = loss_fn_inputs["target_tokens"]
+    logprobs = F.log_softmax(model_outputs, -1).gather(-1, targets[..., None])[..., 0]  # [B, T]
+    return LossFnOutput(((logprobs - loss_fn_inputs["ref_logprobs"]).abs() * attention_mask).sum(), logprobs)
+
+
+def test_the_base_is_the_default_reference_and_its_logprobs_are_cached(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine("dropout")
+    name = upload(engine, gap, "gap")
+    data = rows([5, 8, 3])
+    assert run(engine, data, name, backward=False).loss < 1e-4
+    train(engine, "m", 2)
+    trained = run(engine, data, name, backward=False).loss
+    assert trained > 1e-2
+    monkeypatch.setattr(engine._models, "reference", lambda _: pytest.fail("the reference was computed again"))
+    assert run(engine, data, name, backward=False).loss == trained
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_saved_model_can_be_the_reference(make_engine: MakeEngine, full: bool, tmp_path: Path) -> None:
+    engine = make_engine()
+    name = upload(engine, gap, "gap")
+    create(engine, full=full)
+    train(engine, "m", 2)
+    engine.execute(Save(model_id="m", path=str(tmp_path / "saved")))
+    create(engine, "after", reference=str(tmp_path / "saved"))
+    create(engine, "initial", reference="initial", full=full)
+    assert run(engine, rows([5]), name, "initial", backward=False).loss < 1e-4
+    engine.execute(Load(model_id="initial", path=str(tmp_path / "saved"), optimizer=False))
+    assert run(engine, rows([5]), name, "m", backward=False).loss > 1e-2
+    assert run(engine, rows([5]), name, "after", backward=False).loss > 1e-2
+    assert run(engine, rows([5]), name, "initial", backward=False).loss < 1e-4

@@ -1,0 +1,98 @@
+"""Runs RunLoss commands: finds the loss and the model, adds reference log-probabilities, and runs the step."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from tinkerbell_core.errors import PlainLogitsNeeded
+from tinkerbell_core.spec import LossSpec
+from tinkerbell_core.tensors import from_torch
+from tinkerbell_core.types import ForwardOutput
+from tinkerbell_server.commands import Row, RunLoss
+from tinkerbell_server.engines.torch.device_lock import DeviceLock
+from tinkerbell_server.engines.torch.loss_logits import RUN_AGAIN, why_stored
+from tinkerbell_server.engines.torch.losses import Losses
+from tinkerbell_server.engines.torch.memory import Budgets
+from tinkerbell_server.engines.torch.models import Models
+from tinkerbell_server.engines.torch.network import Network
+from tinkerbell_server.engines.torch.ref_logprobs import KEY, ReferenceCache, with_ref_logprobs
+from tinkerbell_server.engines.torch.step import Step, run_step
+from tinkerbell_server.engines.torch.step_results import StepResult
+from tinkerbell_server.engines.torch.trained_model import TrainedModel
+from tinkerbell_server.sandbox.losses import RunContext
+
+log = logging.getLogger("tinkerbell.engine")
+
+
+class LossCalls:
+    """Runs losses on the models of one engine. device_lock: lent to other threads while a sandbox computes."""
+
+    def __init__(self, models: Models, losses: Losses, budgets: Budgets, device_lock: DeviceLock) -> None:
+        self.budgets = budgets
+        self._models, self._losses, self._device_lock = models, losses, device_lock
+        self._references = ReferenceCache()
+
+    def run(self, command: RunLoss) -> ForwardOutput:
+        """Run the loss; with `backward`, accumulate its gradient. Raises UnknownModel and what `run_step` raises."""
+        start = time.perf_counter()
+        model = self._models.get(command.model_id)
+        spec = self._spec(command, model)
+        rows = self._with_references(command.data, spec, model)
+        network = self._activate(model, train=command.backward)
+        step = Step(spec, command.hyperparameters, rows, model.call_seed)
+        result = self._run_step(network, model, step, why_stored(network, spec), backward=command.backward)
+        sequences = len(rows) // spec.group_size
+        if command.backward:
+            model.accumulate(result.counted_tokens, sequences)
+        return ForwardOutput(
+            model_id=model.id,
+            loss_fn=spec.id,
+            loss=result.loss,
+            diagnostics=result.diagnostics,
+            logprobs=None if result.logprobs is None else [from_torch(logprobs) for logprobs in result.logprobs],
+            tokens=sum(row.tokens.shape[0] for row in rows),
+            counted_tokens=result.counted_tokens,
+            sequences=sequences,
+            micro_batches=result.micro_batches,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _spec(self, command: RunLoss, model: TrainedModel) -> LossSpec:
+        """The loss of the command. If it runs in a sandbox, another thread may use the device meanwhile."""
+        context = RunContext(
+            owner=f"{command.tenant or ''}/{model.id}",
+            backward=command.backward,
+            away=partial(self._device_lock.away, partial(self._activate, model, train=command.backward)),
+        )
+        if command.weights:
+            return self._losses.sum(command.weights, context)
+        return self._losses.get(command.loss, context)
+
+    def _activate(self, model: TrainedModel, *, train: bool) -> Network:
+        network = self._models.activate(model)
+        network.mode(train=train)
+        return network
+
+    def _run_step(
+        self, network: Network, model: TrainedModel, step: Step, reason: str, *, backward: bool
+    ) -> StepResult:
+        """Run the step; a second time with stored logits if the loss uses lazy ones in a way they do not support."""
+        tokens = self.budgets.stored if reason or step.spec.materialises else self.budgets.lazy
+        step = replace(step, budget=tokens, stored_because=reason, logits_budget=self.budgets.logits)
+        try:
+            return run_step(network, list(model.parameters.values()), step, backward=backward)
+        except PlainLogitsNeeded as refusal:
+            log.info("%s: loss %s runs again with stored logits: %s", model.id, step.spec.id, refusal.message)
+        return self._run_step(network, model, step, RUN_AGAIN, backward=backward)
+
+    def _with_references(self, rows: Sequence[Row], spec: LossSpec, model: TrainedModel) -> Sequence[Row]:
+        """The rows with ref_logprobs, if the loss reads them and the caller sent none."""
+        if KEY in rows[0].inputs or KEY not in (*(spec.inputs or ()), *spec.optional_inputs):
+            return rows
+        reference = model.initial if model.spec.reference == "initial" else model.spec.reference
+        load = partial(self._models.reference, reference)
+        return with_ref_logprobs(rows, reference, self._references, load, self.budgets)

@@ -1,0 +1,82 @@
+"""Collects the results of the micro-batches of one step, on the device, and fetches them once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from tinkerbell_core.errors import BadLoss
+from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.spec import LossSpec
+from tinkerbell_server.engines.torch.batching import Batch
+from tinkerbell_server.engines.torch.diagnostics import Diagnostics
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """logprobs: `[T]` or `[T, K]` on the CPU for each row, in the order of the rows; None if the loss gives none."""
+
+    loss: float
+    diagnostics: dict[str, float]
+    logprobs: list[Tensor] | None
+    counted_tokens: int
+    micro_batches: int
+
+
+class StepResults:
+    """The results so far of a step on `rows` rows."""
+
+    def __init__(self, spec: LossSpec, rows: int) -> None:
+        self._spec = spec
+        self._losses: list[Tensor] = []
+        self._counted: list[Tensor] = []
+        self._finite: list[Tensor] = []
+        self._diagnostics = Diagnostics()
+        self._logprobs: list[Tensor | None] = [None] * rows
+
+    def add(self, batch: Batch, rows: Sequence[int], output: LossFnOutput, leaf: Tensor, *, backward: bool) -> None:
+        """Add the output of the loss on these rows; with `backward`, compute its gradient for the leaf and the head."""
+        if backward:
+            torch.autograd.backward(output.loss)
+            if leaf.grad is not None:
+                self._finite.append(leaf.grad.isfinite().all())
+        self._losses.append(output.loss.detach())
+        self._counted.append(batch.counted_tokens())
+        self._diagnostics.add(output.diagnostics, len(rows) // self._spec.group_size)
+        if output.logprobs is not None:
+            logprobs = output.logprobs.detach()
+            for position, row in enumerate(rows):
+                self._logprobs[row] = logprobs[position, : batch.lengths[position]]
+
+    def fetch(self, parameters: Sequence[Parameter], micro_batches: int) -> StepResult:
+        """The result of the step, copied from the device.
+
+        Raises BadLoss if the loss, or the gradient of a parameter, is not finite.
+        """
+        loss = torch.stack([loss.double() for loss in self._losses]).sum()
+        numbers = [loss, torch.stack(self._counted).sum().double(), self._all_finite(parameters, loss)]
+        (value, counted, finite), diagnostics = self._diagnostics.fetch(numbers)
+        name = self._spec.name
+        if not math.isfinite(value):
+            raise BadLoss(
+                f"the value of loss {name!r} is {value}, so nothing was accumulated: look for a log or a division"
+            )
+        if not finite:
+            raise BadLoss(
+                f"the value of loss {name!r} is finite, but its gradient contains NaN or infinity, so nothing was "
+                "accumulated: mask with torch.where BEFORE exp, log or a division, not after"
+            )
+        logprobs = [logprobs.cpu() for logprobs in self._logprobs if logprobs is not None]
+        return StepResult(value, diagnostics, logprobs or None, int(counted), micro_batches)
+
+    def _all_finite(self, parameters: Sequence[Parameter], like: Tensor) -> Tensor:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        finite = list(self._finite)
+        if gradients:
+            finite.append(torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all())
+        return torch.stack(finite).all().double() if finite else torch.ones_like(like)
