@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,9 @@ log = logging.getLogger("tinkerbell.server")
 
 Migration = Callable[[sqlite3.Connection], None]
 """Changes a database from one version to the next, with `execute` only: `executescript` would end the transaction."""
+
+_LOCK_SECONDS = 5.0
+"""How long a statement waits for another process that changes the file."""
 
 _OWN_FOLDERS = ("models", "tenants")
 _OWN_FILES = ("lock", "audit.jsonl")
@@ -35,12 +39,12 @@ def open_database(path: Path, migrations: Sequence[Migration]) -> sqlite3.Connec
     try:
         make_folders(path.parent)
         _create_file(path)
-        db = sqlite3.connect(path, isolation_level=None)
+        db = sqlite3.connect(path, timeout=_LOCK_SECONDS, isolation_level=None)
     except (OSError, sqlite3.Error) as error:
         raise TinkerbellError(f"the database {path} cannot be opened: {error}") from error
     try:
         _check_version(db, path, len(migrations))
-        db.execute("PRAGMA journal_mode=WAL")
+        _use_wal(db)
         db.execute("PRAGMA synchronous=NORMAL")
         _migrate(db, path, migrations)
     except BaseException as error:
@@ -118,6 +122,19 @@ def _create_file(path: Path) -> None:
         _take_permissions(path)
     else:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def _use_wal(db: sqlite3.Connection) -> None:
+    """Switch a file to a write-ahead log. Unlike other statements, this one does not wait for locks by itself."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def _check_version(db: sqlite3.Connection, path: Path, newest: int) -> int:
