@@ -27,7 +27,7 @@ class KnownModels:
         known = {unqualified(other) for other in ids if owner_of(other) == owner_of(model_id)}
         listing = ", ".join(sorted(known)[:8]) or "none yet: create_model makes one"
         near = did_you_mean(unqualified(model_id), known)
-        return UnknownModel(f"no model with the id {unqualified(model_id)[:140]!r}{near} (there is: {listing})")
+        return UnknownModel(f"no model with the id {unqualified(model_id)[:140]!r}{near} (available: {listing})")
 
     def raise_notice(self, request: object, engine: EngineDescription) -> None:
         """Raise Conflict if the request's model is of another base; once, EngineLost if the model has lost steps."""
@@ -36,8 +36,9 @@ class KnownModels:
         if model is None or isinstance(request, DeleteModelRequest):
             return
         if not model.has_base(engine):
+            other = "other weights with this name" if model.info.base_model == engine.base_model else engine.base_model
             raise Conflict(
-                f"model {model.id!r} was made on {model.info.base_model}, but this server runs {engine.base_model}; "
+                f"model {model.id!r} was made on {model.info.base_model}, but this server runs {other}; "
                 "serve that base again, or use another model_id"
             )
         if model.notice is not None and not isinstance(request, LoadRequest):
