@@ -8,8 +8,8 @@ Two names of one folder have one identity, and two models of equal shape have di
   collide only if they agree in all of these blocks, which are about a megabyte for a model of 300 tensors.
 
 A tensor is read by name, so a model that was saved again in other shards keeps its identity. Files of another format
-(pytorch_model.bin) are read as bytes: their sizes and evenly spaced blocks count. The weights are never read as a whole: 290
-tensors take 7 ms in a folder of 500 MB, and as long in a larger one.
+(pytorch_model.bin) are read as bytes: their sizes and evenly spaced blocks count. The weights are never read as a
+whole: 290 tensors take 7 ms in a folder of 500 MB, and as long in a larger one.
 """
 
 from __future__ import annotations
