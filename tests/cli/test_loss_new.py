@@ -78,7 +78,7 @@ def site(wendy: Path) -> Iterator[Path]:
     install(wendy, folder)
     root = str(Path(__file__).parents[2])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), root, os.environ.get("PYTHONPATH", "")]))
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), root, os.environ.get("PYTHONPATH")])))
         yield folder
 
 

@@ -59,7 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tinkerbell-loss-summed\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[tinkerbell]\nsummed = summed\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
         with live_server(folder, **PATIENT, device="cpu", dtype="float32", seconds=400) as url:
             yield url
 
