@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -39,11 +39,13 @@ def test_the_help_imports_no_declaration_of_settings() -> None:
     assert answer.returncode == 0, answer.stderr
 
 
-def test_the_help_answers_in_a_fifth_of_a_second() -> None:
+def test_the_help_takes_less_than_a_fifth_of_a_second() -> None:
     def seconds() -> float:
-        started = time.perf_counter()
+        # processor time: other processes on a busy machine do not add to it
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run_help()
-        return time.perf_counter() - started
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(5)) < 0.2
 

@@ -64,7 +64,7 @@ def test_keys_are_listed_without_their_secrets_and_revoked_by_id(data: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (["revoke", "nobody"], "no key has the id 'nobody'"),
         (["create", "Ann Smith"], "a tenant cannot be named 'Ann Smith'"),
@@ -72,10 +72,10 @@ def test_keys_are_listed_without_their_secrets_and_revoked_by_id(data: Path) -> 
         (["create", "ann", "--tenant", "public"], "not 'public'"),
     ],
 )
-def test_a_wrong_argument_is_an_error_without_a_traceback(data: Path, args: list[str], says: str) -> None:
+def test_a_wrong_argument_is_an_error_without_a_traceback(data: Path, args: list[str], message: str) -> None:
     answer = key(*args)
     assert answer.exit_code == 1
-    assert says in answer.output
+    assert message in answer.output
     assert "Traceback" not in answer.output
 
 
@@ -91,8 +91,8 @@ def test_a_key_permits_its_scopes_on_a_running_server(
     with live_server(tmp_path, engine=FAKE_ENGINE, uploads="trusted") as url:
         text = key("create", "ann").stdout.strip()
         admin = key("create", "root", "--scope", "admin").stdout.strip()
-        with TinkerClient(url) as nobody, pytest.raises(Unauthorized, match="requires an API key"):
-            nobody.list_loss_functions()
+        with TinkerClient(url) as client, pytest.raises(Unauthorized, match="requires an API key"):
+            client.list_loss_functions()
         monkeypatch.setenv("TINKER_API_KEY", text)
         with TinkerClient(url) as client:
             client._register(make_upload())
@@ -104,8 +104,8 @@ def test_a_key_permits_its_scopes_on_a_running_server(
         loss = CliRunner().invoke(tinkerbell, ["loss", "list", "--url", url])
         assert "upload:public/mine@" in loss.output
         monkeypatch.setenv("TINKERBELL_API_KEY", text)
-        gone = CliRunner().invoke(tinkerbell, ["loss", "delete", "mine", "--url", url])
-        assert gone.output.startswith("deleted upload:ann/mine@")
+        deleted = CliRunner().invoke(tinkerbell, ["loss", "delete", "mine", "--url", url])
+        assert deleted.output.startswith("deleted upload:ann/mine@")
         refused = CliRunner().invoke(tinkerbell, ["loss", "publish", "mine", "--url", url])
         assert refused.exit_code == 1
         assert "needs a key with the scope 'admin'" in refused.output

@@ -126,7 +126,7 @@ def test_a_body_above_its_limit_is_refused_while_it_is_received(serve: Any) -> N
                 yield b" " * (1 << 18)
 
         headers = {"content-type": "application/json"}
-        for path, says in (
+        for path, limit in (
             ("/forward", "1 MiB"),
             ("/optim_step", "4 MiB"),
             ("/delete_custom_loss", "4 MiB"),
@@ -134,7 +134,7 @@ def test_a_body_above_its_limit_is_refused_while_it_is_received(serve: Any) -> N
         ):
             answer = caller.http.post(path, content=much(), headers=headers)
             assert answer.status_code == 413, path
-            assert says in answer.json()["problem"]["message"]
+            assert limit in answer.json()["problem"]["message"]
 
 
 def test_a_body_that_does_not_arrive_in_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def _summarise(outcome: Outcome, plot: Path, seconds: float, reporter: Reporter)
         f"held-out pair accuracy   {accuracy[0].value:.3f} → {accuracy[-1].value:.3f} with the uploaded loss",
         f"model saved in {outcome.saved}, curves in {plot}; {seconds:.0f} s",
     ):
-        reporter.say(line)
+        reporter.print(line)
 
 
 if __name__ == "__main__":

@@ -26,14 +26,14 @@ class Reporter:
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         if not self._quiet:
             print(line, flush=True)
 
     @contextmanager
     def stage(self, title: str, steps: int, label: str) -> Iterator[Progress]:
         """A stage of training, whose measurements are shown after `label`."""
-        self.say(f"\n{title}: {steps} steps")
+        self.print(f"\n{title}: {steps} steps")
         yield _Lines(self, steps, label)
 
 
@@ -47,7 +47,7 @@ class _Lines:
 
     def measured(self, value: float) -> None:
         # except for the first, a measurement is shown before its step is counted
-        self._reporter.say(f"  step {self._step + (self._step > 0):>4}/{self._steps}  {self._label} {value:.3f}")
+        self._reporter.print(f"  step {self._step + (self._step > 0):>4}/{self._steps}  {self._label} {value:.3f}")
 
 
 class BarReporter(Reporter):
@@ -64,7 +64,7 @@ class BarReporter(Reporter):
             progress.TimeRemainingColumn(),
             progress.TextColumn("{task.fields[note]}"),
         )
-        self.say(f"\n{title}")
+        self.print(f"\n{title}")
         with progress.Progress(*columns) as bars:
             yield _Bar(bars, bars.add_task("", total=steps, note=""), label)
 

@@ -88,13 +88,13 @@ def train(client: TinkerClient, out: Path, seed: int, reporter: Reporter) -> Out
     backend = client.hf_backend
     corpus = read_corpus(seed)
     model = backend.create_model(MODEL, full=True)
-    reporter.say(f"{len(corpus.train)} files of the standard library to train on, {len(corpus.held_out)} held out")
-    reporter.say(f"a model of {model.trainable_parameters / 1e6:.2f} million random parameters")
+    reporter.print(f"{len(corpus.train)} files of the standard library to train on, {len(corpus.held_out)} held out")
+    reporter.print(f"a model of {model.trainable_parameters / 1e6:.2f} million random parameters")
 
     before = _sample(backend)
     bits, train_bits = _learn(backend, corpus, Random(seed), reporter)
     preference.upload(client)
-    reporter.say(f"uploaded the loss {preference.NAME!r}")
+    reporter.print(f"uploaded the loss {preference.NAME!r}")
     accuracy = _prefer(backend, corpus, Random(seed + 1), reporter)
 
     return Outcome(
