@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,5 +82,14 @@ def engine_maker(bases: dict[str, Path], device: str) -> Callable[[Path], MakeEn
 
 
 @pytest.fixture
-def make_engine(engine_maker: Callable[[Path], MakeEngine], tmp_path: Path) -> MakeEngine:
-    return engine_maker(tmp_path)
+def make_engine(engine_maker: Callable[[Path], MakeEngine], tmp_path: Path) -> Iterator[MakeEngine]:
+    """Makes engines that are closed at the end of the test."""
+    make, engines = engine_maker(tmp_path), []
+
+    def make_and_keep(*args: Any, **settings: Any) -> TorchEngine:
+        engines.append(make(*args, **settings))
+        return engines[-1]
+
+    yield make_and_keep
+    for engine in engines:
+        engine.close()

@@ -54,7 +54,6 @@ def test_loss_and_gradient_are_the_same_in_the_sandbox(make_engine: MakeEngine, 
         engine = make_engine(uploads=mode, micro_batch_tokens=budget, dry_run_seconds=60.0, sandbox_seconds=60.0)
         name = upload(engine, loss, "mine", group_size=2)
         results.append((run(engine, data, name), gradients(engine)))
-        engine.close()
     (trusted, expected), (sandboxed, gradient) = results
     assert sandboxed.loss == pytest.approx(trusted.loss, rel=1e-12)
     assert sandboxed.diagnostics == pytest.approx(trusted.diagnostics)
@@ -73,7 +72,6 @@ def test_a_replayed_call_draws_the_same_random_numbers(make_engine: MakeEngine) 
     for _ in range(2):
         engine = make_engine(uploads="sandboxed", dry_run_seconds=60.0, sandbox_seconds=60.0)
         losses.append(run(engine, rows([3, 4]), upload(engine, draws, "draws")).loss)
-        engine.close()
     assert losses[0] == losses[1]
 
 
@@ -81,36 +79,30 @@ def test_another_model_trains_while_a_sandbox_computes_and_the_gradients_of_both
     engine: TorchEngine,
 ) -> None:
     slow = upload(engine, sleeps, "slow", example_inputs=NO_SLEEP)
-    data = rows([3, 5], seconds=[1.5, 0.0])
+    data = rows([3, 5], seconds=[2.0, 0.0])
     for model in ("alone", "beside"):
         create(engine, model)
     alone = run(engine, rows([4, 6]), CE, "alone")
     quick = run(engine, rows([3, 5], seconds=[0.0, 0.0]), slow, "quick")
     with ThreadPoolExecutor(1) as pool:
-        start = time.monotonic()
         sleeping = pool.submit(run, engine, data, slow, "sleeping")
         time.sleep(0.3)
         beside = run(engine, rows([4, 6]), CE, "beside")
-        assert time.monotonic() - start < 1.4
+        assert not sleeping.done()
         sleeping.result()
     assert (alone.loss, quick.loss) == (beside.loss, run(engine, rows([3, 5], seconds=[0.0, 0.0]), slow, "x").loss)
     assert same(gradients(engine, "alone"), gradients(engine, "beside"))
     assert same(gradients(engine, "quick"), gradients(engine, "sleeping"))
 
 
-def test_a_loss_that_takes_too_long_is_killed_and_the_next_call_works(
-    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_takes_too_long_is_killed_and_the_next_call_works(make_engine: MakeEngine) -> None:
+    engine = make_engine(uploads="sandboxed", dry_run_seconds=60.0, sandbox_seconds=0.5)
     slow = upload(engine, sleeps, "slow", example_inputs=NO_SLEEP)
-    losses = engine._uploads._losses
-    monkeypatch.setattr(losses, "_patience", type(losses._patience)(call=0.5))
     start = time.monotonic()
     with pytest.raises(LossKilled, match=r"loss 'slow': timed out after 0\.5\d* seconds"):
         run(engine, rows([3], seconds=[30.0]), slow)
-    assert time.monotonic() - start < 1.2
-    start = time.monotonic()
     assert run(engine, rows([3], seconds=[0.0]), slow).loss
-    assert time.monotonic() - start < 0.7
+    assert time.monotonic() - start < 15
 
 
 def test_a_loss_that_raises_in_a_call_shows_its_authors_line(engine: TorchEngine) -> None:

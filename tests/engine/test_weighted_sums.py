@@ -64,7 +64,6 @@ def test_a_sum_is_one_forward_pass_and_the_weighted_sum_of_its_parts(make_engine
     assert same(gradients(engine, "sum"), expected, EXACT)
     assert whole.loss == pytest.approx(sum(weight * alone[id].loss for id, weight in terms.items()), rel=1e-12)
     assert whole.diagnostics["contrast/margin:mean"] == pytest.approx(alone[mine].diagnostics["margin:mean"])
-    engine.close()
 
 
 @pytest.mark.parametrize("mode", ["trusted", "sandboxed"])
@@ -76,7 +75,6 @@ def test_a_sum_with_an_upload_is_exact_at_any_micro_batch_size(make_engine: Make
         result = run(engine, rows([3, 5, 2, 4]), {CE: 0.1, mine: 2.0})
         assert {"cross_entropy/loss:sum", "mine/loss:sum"} <= set(result.diagnostics)
         found.append(gradients(engine))
-        engine.close()
     assert same(*found, EXACT)
 
 
@@ -92,4 +90,3 @@ def test_a_sandboxed_part_runs_in_the_context_of_its_call(make_engine: MakeEngin
     mine = upload(engine, counts, "counts")
     calls = [run(engine, rows([3]), {CE: 1.0, mine: 1.0}, model).diagnostics["counts/calls"] for model in "aab"]
     assert calls == [1.0, 2.0, 1.0]  # each model has its own worker
-    engine.close()
