@@ -157,6 +157,13 @@ async def test_an_integer_of_more_than_64_bits_is_an_error() -> None:
         assert await client.prompt(TextPrompt("a")) == [97]
 
 
+async def test_a_text_that_cannot_be_sent_fails_and_the_next_request_is_answered() -> None:
+    async with running(engine=FAKE_ENGINE) as client:
+        with pytest.raises(TinkerbellError, match="internal error"):
+            await client.rows(TextData("strings", [object()], [{}]), LOSS)
+        assert await client.prompt(TextPrompt("a")) == [97]
+
+
 async def test_an_unexpected_error_fails_one_request_only() -> None:
     async with running(engine=FAKE_ENGINE) as client:
         with pytest.raises(TinkerbellError, match="ZeroDivisionError: on purpose"):
@@ -289,5 +296,5 @@ async def test_the_event_loop_runs_while_a_long_text_is_tokenised(folder: Path) 
             await asyncio.sleep(0.001)
             lags.append(time.monotonic() - start)
         assert len(await rows) == 1000
-    # the longest lag is about 30 ms on an idle machine, and tokenising takes seconds
-    assert max(lags) < 0.25 < sum(lags)
+    # on an idle machine the longest lag is about 30 ms of 3 s; on a busy one both are longer
+    assert max(lags) < sum(lags) / 10

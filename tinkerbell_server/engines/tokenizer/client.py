@@ -141,6 +141,11 @@ class TokenizerClient:
             except TinkerbellError as error:
                 request.fail(error)
                 return
+            except Exception:  # a bug, or no memory for the reply: later requests must not get what is left of it
+                log.exception("the tokenizer process gave no usable reply")
+                await process.stop()
+                request.fail(TinkerbellError("internal error, see the server's log"))
+                return
             if not request.result.done():
                 request.result.set_result(result)
             return
