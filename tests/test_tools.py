@@ -47,8 +47,8 @@ def test_a_move_is_a_call_in_another_file_than_the_previous_call_of_the_thread()
     ]
     recording = Recording("process", events)
     assert recording.calls == {"a.py": 1, "b.py": 2, "c.py": 1}
-    assert recording.moves() == 3
-    assert recording.moves(returns=True) == 4
+    assert recording.moves() == [("", "a.py"), ("a.py", "b.py"), ("", "c.py")]
+    assert recording.moves(returns=True) == [*recording.moves(), ("b.py", "a.py")]
 
 
 def test_the_recorder_records_calls_of_the_packages_on_every_thread(tmp_path: Path) -> None:

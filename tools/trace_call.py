@@ -22,11 +22,11 @@ import os
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -40,6 +40,7 @@ from tools import recorder
 PACKAGES = ["tinkerbell_core", "tinkerbell_server", "tinker_client"]
 START_SECONDS = 180.0
 SIGNAL_SECONDS = 10.0
+FREQUENT = 20
 ROWS = [[1, 2, 3], [4, 5]]
 CHAT = [{"role": "user", "content": "Say a word."}]
 
@@ -60,13 +61,17 @@ class Recording:
                 counts[file] = counts.get(file, 0) + 1
         return counts
 
-    def moves(self, *, returns: bool = False) -> int:
-        """See the docstring of this module."""
+    def moves(self, *, returns: bool = False) -> list[tuple[str, str]]:
+        """The moves in their order, from a file ("" for the first call in a thread) to a file.
+
+        returns: with those of returns; see the docstring of this module.
+        """
         last: dict[int, str] = {}
-        moves = 0
+        moves = []
         for thread, event, file, _, _ in self.events:
             if event == "call" or returns:
-                moves += last.get(thread) != file
+                if last.get(thread) != file:
+                    moves.append((last.get(thread, ""), file))
                 last[thread] = file
         return moves
 
@@ -232,15 +237,15 @@ def trace(root: Path, repeat: int) -> dict[str, list[list[Recording]]]:
 
 
 def summary(name: str, repetitions: Sequence[Sequence[Recording]], *, files: bool) -> Iterator[str]:
-    """The lines that describe the repetition with the median number of moves."""
-    totals = [sum(recording.moves() for recording in recordings) for recordings in repetitions]
-    chosen = repetitions[totals.index(statistics.median_low(totals))]
+    """The lines that describe the repetition with the fewest moves, as timers of the server only add moves."""
+    totals = [sum(len(recording.moves()) for recording in recordings) for recordings in repetitions]
+    chosen = repetitions[totals.index(min(totals))]
     yield f"{name}  (moves of each repetition: {', '.join(map(str, totals))})"
     yield f"  {'process':<24}{'files':>7}{'calls':>7}{'moves':>7}{'moves with returns':>20}"
     sums = [0, 0, 0, 0]
     for recording in chosen:
         calls = recording.calls
-        numbers = [len(calls), sum(calls.values()), recording.moves(), recording.moves(returns=True)]
+        numbers = [len(calls), sum(calls.values()), len(recording.moves()), len(recording.moves(returns=True))]
         sums = [total + number for total, number in zip(sums, numbers, strict=True)]
         yield _line(recording.process, numbers)
     yield _line("total", sums) + f"   ({len({file for one in chosen for file in one.calls})} distinct files)"
@@ -249,6 +254,9 @@ def summary(name: str, repetitions: Sequence[Sequence[Recording]], *, files: boo
             yield f"  files of {recording.process}, in the order in which they are entered, with the number of calls:"
             for file, count in recording.calls.items():
                 yield f"    {count:>5}  {file}"
+            yield f"  the most frequent moves of {recording.process}:"
+            for (before, after), count in Counter(recording.moves()).most_common(FREQUENT):
+                yield f"    {count:>5}  {before or '(start of a thread)'} -> {after}"
 
 
 def _line(process: str, numbers: Sequence[int]) -> str:
@@ -260,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="the checkout to trace")
     parser.add_argument("--repeat", type=int, default=3, help="how often each request is recorded")
-    parser.add_argument("--files", action="store_true", help="also list the files of each process")
+    parser.add_argument("--files", action="store_true", help="also list the files and the most frequent moves")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every recorded call and return to this file")
     options = parser.parse_args(arguments)
     root = options.root.resolve()
