@@ -130,7 +130,7 @@ class FakeEngine:
             case commands.Sample():
                 return self._sample(command)
             case commands.Samples():
-                return commands.SamplesOutput(drawn=[self._draw(sample) for sample in command.samples])
+                return commands.SamplesOutput(results=[self._draw(sample) for sample in command.samples])
             case commands.Save():
                 return self._save(command)
             case commands.Load():
@@ -146,15 +146,15 @@ class FakeEngine:
             case _:
                 raise AssertionError(type(command).__name__)
 
-    def _draw(self, command: commands.Sample) -> commands.Drawn:
+    def _draw(self, command: commands.Sample) -> commands.SampleResult:
         try:
-            return commands.Drawn(output=self._sample(command))
+            return commands.SampleResult(output=self._sample(command))
         except TinkerbellError as error:
-            return commands.Drawn(problem=Problem.of(error))
+            return commands.SampleResult(problem=Problem.of(error))
 
     def _model(self, model_id: str) -> _Model:
         if model_id not in self._models:
-            raise UnknownModel(f"no model with the id {model_id!r} (there is: {', '.join(self._models)})")
+            raise UnknownModel(f"no model with the id {model_id!r} (available: {', '.join(self._models)})")
         return self._models[model_id]
 
     def _info(self, spec: CreateModelRequest) -> ModelInfo:
@@ -176,7 +176,7 @@ class FakeEngine:
         lengths = [row.tokens.shape[0] for row in command.data]
         for id in command.weights or [command.loss]:
             if id not in self._losses:
-                raise UnknownLoss(f"no loss {id!r} (there is: {', '.join(self._losses)})")
+                raise UnknownLoss(f"no loss {id!r} (available: {', '.join(self._losses)})")
         loss = find_loss(command.weights or command.loss, list(self._losses.values()))
         seed = _number(msgspec.msgpack.encode([command.data, command.hyperparameters, loss.digest]))
         value = sum(lengths) * (1 + seed) / (1 + abs(model.value))

@@ -24,7 +24,7 @@ from tinkerbell_core.types import (
 )
 
 MATERIALISED = "logits_materialised/"
-"""What diagnostics of stored logits begin with: `logits_materialised/<what stored them>:sum`, in bytes."""
+"""Prefix of the diagnostics of stored logits: `logits_materialised/<operation or reason>:sum`, in bytes."""
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -85,10 +85,11 @@ class OptimStep(Command, frozen=True):
 
 
 class PromptQuestions(msgspec.Struct, frozen=True):
-    """What is asked of a prompt besides its continuation; the answers are in PromptScores.
+    """Requests about the tokens of a prompt of length P; the answers are in PromptScores.
 
-    logprobs, top: of its last `last_n` tokens, None for all. targets: int64 `[P - 1, K]`, -1 asks nothing. drawn: how
-    many tokens to draw in place of each.
+    logprobs: the log-probability of each token. top: how many of the likeliest tokens to report at each position.
+    last_n: both only for the last n tokens; None for all. targets: tokens int64 `[P - 1, K]` to score, -1 for an empty
+    cell. drawn: how many tokens to draw at each position.
     """
 
     logprobs: bool = False
@@ -122,26 +123,28 @@ class Sample(Command, frozen=True):
 
 
 class Samples(Command, frozen=True):
-    """Samples of one model that are drawn together; each has a result or a problem of its own."""
+    """Samples that are generated together. An error of one does not affect the others."""
 
     samples: list[Sample]
 
 
-class Drawn(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The result of one of `Samples`, or what is wrong with it."""
+class SampleResult(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The output of one of `Samples`, or its error."""
 
     output: SampleOutput | None = None
     problem: Problem | None = None
 
 
 class SamplesOutput(msgspec.Struct, frozen=True):
-    drawn: list[Drawn]
+    """results: in the order of the samples."""
+
+    results: list[SampleResult]
 
 
 class Save(Command, frozen=True):
-    """Write the model to `path`, a folder that does not exist yet, in one rename.
+    """Write the model to `path`, a folder that must not exist; it appears complete.
 
-    optimizer: with its state, so that the model can come back from it.
+    optimizer: whether to include the optimizer's state, from which training can continue.
     """
 
     model_id: str
@@ -150,7 +153,10 @@ class Save(Command, frozen=True):
 
 
 class Load(Command, frozen=True):
-    """Bring the model to what is in `path`. create: make it first, where the engine has lost it."""
+    """Replace the weights of the model by those in `path`.
+
+    optimizer: whether to restore the optimizer's state too. create: creates the model first, if it does not exist.
+    """
 
     model_id: str
     path: str
@@ -163,9 +169,9 @@ class DeleteModel(Command, frozen=True):
 
 
 class RegisterLoss(Command, frozen=True):
-    """Unpickle, dry-run and keep an uploaded loss. Only sent where the operator chose `trusted`.
+    """Try an uploaded loss in a dry run and register it. Sent only if the engine accepts uploads.
 
-    owner: the tenant it belongs to; a part of the loss's id, so names of two tenants never meet.
+    owner: its tenant, which is part of the id of the loss, so that two tenants can use the same name.
     """
 
     upload: RegisterLossRequest
@@ -173,13 +179,13 @@ class RegisterLoss(Command, frozen=True):
 
 
 class ImportLoss(Command, frozen=True):
-    """Import, try and keep the loss that `my.module:function` names, unless it is there. Only where that is allowed."""
+    """Import, try and register the loss `my.module:function`, unless it is registered. Sent only if this is allowed."""
 
     name: str
 
 
 class DeleteLosses(Command, frozen=True):
-    """Forget uploaded losses; an id that is not there is no error."""
+    """Remove uploaded losses. An unknown id is not an error."""
 
     ids: list[str]
 
@@ -213,12 +219,12 @@ Result = (
 
 
 class EngineDescription(msgspec.Struct, frozen=True, kw_only=True):
-    """What the API answers and validates from, so that a listing says what the engine really has.
+    """An engine and its losses. The API lists and validates with it, so a listing shows what the engine has.
 
-    uploads: how uploaded losses run here; mechanisms: what confines them; uploads_problem: why they are off.
-    layers: modules an adapter can be on, by part: attention, mlp, unembed.
-    base_model: the base model's name as it was typed. base_id: the identity of its content in 64 hexadecimal digits,
-    empty if the engine cannot tell. revision: its commit on the hub.
+    base_model: the base model's name as in the settings. base_id: the identity of its content in 64 hexadecimal digits,
+    empty if the engine cannot tell. revision: its commit on the hub. memory_bytes: the peak memory use so far.
+    uploads: how uploaded losses run. mechanisms: what confines them. uploads_problem: why they are off.
+    layers: modules that can have an adapter, by part: attention, mlp, unembed.
     """
 
     engine: str

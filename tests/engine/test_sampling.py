@@ -45,7 +45,7 @@ def test_commands_of_different_lengths_run_together_and_an_error_fails_one_alone
     create(engine, "mine")
     together = engine.execute(
         Samples(samples=[sample_command(ABC), sample_command([1], "mini"), sample_command([1, 2, 3, 4, 5, 6], "mine")])
-    ).drawn
+    ).results
     assert together[0].output.sequences[0].tokens == sample(engine, ABC).sequences[0].tokens
     assert "did you mean 'mine'" in together[1].problem.message
     assert together[2].output.sequences[0].tokens == sample(engine, [1, 2, 3, 4, 5, 6], "mine").sequences[0].tokens

@@ -54,7 +54,7 @@ class _SampleReply(msgspec.Struct, frozen=True):
 class _SamplesReply(msgspec.Struct, frozen=True):
     """A SamplesOutput whose outputs are passed on without decoding them."""
 
-    drawn: list[_SampleReply]
+    results: list[_SampleReply]
 
 
 class Scheduler:
@@ -123,7 +123,7 @@ class Scheduler:
     async def _sample_together(self, engine: EngineClient, jobs: list[Job]) -> list[Outcome]:
         samples = [job.command for job in jobs if isinstance(job.command, Sample)]
         result = await engine.execute(Samples(samples=samples))
-        replies = msgspec.msgpack.decode(result, type=_SamplesReply).drawn
+        replies = msgspec.msgpack.decode(result, type=_SamplesReply).results
         return [bytes(reply.output) if reply.problem is None else reply.problem.error() for reply in replies]
 
     async def _execute(self, engine: EngineClient, job: Job, waited: float) -> bytes:

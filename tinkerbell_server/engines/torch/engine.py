@@ -154,7 +154,7 @@ class TorchEngine:
             case Sample():
                 return self._sampler.sample(command)
             case Samples():
-                return SamplesOutput(drawn=self._sampler.sample_together(command.samples))
+                return SamplesOutput(results=self._sampler.sample_together(command.samples))
             case Save():
                 return self._save(command)
             case Load():

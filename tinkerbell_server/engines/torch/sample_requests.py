@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinkerbell_core.errors import Problem, TinkerbellError
 from tinkerbell_core.types import SampleOutput
-from tinkerbell_server.commands import Drawn, Sample
+from tinkerbell_server.commands import Sample, SampleResult
 from tinkerbell_server.engines.torch.generate import Tokenizer, generate
 from tinkerbell_server.engines.torch.models import Models
 from tinkerbell_server.engines.torch.network import Network
@@ -22,15 +22,15 @@ class Sampler:
 
     def sample(self, command: Sample) -> SampleOutput:
         """Raises UnknownModel, BadCheckpoint."""
-        (drawn,) = self.sample_together([command])
-        if drawn.problem is not None:
-            raise drawn.problem.error()
-        assert drawn.output is not None
-        return drawn.output
+        (result,) = self.sample_together([command])
+        if result.problem is not None:
+            raise result.problem.error()
+        assert result.output is not None
+        return result.output
 
-    def sample_together(self, commands: Sequence[Sample]) -> list[Drawn]:
+    def sample_together(self, commands: Sequence[Sample]) -> list[SampleResult]:
         """The output or the error of each command; an error of one command does not affect the others."""
-        results: dict[int, Drawn] = {}
+        results: dict[int, SampleResult] = {}
         by_network: dict[tuple[str | None, str | None], list[int]] = {}
         for index, command in enumerate(commands):
             by_network.setdefault((command.path, command.model_id), []).append(index)
@@ -38,17 +38,17 @@ class Sampler:
             try:
                 network = self._activate(commands[indices[0]])
             except TinkerbellError as error:
-                results.update(dict.fromkeys(indices, Drawn(problem=Problem.of(error))))
+                results.update(dict.fromkeys(indices, SampleResult(problem=Problem.of(error))))
                 continue
             generated = generate(network, self._tokenizer, [commands[index] for index in indices])
-            for index, result in zip(indices, generated, strict=True):
+            for index, own in zip(indices, generated, strict=True):
                 output = SampleOutput(
                     model_id=commands[index].model_id,
                     prompt_tokens=len(commands[index].prompt),
-                    sequences=result.sequences,
-                    prompt=result.prompt,
+                    sequences=own.sequences,
+                    prompt=own.prompt,
                 )
-                results[index] = Drawn(output=output)
+                results[index] = SampleResult(output=output)
         return [results[index] for index in range(len(commands))]
 
     def _activate(self, command: Sample) -> Network:
