@@ -48,7 +48,7 @@ class LoadByName(msgspec.Struct, frozen=True, kw_only=True):
 class SavePaths:
     """The folder `<model_id>/<name>` of each save, under one root for each tenant.
 
-    anywhere, below: whether the caller may name a folder that is not under its tenant's root.
+    anywhere: whether the caller may name a folder that is not under the root of its tenant.
     """
 
     def __init__(self, store: Store, data: Path) -> None:
