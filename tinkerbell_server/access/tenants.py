@@ -96,7 +96,12 @@ def provenance_owner(tenant: str) -> str | None:
 
 def visible(tenant: str, losses: Sequence[LossDescription]) -> list[LossDescription]:
     """The losses that a tenant may use: installed, public, own. If several have one name, it means the last of them."""
-    return [loss for owner in (None, PUBLIC, tenant) for loss in losses if owner_of_loss(loss) == owner]
+    groups: dict[str | None, list[LossDescription]] = {None: [], PUBLIC: [], tenant: []}
+    for loss in losses:
+        owner = (loss.provenance.owner or LOCAL) if loss.provenance.kind == "upload" else None
+        if owner in groups:
+            groups[owner].append(loss)
+    return [loss for group in groups.values() for loss in group]
 
 
 # object: a Raw that holds a map, or None

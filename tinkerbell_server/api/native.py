@@ -65,6 +65,7 @@ from tinkerbell_core.types import (
     SampleRequest,
     SaveRequest,
 )
+from tinkerbell_server.access.tenants import unqualified_future
 from tinkerbell_server.http.auth import Endpoint, allowed, caller_of
 from tinkerbell_server.http.bodies import answer, decode, read_body
 from tinkerbell_server.http.errors import HttpError
@@ -124,7 +125,7 @@ async def list_models(request: Request) -> Response:
 async def register_custom_loss(request: Request) -> Response:
     service = _service(request)
     upload_checks.check_uploads_on(await service.bases.default.supervisor.described())
-    body = await read_body(request, upload_checks.BODY_LIMIT, upload_checks.too_large())
+    body = await read_body(request, upload_checks.BODY_LIMIT, upload_checks.too_large)
     upload = decode(request, body, RegisterLossRequest)
     return answer(request, await service.library.register(caller_of(request), upload))
 
@@ -147,7 +148,7 @@ async def publish_custom_loss(request: Request) -> Response:
 async def future(request: Request) -> Response:
     for name in request.query_params:
         if name != "wait":
-            raise BadRequest(f"no parameter {name[:40]!r}{did_you_mean(name, ['wait'])} (there is: wait)")
+            raise BadRequest(f"no parameter {name[:40]!r}{did_you_mean(name, ['wait'])} (available: wait)")
     try:
         wait = float(request.query_params.get("wait", "0"))
     except ValueError:
@@ -174,7 +175,9 @@ def _submit(kind: str, type_: type[ModelRequest]) -> Endpoint:
             key=None if key is None else f"{caller.tenant}/{key}",
             digest=digest_of(kind, body),
         )
-        return answer(request, await _service(request).submit(submission))
+        service = _service(request)
+        request_id = await service.intake.submit(submission)
+        return answer(request, unqualified_future(caller.tenant, service.futures.future(request_id)))
 
     return endpoint
 
@@ -183,12 +186,12 @@ async def _large(request: Request) -> bytes:
     """A body that contains data."""
     mebibytes = _service(request).settings.body_limit
     limit = f"the limit for a body is {mebibytes} MiB; send fewer rows in a call: gradients add up until optim_step"
-    return await read_body(request, mebibytes << 20, HttpError(limit, 413))
+    return await read_body(request, mebibytes << 20, lambda: HttpError(limit, 413))
 
 
 async def _small(request: Request) -> bytes:
     limit = f"{request.url.path} takes a body of at most {_SMALL >> 20} MiB"
-    return await read_body(request, _SMALL, HttpError(limit, 413))
+    return await read_body(request, _SMALL, lambda: HttpError(limit, 413))
 
 
 def _service(request: Request) -> Service:

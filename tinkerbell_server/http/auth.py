@@ -61,7 +61,8 @@ class KeyBackend(AuthenticationBackend):
     """
 
     def __init__(self, settings: Settings, keys: Keys, audit: Audit) -> None:
-        self._settings, self._keys, self._audit = settings, keys, audit
+        self._auth, self._on_loopback = settings.auth, settings.on_loopback
+        self._keys, self._audit = keys, audit
         self._refusals = Rates(_AUDITED_REFUSALS)
 
     async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, BaseUser] | None:
@@ -81,10 +82,10 @@ class KeyBackend(AuthenticationBackend):
 
     def required(self, conn: HTTPConnection) -> bool:
         """Whether this request needs a key. A request through a proxy may come from another machine."""
-        if self._settings.auth != "auto":
-            return self._settings.auth == "on"
+        if self._auth != "auto":
+            return self._auth == "on"
         forwarded = any(name in conn.headers for name in ("forwarded", "x-forwarded-for"))
-        return not self._settings.on_loopback or forwarded or self._keys.exist()
+        return not self._on_loopback or forwarded or self._keys.exist()
 
     def _audit_refusal(self, conn: HTTPConnection, key: Key | None, state: str) -> None:
         address = "?" if conn.client is None else conn.client.host

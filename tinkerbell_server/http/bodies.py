@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -22,11 +23,11 @@ _CHUNK_SECONDS, _BODY_SECONDS = 30.0, 600.0
 T = TypeVar("T")
 
 
-async def read_body(request: Request, limit: int, too_large: TinkerbellError) -> bytes:
+async def read_body(request: Request, limit: int, too_large: Callable[[], TinkerbellError]) -> bytes:
     """The body of a request.
 
-    Raises `too_large` if it has more than `limit` bytes, and HttpError (408) if it does not arrive in time: each part
-    within 30 seconds, the whole within 10 minutes.
+    Raises what `too_large` makes if it has more than `limit` bytes, and HttpError (408) if it does not arrive in time:
+    each part within 30 seconds, the whole within 10 minutes.
     """
     chunks, size = [], 0
     stream = request.stream()
@@ -41,7 +42,7 @@ async def read_body(request: Request, limit: int, too_large: TinkerbellError) ->
     except TimeoutError:
         raise HttpError(f"the body did not arrive in time: {size} bytes so far; send it again", 408) from None
     if size > limit:
-        raise too_large
+        raise too_large()
     return b"".join(chunks)
 
 

@@ -63,14 +63,14 @@ ModelRequest = (
     | LoadRequest
     | DeleteModelRequest
 )
-"""What a client asks for; the model's id is written as the client writes it."""
+"""A request of a client, with the model's id as the client writes it."""
 
 QueuedCommand = AnyCommand | SaveByName | LoadByName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleOptions:
-    """What the Tinker and OpenAI APIs can ask of a sample in addition to a SampleRequest; as in `commands.Sample`.
+    """Options of a sample that SampleRequest does not have; as in `commands.Sample`.
 
     fill: the sample may have as many tokens as the model takes after the prompt, whatever max_tokens is.
     """
@@ -87,9 +87,9 @@ class Submission:
     """A request as an API received it.
 
     content: a ModelRequest, or a command that the API has made itself, with the model's qualified id.
-    problem: what is wrong with the content of a held request; it is the result when the turn of the request comes.
-    key, digest: the idempotency key, unique on this server, and what a repetition must have in common with the first.
-    loss: of a ForwardRequest, if the API has looked it up already. sample: more about a SampleRequest.
+    problem: an error in the content of a held request, which is its result when it is queued.
+    key, digest: the idempotency key, unique on this server, and the digest that a repetition must have.
+    loss: of a ForwardRequest, if the API has looked it up already. sample: options of a SampleRequest.
     lane: the queue's lane; the model's by default. parent: the qualified id that the request is recorded under.
     kind, recorded_as: of the job, and of the record if an API has its own name for it.
     action, subject, sha256: how the audit log names a request, if not by its kind and model; the hash of its body.
@@ -120,7 +120,7 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """An accepted request that waits for its turn: an API calls `queue_held` with it later, or `fail`."""
+    """An accepted request that is not queued yet: its API calls `queue_held` or `fail` later."""
 
     id: str
     submission: Submission
@@ -159,11 +159,11 @@ class Intake:
     async def submit(self, submission: Submission, hold: Hold | None = None) -> str:
         """Queue a request; its qualified id.
 
-        The content is checked before the request is accepted, and what is wrong with it is raised: BadRequest,
-        Conflict for a key that was used for another request, TooManyRequests if the queue is full.
+        The content is checked before the request is accepted; an error in it is raised as BadRequest. Raises Conflict
+        for a key that was used for another request, TooManyRequests if the queue is full.
 
-        hold: takes the accepted request, which is not queued yet, for an API that queues requests in an order of
-        their own. Their content is checked in `queue_held`, and what is wrong with it is the result of the request.
+        hold: takes the accepted request before it is queued, for an API that has an order of its own. The content is
+        then checked in `queue_held`, and an error in it is the result of the request.
         """
         base = self._bases.default
         submission = self._qualified(submission)
@@ -188,9 +188,9 @@ class Intake:
         submission: Submission | None = None,
         split: Callable[[bytes], Sequence[bytes]] | None = None,
     ) -> None:
-        """Queue an accepted request whose turn has come, or several as one; what is wrong is the result of each.
+        """Queue a held request, or several as one; an error in the content is the result of each.
 
-        submission: what all of them ask for together. split: the result of each, from the result of that.
+        submission: the one request that they make together. split: makes the result of each from its result.
         """
         first = helds[0]
         try:
@@ -207,9 +207,9 @@ class Intake:
         self._end(held, error)
 
     async def run(self, submission: Submission) -> bytes:
-        """The result of a request whose caller waits for it, in msgpack. Raises what went wrong.
+        """Queue a request and wait for its result, in msgpack. Raises its error.
 
-        Such a request is not recorded: nobody asks for its result later.
+        The request is not recorded, since its result cannot be fetched later.
         """
         base = self._bases.default
         engine = await base.supervisor.described()
@@ -219,7 +219,7 @@ class Intake:
         result: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
         def end(outcome: Outcome) -> None:
-            if result.done():  # the caller has gone
+            if result.done():  # the caller was cancelled
                 return
             if isinstance(outcome, bytes):
                 result.set_result(outcome)
@@ -230,7 +230,7 @@ class Intake:
         return await result
 
     def run_unobserved(self, caller: Caller, kind: str, command: AnyCommand, id: str) -> None:
-        """Queue a command of the server's own, even if the queue is full; nobody waits for its outcome."""
+        """Queue a command of the server itself, even if the queue is full; its outcome is dropped."""
         submission = Submission(caller=caller, kind=kind, content=command)
         prepared = _Prepared(command)
         self._put(self._bases.default, submission, prepared, id, lambda: None, lambda outcome: None)
@@ -240,14 +240,6 @@ class Intake:
         job = self._bases.default.queue.remove_waiting(request_id)
         if job is not None:
             job.on_end(BadRequest("this request was cancelled by its client before it was run"))
-
-    def check_known(self, model_id: str) -> None:
-        """Raise UnknownModel if no model has this qualified id and none will have it."""
-        self._models.check(model_id)
-
-    def unknown_model(self, model_id: str) -> UnknownModel:
-        """The error for a qualified id that no model has."""
-        return self._models.unknown(model_id)
 
     def _qualified(self, submission: Submission) -> Submission:
         """The submission with its model's id as the engine and the store know it."""
@@ -288,7 +280,7 @@ class Intake:
         return self._audit.watch(caller, submission.kind, " ".join(uploads)) if uploads else None
 
     def _prepare(self, submission: Submission, base: Base, engine: EngineDescription) -> _Prepared:
-        """The command of a request, or what is wrong with the request. Nothing is queued or recorded yet."""
+        """The command of a request. Raises an error in the request; nothing is queued or recorded yet."""
         content, caller = submission.content, submission.caller
         match content:
             case CreateModelRequest():
@@ -419,13 +411,13 @@ class Intake:
             task.add_done_callback(self._tasks.discard)
 
     async def _tokenize(self, base: Base, job: Job, prepared: _Prepared) -> None:
-        """Complete the command of a job that has text. If the text is wrong, that is the outcome of the job."""
+        """Complete the command of a job that has text. An error in the text is the outcome of the job."""
         try:
             command = await self._with_tokens(base, job.command, prepared)
         except TinkerbellError as error:
             if base.queue.remove_waiting(job.id) is not None:
                 job.on_end(error)
-        except Exception:  # a bug must not leave the jobs behind this one waiting for ever
+        except Exception:  # after a bug, the jobs behind this one must not wait for ever
             log.exception("the text of %s could not be tokenised", job.kind)
             if base.queue.remove_waiting(job.id) is not None:
                 job.on_end(TinkerbellError("internal error, see the server's log"))

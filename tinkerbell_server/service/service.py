@@ -16,7 +16,7 @@ from tinkerbell_server.access.tenants import Caller, owner_of, qualified, unqual
 from tinkerbell_server.config import Settings
 from tinkerbell_server.service.bases import Bases
 from tinkerbell_server.service.futures import Futures
-from tinkerbell_server.service.intake import Intake, Submission
+from tinkerbell_server.service.intake import Intake
 from tinkerbell_server.service.library import Library
 from tinkerbell_server.service.recovery import reset_models
 from tinkerbell_server.service.save_paths import SavePaths
@@ -49,11 +49,6 @@ class Service:
         await self.bases.stop()
         self.keys.close()
         self.store.close()
-
-    async def submit(self, submission: Submission) -> Future:
-        """Queue a request; its future. Raises what is wrong with the request."""
-        request_id = await self.intake.submit(submission)
-        return unqualified_future(submission.caller.tenant, self.futures.future(request_id))
 
     async def future(self, caller: Caller, request_id: str, seconds: float) -> Future:
         """A future of the caller, as soon as it has finished, or after `seconds`. Raises UnknownFuture."""

@@ -96,12 +96,12 @@ async def body_of(request: Request) -> bytes:
     return await body_within(
         request,
         mebibytes << 20,
-        HttpError(f"the limit for a body is {mebibytes} MiB; send fewer datums in a call", 413),
+        lambda: HttpError(f"the limit for a body is {mebibytes} MiB; send fewer datums in a call", 413),
     )
 
 
-async def body_within(request: Request, limit: int, too_large: TinkerbellError) -> bytes:
-    """Like `body_of`, with at most `limit` bytes before and after decompression. Raises `too_large`."""
+async def body_within(request: Request, limit: int, too_large: Callable[[], TinkerbellError]) -> bytes:
+    """Like `body_of`, with at most `limit` bytes before and after decompression. Raises what `too_large` makes."""
     body = await read_body(request, limit, too_large)
     encoding = request.headers.get("content-encoding", "identity")
     if encoding == "identity":
@@ -114,7 +114,7 @@ async def body_within(request: Request, limit: int, too_large: TinkerbellError) 
     except zstandard.ZstdError as error:
         raise BadRequest(f"the body is not valid zstd: {error}") from None
     if len(plain) > limit:
-        raise too_large
+        raise too_large()
     return plain
 
 

@@ -54,7 +54,7 @@ load_weights = future(lambda server, caller, body: server.checkpoints.load(calle
 
 
 async def create_custom_loss(request: Request) -> Response:
-    body = await body_within(request, upload_checks.BODY_LIMIT, upload_checks.too_large())
+    body = await body_within(request, upload_checks.BODY_LIMIT, upload_checks.too_large)
     action, sha256 = "create_custom_loss", hashlib.sha256(body).hexdigest()
     with audit_refusals(request, action, sha256):
         request_id = await tinker_server(request).losses.create(caller_of(request), body, sha256)
