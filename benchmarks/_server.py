@@ -41,7 +41,8 @@ def server(root: Path, data_dir: Path, *, fake: bool = False, **settings: object
     settings["data_dir"] = str(data_dir)
     data_dir.mkdir(parents=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TINKERBELL_")}
-    environment["PYTHONPATH"] = str(root)
+    # the plugins of the same checkout: those that are installed may need another version of tinkerbell_core
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, [root, *sorted(root.glob("plugins/*/src"))]))
     log = data_dir.with_suffix(".log")
     with log.open("wb") as output:
         process = subprocess.Popen(

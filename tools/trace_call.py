@@ -139,7 +139,8 @@ def traced_server(root: Path) -> Iterator[TracedServer]:
         shutil.copy(recorder.__file__, hook / "sitecustomize.py")
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TINKERBELL_")}
         environment |= {
-            "PYTHONPATH": os.pathsep.join([str(hook), str(root)]),
+            # the plugins of the same checkout: those that are installed may need another version of tinkerbell_core
+            "PYTHONPATH": os.pathsep.join(map(str, [hook, root, *sorted(root.glob("plugins/*/src"))])),
             "TRACE_FOLDER": str(recordings),
             "TRACE_ROOT": str(root),
             "TRACE_PACKAGES": " ".join(PACKAGES),
