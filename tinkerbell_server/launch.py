@@ -12,6 +12,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -200,7 +201,7 @@ def running_server(
         sock = stack.enter_context(listen(msgspec.structs.replace(settings, port=0)))
         url = _url_of(sock, settings)
         command = [sys.executable, "-m", "tinkerbell_server.launch", "--fd", str(sock.fileno())]
-        command += ["--settings", settings.to_json().decode()]
+        command += ["--parent", str(os.getpid()), "--settings", settings.to_json().decode()]
         process = subprocess.Popen(
             command,
             pass_fds=[sock.fileno()],
@@ -249,12 +250,21 @@ def _end_of(log: Path | None) -> str:
     return f"; its log ends with:\n\n{log.read_text(errors='replace').strip()[-4000:]}"
 
 
+def _stop_with(parent: int) -> None:
+    """Stop this process as Ctrl-C does when its parent has ended, for example because it was killed."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def main(arguments: list[str]) -> int:
     """The child process of `running_server`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tinkerbell_server.launch")
     parser.add_argument("--fd", type=int, required=True, help="a listening socket")
+    parser.add_argument("--parent", type=int, required=True, help="the process id of the parent")
     parser.add_argument("--settings", required=True, help="Settings as JSON")
     options = parser.parse_args(arguments)
+    threading.Thread(target=_stop_with, args=(options.parent,), daemon=True).start()
     try:
         return run(Settings.from_json(options.settings), socket.socket(fileno=options.fd))
     except TinkerbellError as error:

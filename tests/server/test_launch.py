@@ -9,6 +9,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -82,6 +83,26 @@ def test_a_child_process_is_ended_with_its_block(tmp_path: Path) -> None:
     assert server.process.returncode == 0
 
 
+def test_a_child_process_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from tinkerbell_server.config import Settings; "
+        "from tinkerbell_server.launch import running_server\n"
+        "settings = Settings(engine='tests.fake_engine', data_dir=sys.argv[1])\n"
+        "with running_server(settings, log=Path(sys.argv[2])) as server:\n"
+        "    print(server.process.pid, flush=True)\n"
+        "    time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "data"), str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 30
+    while _is_running(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_a_server_for_tests_does_not_import_from_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +113,13 @@ def test_a_server_for_tests_does_not_import_from_the_current_folder(
         environ = Path(f"/proc/{_pid_with(str(tmp_path / 'data'))}/environ").read_bytes().split(b"\0")
     [python_path] = [entry for entry in environ if entry.startswith(b"PYTHONPATH=")]
     assert b"" not in python_path.removeprefix(b"PYTHONPATH=").split(b":")
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _pid_with(word: str) -> int:
