@@ -71,8 +71,8 @@ from tinkerbell_server.http.bodies import answer, decode, read_body
 from tinkerbell_server.http.errors import HttpError
 from tinkerbell_server.service import upload_checks
 from tinkerbell_server.service.futures import digest_of
-from tinkerbell_server.service.intake import ModelRequest, Submission
 from tinkerbell_server.service.service import Service
+from tinkerbell_server.service.submissions import ModelRequest, Submission
 
 _MAX_WAIT = 30.0
 _MOST_KEY = 200

@@ -23,8 +23,9 @@ from tinkerbell_server.access.tenants import PUBLIC, Caller, owner_of_loss, prov
 from tinkerbell_server.commands import DeleteLosses, RegisterLoss
 from tinkerbell_server.config import Settings
 from tinkerbell_server.service.bases import Bases
-from tinkerbell_server.service.intake import Intake, Submission
+from tinkerbell_server.service.intake import Intake
 from tinkerbell_server.service.store import Store
+from tinkerbell_server.service.submissions import Submission
 from tinkerbell_server.service.upload_checks import check_upload, check_uploads_on, find_registered, job_id, with_source
 
 

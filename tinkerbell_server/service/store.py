@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import sqlite3
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,45 +15,14 @@ from tinkerbell_core.errors import Problem, TinkerbellError
 from tinkerbell_core.types import CreateModelRequest, ModelInfo, RegisterLossRequest
 from tinkerbell_server.commands import EngineDescription
 from tinkerbell_server.database import (
-    database_folder,
     full_path,
     make_folders,
     make_private,
     open_database,
-    relocated_path,
     stored_path,
 )
-
-_SCHEMA_1 = (
-    """CREATE TABLE IF NOT EXISTS models (
-    id TEXT PRIMARY KEY, spec BLOB NOT NULL, info BLOB NOT NULL, steps INTEGER NOT NULL DEFAULT 0,
-    pending INTEGER NOT NULL DEFAULT 0, saved_path TEXT, saved_step INTEGER, saved_optimizer INTEGER NOT NULL DEFAULT 1,
-    notice TEXT)""",
-    """CREATE TABLE IF NOT EXISTS requests (
-    id TEXT PRIMARY KEY, model_id TEXT, kind TEXT NOT NULL, key TEXT UNIQUE, payload TEXT NOT NULL, state TEXT NOT NULL,
-    result BLOB, problem BLOB, accepted REAL NOT NULL, finished REAL)""",
-    "CREATE INDEX IF NOT EXISTS requests_finished ON requests (finished)",
-    "CREATE INDEX IF NOT EXISTS requests_of ON requests (model_id, finished)",
-    """CREATE TABLE IF NOT EXISTS uploads (
-    id INTEGER PRIMARY KEY, digest TEXT NOT NULL, name TEXT NOT NULL, envelope BLOB NOT NULL, created REAL NOT NULL,
-    UNIQUE (name, digest))""",
-)
-
-_KINDS_WITH_PATHS = (
-    "create_model",
-    "save",
-    "load",
-    "save_weights",
-    "save_weights_external",
-    "save_weights_for_sampler",
-    "load_weights",
-)
-"""The kinds of request whose result contains a path, in one of the fields below."""
-
-_PATH_FIELDS = ("path", "saved_path", "reference")
-
-_REFERENCES = ("base", "initial")
-"""The values of `reference` that are not paths."""
+from tinkerbell_server.service.store_migrations import MIGRATIONS
+from tinkerbell_server.service.stored_paths import KINDS_WITH_PATHS, convert_reference, convert_result
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +135,7 @@ class Store:
 
     def add_model(self, spec: CreateModelRequest, info: ModelInfo, base_id: str) -> None:
         """Add a model that the engine has created. base_id: of the engine's base model, empty if it is not known."""
-        reference = _convert(spec.reference, self._stored)
+        reference = convert_reference(spec.reference, self._stored)
         self._db.execute(
             "INSERT OR REPLACE INTO models (id, spec, info, base_id) VALUES (?, ?, ?, ?)",
             (
@@ -301,8 +268,8 @@ class Store:
         if row is None:
             return None
         id, model_id, kind, key, payload, state, result, problem = row
-        if result is not None and kind in _KINDS_WITH_PATHS:
-            result = _convert_result(result, self._full)
+        if result is not None and kind in KINDS_WITH_PATHS:
+            result = convert_result(result, self._full)
         if problem is not None:
             problem = msgspec.msgpack.decode(problem, type=Problem)
         return Request(id, model_id, kind, key, payload, state, result, problem)
@@ -314,8 +281,8 @@ class Store:
         info = msgspec.msgpack.decode(info, type=ModelInfo)
         return Model(
             id=id,
-            spec=msgspec.structs.replace(spec, reference=_convert(spec.reference, self._full)),
-            info=msgspec.structs.replace(info, reference=_convert(info.reference, self._full)),
+            spec=msgspec.structs.replace(spec, reference=convert_reference(spec.reference, self._full)),
+            info=msgspec.structs.replace(info, reference=convert_reference(info.reference, self._full)),
             steps=steps,
             pending=pending,
             saved_path=None if saved_path is None else self._full(saved_path),
@@ -333,57 +300,7 @@ class Store:
 
     def _stored_result(self, request_id: str, result: bytes) -> bytes:
         row = self._db.execute("SELECT kind FROM requests WHERE id = ?", (request_id,)).fetchone()
-        return _convert_result(result, self._stored) if row and row[0] in _KINDS_WITH_PATHS else result
+        return convert_result(result, self._stored) if row and row[0] in KINDS_WITH_PATHS else result
 
 
 _MODEL = "id, spec, info, steps, pending, saved_path, saved_step, saved_optimizer, notice, base_id"
-
-
-def _create_tables(db: sqlite3.Connection) -> None:
-    """The tables of 0.1.0, which wrote no version: they may exist already."""
-    for statement in _SCHEMA_1:
-        db.execute(statement)
-
-
-def _add_base_id_and_relative_paths(db: sqlite3.Connection) -> None:
-    """0.1.0 identified a base by its name only, and stored absolute paths."""
-    folder = database_folder(db)
-
-    def relocated(path: str) -> str:
-        return relocated_path(folder, path)
-
-    db.execute("ALTER TABLE models ADD COLUMN base_id TEXT")
-    for id, spec, info, saved_path in db.execute("SELECT id, spec, info, saved_path FROM models").fetchall():
-        db.execute(
-            "UPDATE models SET spec = ?, info = ?, saved_path = ? WHERE id = ?",
-            (
-                _convert_result(spec, relocated),
-                _convert_result(info, relocated),
-                None if saved_path is None else relocated(saved_path),
-                id,
-            ),
-        )
-    kinds = ", ".join("?" * len(_KINDS_WITH_PATHS))
-    query = f"SELECT id, result FROM requests WHERE result IS NOT NULL AND kind IN ({kinds})"
-    for id, result in db.execute(query, _KINDS_WITH_PATHS).fetchall():
-        db.execute("UPDATE requests SET result = ? WHERE id = ?", (_convert_result(result, relocated), id))
-
-
-MIGRATIONS = (_create_tables, _add_base_id_and_relative_paths)
-"""The changes of the file from one version to the next. A migration that was released is never changed."""
-
-
-def _convert(reference: str, convert: Callable[[str], str]) -> str:
-    """A `reference` with its path converted, if it is one."""
-    return reference if reference in _REFERENCES else convert(reference)
-
-
-def _convert_result(encoded: bytes, convert: Callable[[str], str]) -> bytes:
-    """A struct in msgpack with its paths converted."""
-    fields = msgspec.msgpack.decode(encoded)
-    if not isinstance(fields, dict):
-        return encoded
-    for name in _PATH_FIELDS:
-        if isinstance(fields.get(name), str):
-            fields[name] = _convert(fields[name], convert)
-    return msgspec.msgpack.encode(fields)

@@ -18,7 +18,7 @@ from tinkerbell_server.api.tinker.checkpoints import Checkpoints
 from tinkerbell_server.api.tinker.requests import TinkerRequests
 from tinkerbell_server.api.tinker.store import Checkpoint
 from tinkerbell_server.commands import EngineDescription
-from tinkerbell_server.service.intake import SampleOptions, Submission
+from tinkerbell_server.service.submissions import SampleOptions, Submission
 
 Json = dict[str, Any]  # Any: JSON values of several types
 

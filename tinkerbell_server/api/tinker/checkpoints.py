@@ -16,8 +16,8 @@ from tinkerbell_server.api.tinker.store import Checkpoint, Kind, Run, Sampler, S
 from tinkerbell_server.api.tinker.training import ALPHA, check_optimizer, model_id_of, target_modules
 from tinkerbell_server.calls.settings import normalize_spec
 from tinkerbell_server.commands import EngineDescription, Load
-from tinkerbell_server.service.intake import Submission
 from tinkerbell_server.service.save_paths import SaveByName, models_folder
+from tinkerbell_server.service.submissions import Submission
 
 
 class Checkpoints:

@@ -19,7 +19,7 @@ from tinkerbell_server.api.tinker import decode, protocol
 from tinkerbell_server.api.tinker.requests import TinkerRequests
 from tinkerbell_server.api.tinker.store import CustomLoss, Run, Session, StoredRequest
 from tinkerbell_server.commands import DeleteLosses, EngineDescription, RegisterLoss
-from tinkerbell_server.service.intake import Submission
+from tinkerbell_server.service.submissions import Submission
 from tinkerbell_server.service.upload_checks import check_upload, check_uploads_on, with_source
 
 _KIND = "create_custom_loss"

@@ -10,7 +10,7 @@ from tinkerbell_core.types import SampleRequest, TensorData
 from tinkerbell_server.api.tinker import decode, protocol
 from tinkerbell_server.api.tinker.store import Layout
 from tinkerbell_server.commands import EngineDescription, PromptQuestions
-from tinkerbell_server.service.intake import SampleOptions
+from tinkerbell_server.service.submissions import SampleOptions
 
 _MOST_TOP = 1024
 

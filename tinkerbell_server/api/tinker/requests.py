@@ -15,8 +15,9 @@ from tinkerbell_server.api.tinker.paths import BaseModel
 from tinkerbell_server.api.tinker.store import Run, Sampler, Session, StoredRequest, TinkerStore
 from tinkerbell_server.commands import EngineDescription
 from tinkerbell_server.service.futures import KEEP_SECONDS, KeyReused, digest_of
-from tinkerbell_server.service.intake import Hold, Submission
+from tinkerbell_server.service.intake import Hold
 from tinkerbell_server.service.service import Service
+from tinkerbell_server.service.submissions import Submission
 
 _FORGET_EVERY = 500
 

@@ -15,8 +15,8 @@ from tinkerbell_server.api.tinker.checkpoints import Checkpoints, sampler_id_of
 from tinkerbell_server.api.tinker.paths import TinkerPath
 from tinkerbell_server.api.tinker.requests import TinkerRequests
 from tinkerbell_server.api.tinker.store import Run, Sampler, StoredRequest
-from tinkerbell_server.service.intake import Submission
 from tinkerbell_server.service.store import Finished
+from tinkerbell_server.service.submissions import Submission
 
 CLONE = 1_000_000_000
 """A clone of a sampling session numbers its requests from its own number times this."""

@@ -18,7 +18,8 @@ from tinkerbell_server.api.tinker import encode
 from tinkerbell_server.api.tinker.chunks import MISSING, SEVERAL, TORN, Chunk, calls_of, forward_request
 from tinkerbell_server.api.tinker.requests import TinkerRequests
 from tinkerbell_server.api.tinker.store import Run, StoredRequest
-from tinkerbell_server.service.intake import Held, Submission
+from tinkerbell_server.service.intake import Held
+from tinkerbell_server.service.submissions import Submission
 
 log = logging.getLogger("tinkerbell.server")
 

@@ -15,7 +15,7 @@ from tinkerbell_server.api.tinker.requests import TinkerRequests
 from tinkerbell_server.api.tinker.sequencer import Sequencer
 from tinkerbell_server.api.tinker.store import Run, StoredRequest
 from tinkerbell_server.commands import EngineDescription
-from tinkerbell_server.service.intake import Submission
+from tinkerbell_server.service.submissions import Submission
 
 CUSTOM = "custom"
 """The protocol's name for every loss of create_custom_loss; `loss_id` in the config names one."""

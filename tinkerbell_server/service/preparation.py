@@ -1,0 +1,171 @@
+"""Makes the engine's command of a submission: finds the loss, binds hyperparameters, parses and checks the content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from tinkerbell_core.errors import BadData, BadRequest
+from tinkerbell_core.hyperparameters import bind_hyperparameters
+from tinkerbell_core.types import (
+    CreateModelRequest,
+    DeleteModelRequest,
+    ForwardRequest,
+    LoadRequest,
+    LossDescription,
+    OptimStepRequest,
+    SampleRequest,
+    SaveRequest,
+)
+from tinkerbell_core.weighted_sum import flat_config
+from tinkerbell_server.access.tenants import Caller, provenance_owner, visible
+from tinkerbell_server.calls.data import parse_call
+from tinkerbell_server.calls.loss_lookup import find_loss, weights_of_sum
+from tinkerbell_server.calls.sample import TextPrompt, check_sample_request, sample_command
+from tinkerbell_server.calls.settings import check_optim_step, normalize_spec
+from tinkerbell_server.commands import (
+    AnyCommand,
+    CreateModel,
+    DeleteModel,
+    EngineDescription,
+    OptimStep,
+    RunLoss,
+    Sample,
+    TextData,
+)
+from tinkerbell_server.service.bases import Base
+from tinkerbell_server.service.known_models import KnownModels
+from tinkerbell_server.service.save_paths import LoadByName, SavePaths
+from tinkerbell_server.service.scheduler import existing_model
+from tinkerbell_server.service.store import Store
+from tinkerbell_server.service.submissions import QueuedCommand, SampleOptions, Submission
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The command of a request. text: what the tokenizer process must read before the command is complete.
+
+    loss, sample: what completes the command, together with the tokens.
+    """
+
+    command: QueuedCommand
+    text: TextData | TextPrompt | None = None
+    loss: LossDescription | None = None
+    sample: tuple[SampleRequest, SampleOptions] | None = None
+
+
+class Preparation:
+    """Checks the content of submissions against the models, the losses and the limits of a server."""
+
+    def __init__(self, store: Store, saves: SavePaths, models: KnownModels) -> None:
+        self._store, self._saves, self._models = store, saves, models
+
+    def prepare(self, submission: Submission, base: Base, engine: EngineDescription) -> Prepared:
+        """The command of a request. Raises an error in the request; nothing is queued or recorded yet."""
+        content, caller = submission.content, submission.caller
+        match content:
+            case CreateModelRequest():
+                prepared = self._create_model(content, base, caller)
+            case ForwardRequest():
+                prepared = self._run_loss(content, submission, engine)
+            case SampleRequest():
+                prepared = self._sample(content, submission.sample, engine)
+            case OptimStepRequest():
+                self._models.check(content.model_id)
+                check_optim_step(content)
+                prepared = Prepared(OptimStep(**msgspec.structs.asdict(content)))
+            case SaveRequest():
+                self._models.check(content.model_id)
+                prepared = Prepared(self._saves.save(content))
+            case LoadRequest():
+                self._models.check(content.model_id)
+                prepared = Prepared(
+                    LoadByName(
+                        model_id=content.model_id, path=content.path, optimizer=content.optimizer, anywhere=caller.admin
+                    )
+                )
+            case DeleteModelRequest():
+                self._models.check(content.model_id)
+                prepared = Prepared(DeleteModel(model_id=content.model_id))
+            case None:
+                raise submission.problem or BadRequest("this request has no content")
+            case _:
+                return Prepared(content)
+        self._models.raise_notice(content, engine)
+        return prepared
+
+    def _create_model(self, request: CreateModelRequest, base: Base, caller: Caller) -> Prepared:
+        spec = self._saves.check_reference(normalize_spec(request), anywhere=caller.admin)
+        if not base.queue.of_model(spec.model_id):
+            existing_model(self._store, spec)
+        return Prepared(CreateModel(spec=spec))
+
+    def _run_loss(self, request: ForwardRequest, submission: Submission, engine: EngineDescription) -> Prepared:
+        tenant = submission.caller.tenant
+        loss = submission.loss or find_loss(request.loss_fn, visible(tenant, engine.losses))
+        hyperparameters = bind_hyperparameters(
+            loss.name, loss.hyperparameters, flat_config(request.loss_fn_config, loss.parts)
+        )
+        data = parse_call(
+            request.data,
+            request.loss_fn_inputs,
+            loss,
+            vocab_size=engine.vocab_size,
+            max_length=engine.max_length,
+        )
+        text = data if isinstance(data, TextData) else None
+        if text is not None and text.kind == "chats" and not engine.has_chat_template:
+            raise BadData(
+                f"{engine.base_model} has no chat template, so chats cannot be tokenised; "
+                "send strings or token-id lists, or serve a chat model"
+            )
+        command = RunLoss(
+            model_id=request.model_id,
+            loss=loss.id,
+            weights=weights_of_sum(request.loss_fn, loss),
+            data=[] if isinstance(data, TextData) else data,
+            hyperparameters=hyperparameters,
+            backward=submission.kind == "forward_backward",
+            tenant=provenance_owner(tenant),
+        )
+        return Prepared(command, text=text, loss=loss)
+
+    def _sample(self, request: SampleRequest, options: SampleOptions, engine: EngineDescription) -> Prepared:
+        if request.model_id is not None:
+            self._models.check(request.model_id)
+        shortest = msgspec.structs.replace(request, max_tokens=1)
+        prompt = check_sample_request(shortest if options.fill else request, engine)
+        if isinstance(prompt, list):
+            return Prepared(_sample_command(request, options, engine, prompt))
+        # the job needs a command while its text is tokenised; the tokens and the length are not known yet
+        placeholder = _sample_command(shortest, options, engine, [0])
+        return Prepared(placeholder, text=prompt, sample=(request, options))
+
+    async def with_tokens(self, base: Base, prepared: Prepared) -> AnyCommand:
+        """The command of a request, after the tokenizer process has read its text. Raises BadData, EngineLost."""
+        command = prepared.command
+        if isinstance(command, RunLoss):
+            assert isinstance(prepared.text, TextData)
+            assert prepared.loss is not None
+            rows = await base.tokenizer.rows(prepared.text, prepared.loss)
+            return msgspec.structs.replace(command, data=rows)
+        assert isinstance(command, Sample)
+        assert isinstance(prepared.text, TextPrompt)
+        assert prepared.sample is not None
+        ids = await base.tokenizer.prompt(prepared.text)
+        return _sample_command(*prepared.sample, await base.supervisor.described(), ids)
+
+
+def _sample_command(
+    request: SampleRequest, options: SampleOptions, engine: EngineDescription, ids: list[int]
+) -> Sample:
+    if options.fill:
+        request = msgspec.structs.replace(request, max_tokens=max(1, engine.max_length - len(ids)))
+    return msgspec.structs.replace(
+        sample_command(request, engine, ids),
+        path=options.path,
+        end=options.end,
+        top=options.top,
+        questions=options.questions,
+    )
