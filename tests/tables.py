@@ -38,7 +38,7 @@ def losses() -> str:
             said = parse_docstring(spec.summary, spec.source)
             reads = [f"`{key}`" for key in spec.inputs or () if key not in IMPLIED]
             reads += [f"`{key}`?" for key in spec.optional_inputs if key not in IMPLIED]
-            formula = said.formula + (f": {said.called}" if said.called else "")
+            formula = said.formula + (f": {said.name}" if said.name else "")
             papers = ", ".join(f"[{n}]({link})" for n, link in zip(said.papers, said.links, strict=True))
             name = f"`{spec.name}`" + (f" (groups of {spec.group_size})" if spec.group_size > 1 else "")
             rows.append(f"| {name} | {formula.replace('|', chr(92) + '|')} | {', '.join(reads)} | {papers} |")

@@ -1,4 +1,4 @@
-"""What a laptop imports: a client, the decorator that uploads a loss, what a loss returns. Never the server."""
+"""The Python client: `TinkerClient`, and the `custom_loss` decorator. It imports neither the server nor torch."""
 
 from tinker_client.backend import HFBackend
 from tinker_client.client import TinkerClient

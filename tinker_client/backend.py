@@ -1,4 +1,4 @@
-"""The handle to a server's training: the verbs, each answered by a typed object, or by a future through `submit`."""
+"""The training API of a server: a method per verb that returns a result, and `submit`, which returns a future."""
 
 from __future__ import annotations
 
@@ -43,29 +43,29 @@ VERBS: dict[str, tuple[type[Wire], type[Wire]]] = {
     "delete_model": (DeleteModelRequest, DeleteModelOutput),
 }
 
-# Any, below: data, prompts and inputs have many forms; the server parses them and names what is wrong
+# Any, below: data, prompts and inputs have many forms, which the server parses and checks
 Setting = bool | int | float | str | None
 Config = Mapping[str, Setting | Mapping[str, Setting]]
 LossName = str | Mapping[str, float]
 
 
 class HFBackend:
-    """`client.hf_backend`. Each verb waits for its result; `submit(verb, ...)` returns a future at once."""
+    """`client.hf_backend`. Each method waits for its result; `submit(verb, ...)` returns a future immediately."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
     def submit(self, verb: str, **fields: Any) -> TrainingFuture[Any]:
-        """Send a verb, with its arguments by name, and do not wait: steps pipeline, in the order of submission."""
+        """Send a request and return its future. Requests of one model run in the order of submission."""
         if verb not in VERBS:
-            raise BadRequest(f"no verb {verb!r}{did_you_mean(verb, VERBS)} (there are: {', '.join(VERBS)})")
-        request, answer = VERBS[verb]
+            raise BadRequest(f"no verb {verb!r}{did_you_mean(verb, VERBS)} (available: {', '.join(VERBS)})")
+        request, output_type = VERBS[verb]
         if "data" in fields:
             fields["data"] = _rows(fields["data"])
         state = self._transport.post(f"/{verb}", request(**fields), Future)
 
         def parse(result: Any) -> Any:
-            output = msgspec.convert(result, answer)
+            output = msgspec.convert(result, output_type)
             return ForwardBackwardResult.of(output) if isinstance(output, ForwardOutput) else output
 
         return TrainingFuture(self._transport, state, parse)
@@ -80,7 +80,7 @@ class HFBackend:
         full: bool = False,
         reference: str = "base",
     ) -> ModelInfo:
-        """Make a model: LoRA, or all weights with `full=True`. reference: "base", "initial" or a saved path."""
+        """Create a model: LoRA, or all weights with `full=True`. reference: "base", "initial" or a saved path."""
         return self._run(
             ModelInfo,
             "create_model",
@@ -101,10 +101,10 @@ class HFBackend:
         loss_fn_inputs: Mapping[str, Any] | None = None,
         loss_fn_config: Config | None = None,
     ) -> ForwardBackwardResult:
-        """The loss, its diagnostics and log-probabilities; nothing is accumulated.
+        """Compute the loss, its diagnostics and log-probabilities, without a gradient.
 
-        loss_fn: a name, or a weighted sum, `{"dpo": 1.0, "cross_entropy": 0.1}`, whose parts have settings of their
-        own: `loss_fn_config={"dpo": {"beta": 0.2}}`.
+        loss_fn: a name, or a weighted sum, `{"dpo": 1.0, "cross_entropy": 0.1}`, for which loss_fn_config has one dict
+        per part: `{"dpo": {"beta": 0.2}}`.
         """
         return self._run(
             ForwardBackwardResult,
@@ -124,7 +124,7 @@ class HFBackend:
         loss_fn_inputs: Mapping[str, Any] | None = None,
         loss_fn_config: Config | None = None,
     ) -> ForwardBackwardResult:
-        """As `forward`, and adds the gradient to what the next optim_step uses."""
+        """As `forward`, and accumulate the gradient for the next optim_step."""
         return self._run(
             ForwardBackwardResult,
             "forward_backward",
@@ -145,7 +145,7 @@ class HFBackend:
         grad_clip_norm: float = 0.0,
         normalize: Literal["tokens", "sequences"] | None = None,
     ) -> OptimStepOutput:
-        """One AdamW step over what was accumulated, divided by its tokens or sequences where `normalize` says so."""
+        """Take one AdamW step with the accumulated gradient. normalize: divide it by the tokens or the sequences."""
         return self._run(
             OptimStepOutput,
             "optim_step",
@@ -170,7 +170,7 @@ class HFBackend:
         seed: int | None = None,
         num_samples: int = 1,
     ) -> SampleOutput:
-        """Continue a string, a chat or token ids, by the base model (model_id None) or a model's current weights."""
+        """Continue a string, a chat or token ids with a model, or with the base model if model_id is None."""
         return self._run(
             SampleOutput,
             "sample",
@@ -186,24 +186,24 @@ class HFBackend:
         )
 
     def save(self, model_id: str, name: str | None = None) -> SaveOutput:
-        """Write the model as a PEFT folder under the server's data dir, by default as step-<n>."""
+        """Save the model as a PEFT folder in the server's data directory. name: default step-<n>."""
         return self._run(SaveOutput, "save", model_id=model_id, name=name)
 
     def load(self, model_id: str, path: str, optimizer: bool = True) -> LoadOutput:
-        """Bring the model to what was saved under a path or a name, with the optimizer's state or without."""
+        """Restore the model from a path or the name of a save. optimizer: restore the optimizer state too."""
         return self._run(LoadOutput, "load", model_id=model_id, path=path, optimizer=optimizer)
 
     def delete_model(self, model_id: str) -> DeleteModelOutput:
-        """Free the model; what was saved stays."""
+        """Delete the model. Its saves are kept."""
         return self._run(DeleteModelOutput, "delete_model", model_id=model_id)
 
     def list_models(self) -> list[ModelInfo]:
         """The models of this server."""
         return self._transport.get("/list_models", _Models).models
 
-    def _run(self, answer: type[R], verb: str, **fields: Any) -> R:
+    def _run(self, output_type: type[R], verb: str, **fields: Any) -> R:
         result = self.submit(verb, **fields).result()
-        assert isinstance(result, answer)
+        assert isinstance(result, output_type)
         return result
 
 
@@ -213,5 +213,5 @@ class _Models(msgspec.Struct, frozen=True):
 
 def _rows(data: Any) -> list[Any]:
     if isinstance(data, str | bytes | Mapping):
-        raise BadData(f"data is one {type(data).__name__}, but a call takes a list of rows: pass [...]")
+        raise BadData(f"data is a {type(data).__name__}, but must be a list of rows: pass [...]")
     return list(data)

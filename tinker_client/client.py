@@ -1,4 +1,4 @@
-"""A client of one server."""
+"""The client of one server: its losses, its health and its training API."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinkerbell_core.types import (
 
 
 class LossFunctions(TypedDict):
-    """What a server can train with. descriptions: name → first line of the docstring."""
+    """The losses of a server. descriptions: name → first line of the docstring."""
 
     available_loss_functions: list[str]
     descriptions: dict[str, str]
@@ -31,8 +31,8 @@ class LossFunctions(TypedDict):
 class TinkerClient:
     """A client of the server at `base_url` (default: TINKERBELL_URL, else http://localhost:8000).
 
-    api_key: default TINKERBELL_API_KEY, else TINKER_API_KEY. Use the client as a context manager, or `close` it, to
-    give back its connections.
+    api_key: default TINKERBELL_API_KEY, else TINKER_API_KEY. Use the client as a context manager, or call `close`, to
+    close its connections.
     """
 
     def __init__(self, base_url: str | None = None, api_key: str | None = None) -> None:
@@ -61,34 +61,34 @@ class TinkerClient:
 
     @property
     def hf_backend(self) -> HFBackend:
-        """The server's training: forward_backward, optim_step, sample, save and their kin."""
+        """The training API of the server: forward_backward, optim_step, sample, save and so on."""
         return self._backend
 
     def list_loss_functions(self) -> LossFunctions:
-        """Every loss the server has, and the plugins they come from, broken ones with their reason."""
+        """The losses of the server and its plugins, including broken plugins with the reason."""
         return self._transport.get("/list_loss_functions", LossFunctions)
 
     def get_loss_source(self, name: str) -> str:
-        """The text of a loss as its author wrote it: by name (the latest upload), id or `name@digest`."""
+        """The source text of a loss. name: a name (the latest upload), an id or `name@digest`."""
         return resolve(name, self.list_loss_functions()["losses"]).source
 
     def delete_custom_loss(self, name: str) -> list[str]:
-        """Delete an uploaded loss: every version of `name`, or the one of `name@digest`; the ids of what is gone."""
+        """Delete an uploaded loss: all versions of `name`, or one version `name@digest`. Returns the deleted ids."""
         request = DeleteLossesRequest(name=name)
         return self._transport.post("/delete_custom_loss", request, DeleteLossesOutput).deleted
 
     def publish_custom_loss(self, name: str, tenant: str | None = None) -> LossDescription:
-        """Give every tenant an uploaded loss, yours or another tenant's. Takes an admin's key."""
+        """Let all tenants use an uploaded loss of yours or of another tenant. Needs the key of an admin."""
         return self._transport.post(
             "/publish_custom_loss", PublishLossRequest(name=name, tenant=tenant), LossDescription
         )
 
-    def healthz(self) -> dict[str, Any]:  # Any: strings and numbers, as the server says of itself
-        """How the server is: status, base model, device, queue."""
+    def healthz(self) -> dict[str, Any]:  # Any: strings and numbers
+        """The state of the server: status, base model, device and queue."""
         return self._transport.get("/healthz", dict[str, Any])
 
     def close(self) -> None:
-        """Give back the connections."""
+        """Close the connections."""
         self._transport.close()
 
     def _register(self, upload: RegisterLossRequest) -> LossDescription:

@@ -1,4 +1,4 @@
-"""One request under way on the server, and its result once there is one."""
+"""The future of a request that the server accepted."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tinkerbell_core.types import Future
 
 R = TypeVar("R")
 
-LONGEST_WAIT = 30.0
-"""Seconds the server holds one question open."""
+POLL_SECONDS = 30.0
+"""Longest time for which one request waits for a result, in seconds."""
 
 
 class TrainingFuture(Generic[R]):
-    """A request the server has taken. Requests of one model run in the order they were submitted."""
+    """A request that the server accepted. Requests of one model run in the order of submission."""
 
-    # Any: a result before it has its type
+    # Any: a result that is not parsed yet
     def __init__(self, transport: Transport, state: Future, parse: Callable[[Any], R]) -> None:
         self._transport = transport
         self._state = state
@@ -26,34 +26,35 @@ class TrainingFuture(Generic[R]):
 
     @property
     def request_id(self) -> str:
+        """The id of the request."""
         return self._state.request_id
 
     @property
     def queue_position(self) -> int | None:
-        """Requests ahead of this one, 0 while it runs, None once it is over."""
+        """The number of requests ahead of this one; 0 while it runs, None after it ended."""
         return None if self.done() else self._state.queue_position
 
     def done(self) -> bool:
-        """Whether there is a result or an error; asks the server and does not wait."""
-        if not self._over:
-            self._ask(0)
-        return self._over
+        """Whether the request has a result or an error. Asks the server, without waiting."""
+        if not self._ended:
+            self._poll(0)
+        return self._ended
 
     def result(self, timeout: float | None = None) -> R:
-        """Wait for the result. Raises the server's error, or TimeoutError after `timeout` seconds; then ask again."""
+        """Wait for the result. Raises the error of the request, or TimeoutError after `timeout` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not self._over:
-            left = LONGEST_WAIT if deadline is None else deadline - time.monotonic()
-            if left <= 0:
+        while not self._ended:
+            remaining = POLL_SECONDS if deadline is None else deadline - time.monotonic()
+            if remaining <= 0:
                 raise TimeoutError(f"request {self.request_id} is still {self._state.state} after {timeout} s")
-            self._ask(min(left, LONGEST_WAIT))
+            self._poll(min(remaining, POLL_SECONDS))
         if self._state.problem is not None:
             raise self._state.problem.error()
         return self._parse(self._state.result)
 
     @property
-    def _over(self) -> bool:
+    def _ended(self) -> bool:
         return self._state.state in ("done", "failed")
 
-    def _ask(self, wait: float) -> None:
+    def _poll(self, wait: float) -> None:
         self._state = self._transport.get(f"/futures/{self.request_id}", Future, {"wait": round(wait, 3)})

@@ -1,4 +1,4 @@
-"""What a verb answers. Where no tensor is in it, that is the struct on the wire itself."""
+"""The result of forward and forward_backward, with numpy arrays. The other verbs return the wire structs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tinkerbell_core.types import ForwardOutput
 
 @dataclass(frozen=True, slots=True)
 class ForwardBackwardResult:
-    """What one call's loss came to.
+    """The result of one `forward` or `forward_backward` call.
 
-    loss: what the loss returned, summed over micro-batches. logprobs: one array a row, `[T]` or `[T, K]`, or None.
-    tokens: positions of the batch; counted_tokens: those of weight not 0; sequences: rows, or groups of a group loss.
-    created: this call made the model, with the defaults.
+    loss: the output of the loss, summed over micro-batches. logprobs: one array per row, `[T]` or `[T, K]`, or None.
+    tokens: number of positions in the batch. counted_tokens: those with a weight other than 0. sequences: number of
+    rows, or of groups for a group loss. created: whether this call created the model.
     """
 
     model_id: str
     loss_fn: str
     loss: float
     diagnostics: dict[str, float]
-    logprobs: list[NDArray[Any]] | None  # Any: of the dtype the loss returned
+    logprobs: list[NDArray[Any]] | None  # Any: the dtype that the loss returned
     tokens: int
     counted_tokens: int
     sequences: int
@@ -34,7 +34,7 @@ class ForwardBackwardResult:
 
     @classmethod
     def of(cls, output: ForwardOutput) -> ForwardBackwardResult:
-        """The answer on the wire, its tensors as numpy arrays."""
+        """Convert the tensors of the wire struct to numpy arrays."""
         return cls(
             model_id=output.model_id,
             loss_fn=output.loss_fn,

@@ -1,4 +1,4 @@
-"""The wire to one server: sends, retries what is safe to repeat, and raises the server's errors as their own types."""
+"""HTTP to one server: sends requests, retries them safely, and raises the errors of the server as their types."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tinkerbell_core.errors import BadUpload, Problem, ServerUnreachable, Tinker
 
 T = TypeVar("T")
 
-PAUSES = (0.1, 0.4, 1.0)
-"""Seconds before each repetition of a request that got no answer."""
+RETRY_DELAYS = (0.1, 0.4, 1.0)
+"""Seconds before each retry of a request without a response."""
 
-PATIENCE = 120.0
-"""Seconds that a request which is over one of the server's limits is repeated for, as often as the server says."""
+RATE_LIMIT_SECONDS = 120.0
+"""Time for which a request over a limit of the server is retried, in seconds. The server sets the delays."""
 
 
 class Transport:
-    """One connection pool. `api_key` travels in `X-API-Key` and nowhere else."""
+    """A connection pool. `api_key` is sent in the header `X-API-Key` only."""
 
     def __init__(self, base_url: str, api_key: str | None) -> None:
         parts = urlsplit(base_url)
@@ -36,78 +36,80 @@ class Transport:
             base_url=self.base_url,
             headers={"X-API-Key": api_key} if api_key else {},
             timeout=httpx.Timeout(300, connect=10),
-            # a proxy meant for the internet does not know this machine's localhost
+            # a proxy for the internet does not reach the localhost of this machine
             trust_env=parts.hostname not in ("localhost", "127.0.0.1", "::1"),
         )
         weakref.finalize(self, self._http.close)
 
     def __reduce__(self) -> NoReturn:
         raise BadUpload(
-            "a TinkerClient cannot be pickled, for it holds a connection and your API key: "
-            "do not use the client inside a loss; pass what the loss needs through loss_fn_inputs"
+            "a TinkerClient cannot be pickled, because it has a connection and your API key: "
+            "do not use the client inside a loss; pass the data that the loss needs through loss_fn_inputs"
         )
 
     def close(self) -> None:
+        """Close the connections."""
         self._http.close()
 
-    def post(self, path: str, message: object, answer: type[T], *, as_json: bool = False) -> T:
-        """Send once, whatever happens on the way: every try carries one Idempotency-Key."""
+    def post(self, path: str, message: object, result: type[T], *, as_json: bool = False) -> T:
+        """Send a message. All retries have the same Idempotency-Key, so the server executes the request once."""
         content = msgspec.json.encode(message) if as_json else encode(message)
         headers = {
             "Content-Type": "application/json" if as_json else "application/msgpack",
             "Idempotency-Key": uuid.uuid4().hex,
         }
-        return self._send("POST", path, answer, content=content, headers=headers)
+        return self._send("POST", path, result, content=content, headers=headers)
 
-    def get(self, path: str, answer: type[T], params: dict[str, float] | None = None) -> T:
-        return self._send("GET", path, answer, params=params, headers={})
+    def get(self, path: str, result: type[T], params: dict[str, float] | None = None) -> T:
+        """Send a GET request."""
+        return self._send("GET", path, result, params=params, headers={})
 
-    # Any: what httpx takes
-    def _send(self, method: str, path: str, answer: type[T], *, headers: dict[str, str], **options: Any) -> T:
+    # Any: arguments of httpx
+    def _send(self, method: str, path: str, result: type[T], *, headers: dict[str, str], **options: Any) -> T:
         headers = {**headers, "Accept": "application/msgpack"}
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + RATE_LIMIT_SECONDS
         while True:
-            response = self._answered(method, path, headers=headers, **options)
-            again = _again_after(response)
-            if again is None or time.monotonic() + again > deadline:
+            response = self._response(method, path, headers=headers, **options)
+            delay = _retry_after(response)
+            if delay is None or time.monotonic() + delay > deadline:
                 break
-            time.sleep(again)
+            time.sleep(delay)
         if response.is_success:
-            return _decode(response, answer)
+            return _decode(response, result)
         raise self._error(response)
 
     # Any: as above
-    def _answered(self, method: str, path: str, **options: Any) -> httpx.Response:
-        for pause in (*PAUSES, None):
+    def _response(self, method: str, path: str, **options: Any) -> httpx.Response:
+        for delay in (*RETRY_DELAYS, None):
             try:
                 return self._http.request(method, path, **options)
             except httpx.TransportError as error:
-                if pause is None:
+                if delay is None:
                     raise ServerUnreachable(
                         f"no answer from {self.base_url} ({type(error).__name__}: {error}): start a server with "
-                        "`tinkerbell serve`, or name another with TinkerClient(url) or TINKERBELL_URL"
+                        "`tinkerbell serve`, or pass another address with TinkerClient(url) or TINKERBELL_URL"
                     ) from None
-                time.sleep(pause)
-        raise AssertionError("the last try returns or raises")
+                time.sleep(delay)
+        raise AssertionError("the last attempt returns or raises")
 
     def _error(self, response: httpx.Response) -> TinkerbellError:
         try:
-            return _decode(response, Refusal).problem.error()
+            return _decode(response, ErrorBody).problem.error()
         except msgspec.DecodeError:
             return ServerUnreachable(
                 f"{self.base_url} answered {response.status_code} to {response.request.url.path}, "
-                "and not as a Tinkerbell server does: check the address"
+                "which is not a response of a Tinkerbell server: check the address"
             )
 
 
-class Refusal(msgspec.Struct, frozen=True):
-    """The body of an error."""
+class ErrorBody(msgspec.Struct, frozen=True):
+    """The body of an error response."""
 
     problem: Problem
 
 
-def _again_after(response: httpx.Response) -> float | None:
-    """The seconds after which a refused request may come again; None where it need not."""
+def _retry_after(response: httpx.Response) -> float | None:
+    """The seconds after which a request may be retried; None if it should not be."""
     if response.status_code != httpx.codes.TOO_MANY_REQUESTS:
         return None
     try:
@@ -116,7 +118,7 @@ def _again_after(response: httpx.Response) -> float | None:
         return 1.0
 
 
-def _decode(response: httpx.Response, answer: type[T]) -> T:
+def _decode(response: httpx.Response, result: type[T]) -> T:
     if response.headers.get("Content-Type", "").startswith("application/msgpack"):
-        return msgspec.msgpack.decode(response.content, type=answer)
-    return msgspec.json.decode(response.content, type=answer)
+        return msgspec.msgpack.decode(response.content, type=result)
+    return msgspec.json.decode(response.content, type=result)

@@ -1,4 +1,4 @@
-"""What the author of a loss imports: the contract, the registry and the words. Importing it leaves torch unloaded."""
+"""The public names for authors of losses. Importing this package does not import torch."""
 
 from tinkerbell_core.decorator import loss
 from tinkerbell_core.errors import TinkerbellError

@@ -1,4 +1,4 @@
-"""Losses added up: one forward pass, each part's diagnostics under its own name."""
+"""Combines losses into a weighted sum that is itself a loss."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from tinkerbell_core.weighted_sum import sum_of
 
 
 def combine(weighted: Mapping[LossSpec, float] | Sequence[tuple[LossSpec, float]], name: str | None = None) -> LossSpec:
-    """The weighted sum of losses, a loss like any other: `combine({dpo: 1.0, cross_entropy: 0.1}, name="rpo")`.
+    """A loss that is the weighted sum of losses: `combine({dpo: 1.0, cross_entropy: 0.1}, name="rpo")`.
 
-    Its gradient is the weighted sum of theirs; logprobs are those of the first part that gives some. What `part` calls
-    `key` is the diagnostic `part/key`, and its unweighted value `part/loss:sum`; its hyperparameter is `part/name`, in
-    loss_fn_config `{"part": {"name": ...}}`. Parts that are all "sequence" make a "sequence" loss, and the largest
-    group_size is that of the sum. Without a name it is called what it is made of.
-    Raises BadLoss for parts, weights or groups that do not go together.
+    The loss and its gradient are the weighted sums of those of the parts. The logprobs are those of the first part that
+    returns some. The diagnostic `key` of a part becomes `part/key`, and its unweighted loss is `part/loss:sum`. The
+    hyperparameter `name` of a part becomes `part/name`, in loss_fn_config `{"part": {"name": ...}}`. The sum is a
+    "sequence" loss if all parts are, and has the largest group_size. The default name lists the terms.
+    Raises BadLoss for parts, weights or group sizes that cannot be combined.
     """
     terms = tuple(weighted.items() if isinstance(weighted, Mapping) else weighted)
-    made = sum_of(terms, name)
+    total = sum_of(terms, name)
     specs = [spec for spec, _ in terms]
     return LossSpec(
-        name=made.name,
-        fn=_Combined(tuple((spec, part.weight) for spec, part in zip(specs, made.parts, strict=True))),
-        summary=made.summary,
-        inputs=made.inputs,
-        optional_inputs=made.optional_inputs,
-        hyperparameters=made.hyperparameters,
-        coupling=made.coupling,
-        group_size=made.group_size,
-        finite=made.finite,
-        source=made.source,
-        digest=made.digest,
+        name=total.name,
+        fn=_Combined(tuple((spec, part.weight) for spec, part in zip(specs, total.parts, strict=True))),
+        summary=total.summary,
+        inputs=total.inputs,
+        optional_inputs=total.optional_inputs,
+        hyperparameters=total.hyperparameters,
+        coupling=total.coupling,
+        group_size=total.group_size,
+        finite=total.finite,
+        source=total.source,
+        digest=total.digest,
         plain_logits="; ".join(f"{spec.name}: {spec.plain_logits}" for spec in specs if spec.plain_logits),
         materialises=tuple(dict.fromkeys(operation for spec in specs for operation in spec.materialises)),
         reads=tuple(sorted({statistic for spec in specs for statistic in spec.reads})),
-        reads_beside=tuple(sorted({statistic for spec in specs for statistic in spec.reads_beside})),
-        parts=made.parts,
+        reads_detached=tuple(sorted({statistic for spec in specs for statistic in spec.reads_detached})),
+        parts=total.parts,
         example_inputs={key: value for spec in specs for key, value in spec.example_inputs.items()},
         example_hyperparameters={
             f"{spec.name}/{name}": value for spec in specs for name, value in spec.example_hyperparameters.items()
@@ -52,11 +52,11 @@ def combine(weighted: Mapping[LossSpec, float] | Sequence[tuple[LossSpec, float]
 
 @dataclass(frozen=True, slots=True)
 class _Combined:
-    """The function of a sum."""
+    """The function of a weighted sum."""
 
     terms: tuple[tuple[LossSpec, float], ...]
 
-    # Any: each part has hyperparameters of its own
+    # Any: each part has different hyperparameters
     def __call__(
         self,
         model_outputs: Tensor,

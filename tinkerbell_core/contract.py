@@ -1,4 +1,4 @@
-"""What a loss may return, checked before any operation is done on it."""
+"""Checks the output of a loss against the contract, before the output is used."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from tinkerbell_core.errors import BadLoss
 from tinkerbell_core.output import LossFnOutput
 
 MAX_DIAGNOSTICS = 64
-"""The most diagnostics a loss may return, and the most characters one's name may have."""
+"""Largest number of diagnostics of a loss, and largest number of characters in the name of one."""
 
 REDUCTIONS = ("sum", "mean", "min", "max")
-"""What may follow the colon in a diagnostic's name."""
+"""The words that may follow the colon in the name of a diagnostic."""
 
 
 def check_output(name: str, output: object, model_outputs: Tensor, parts: int = 0) -> LossFnOutput:
-    """`output`, if it is what the loss called `name` may return for these model_outputs. Raises BadLoss.
+    """Return the output of the loss `name` if the contract allows it for these model_outputs. Raises BadLoss.
 
-    parts: of a sum, whose diagnostics are those of its parts, checked already, each with the part's name before it.
+    parts: the number of parts of a weighted sum. Its diagnostics are those of its parts, which are already checked.
     """
     if not isinstance(output, LossFnOutput):
         raise BadLoss(
@@ -40,21 +40,21 @@ def _check_loss(name: str, loss: object, model_outputs: Tensor) -> None:
         raise BadLoss(f"loss {name!r}: loss is {_what(loss)}, but must be a scalar tensor attached to the graph")
     if loss.dim() != 0:
         raise BadLoss(
-            f"loss {name!r}: loss has the shape {list(loss.shape)}, but must be a scalar: reduce it, with .sum()"
+            f"loss {name!r}: loss has the shape {list(loss.shape)}, but must be a scalar: reduce it with .sum()"
         )
     if not loss.dtype.is_floating_point:
-        raise BadLoss(f"loss {name!r}: loss is {loss.dtype}, but must be a floating-point number")
+        raise BadLoss(f"loss {name!r}: loss has dtype {loss.dtype}, but must be a floating-point number")
     if loss.device != model_outputs.device:
         raise BadLoss(f"loss {name!r}: loss is on {loss.device}, but the model is on {model_outputs.device}")
     if model_outputs.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
         raise BadLoss(
             f"loss {name!r}: loss is detached from model_outputs, so there is no gradient: "
-            "compute it from them without .detach(), .item(), .numpy() or torch.no_grad()"
+            "compute it from model_outputs without .detach(), .item(), .numpy() or torch.no_grad()"
         )
     if not math.isfinite(loss.item()):
         raise BadLoss(
             f"loss {name!r}: loss is {loss.item()}: mask with torch.where(mask, x, 0) before an exp or log, "
-            "and clamp what you divide by"
+            "and clamp each divisor"
         )
 
 
@@ -71,9 +71,9 @@ def _check_logprobs(name: str, logprobs: object, model_outputs: Tensor) -> None:
 
 def _check_diagnostics(name: str, diagnostics: object) -> None:
     if not isinstance(diagnostics, Mapping):
-        raise BadLoss(f"loss {name!r}: diagnostics is {_what(diagnostics)}, but must be a dict of names and numbers")
+        raise BadLoss(f"loss {name!r}: diagnostics is {_what(diagnostics)}, but must be a dict of names to numbers")
     if len(diagnostics) > MAX_DIAGNOSTICS:
-        raise BadLoss(f"loss {name!r} has {len(diagnostics)} diagnostics, but may have at most {MAX_DIAGNOSTICS}")
+        raise BadLoss(f"loss {name!r} has {len(diagnostics)} diagnostics, but the limit is {MAX_DIAGNOSTICS}")
     for key, value in diagnostics.items():
         if not isinstance(key, str) or not 1 <= len(key) <= MAX_DIAGNOSTICS:
             raise BadLoss(
@@ -82,10 +82,10 @@ def _check_diagnostics(name: str, diagnostics: object) -> None:
         stem, colon, reduction = key.partition(":")
         if not stem or (colon and reduction not in REDUCTIONS):
             raise BadLoss(
-                f"loss {name!r}: a diagnostic is named {key!r}, but after a colon comes {', '.join(REDUCTIONS)}"
+                f"loss {name!r}: a diagnostic is named {key!r}, but a colon must be followed by {', '.join(REDUCTIONS)}"
             )
         if key == "loss:sum":
-            raise BadLoss(f"loss {name!r}: the diagnostic 'loss:sum' is the engine's own: choose another name")
+            raise BadLoss(f"loss {name!r}: the diagnostic 'loss:sum' is reserved for the engine: choose another name")
         if isinstance(value, Tensor):
             if value.dim() != 0 or value.is_complex():
                 raise BadLoss(

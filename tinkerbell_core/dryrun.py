@@ -20,9 +20,9 @@ from tinkerbell_core.spec import LossSpec
 
 _SEED = 20
 _HIDDEN = 16
-_CHUNK_ROWS = 5  # of lazy logits, so that a trial meets several chunks
-_TOLERANCE = 1e-4  # of the largest number, between lazy and plain logits in float32
-_ATTEMPTS = 32  # the most combinations of [B, T] and [B] that are tried
+_CHUNK_ROWS = 5  # rows per chunk of lazy logits: few, so that a trial has several chunks
+_TOLERANCE = 1e-4  # between lazy and plain logits in float32, relative to the largest absolute value
+_ATTEMPTS = 32  # combinations of input shapes [B, T] and [B]
 
 _STAND_INS: dict[str, bool | int | float | str] = {"int": 1, "bool": False, "str": ""}
 
@@ -34,12 +34,13 @@ def dry_run(
     example_inputs: Mapping[str, Tensor] | None = None,
     hidden_size: int = _HIDDEN,
 ) -> LossSpec:
-    """The spec with what it reads filled in, found by running it on 4 ragged sequences of at most 8 positions.
+    """The spec with its inputs filled in, found by running the loss on 4 ragged sequences of at most 8 positions.
 
-    It is run on plain and on lazy logits; where loss, logprobs or gradient differ, the spec says to use plain ones.
-    Inputs are made up as they are asked for, `[B, T]` and then `[B]`, but for example_inputs (or the loss's own).
-    Raises BadLoss where the loss fails with all guesses, or its gradient does not reach the logits or is not finite;
-    BadData where example_inputs do not fit each other.
+    The loss runs on plain and on lazy logits. If the loss, logprobs or gradient differ, `plain_logits` of the result
+    gives the reason to use plain ones. An input is generated when the loss reads it, first as `[B, T]`, then as `[B]`,
+    unless it is in example_inputs (by default, those of the spec).
+    Raises BadLoss if the loss fails with every combination of shapes, or if its gradient does not reach the logits or
+    is not finite; BadData if the example_inputs have different batch sizes or lengths.
     """
     return discover(spec, vocab_size, device, example_inputs, hidden_size)[0]
 
@@ -51,20 +52,20 @@ def discover(
     example_inputs: Mapping[str, Tensor] | None = None,
     hidden_size: int = _HIDDEN,
 ) -> tuple[LossSpec, dict[str, Tensor]]:
-    """What `dry_run` gives, and the batch of inputs the loss ran on."""
+    """The result of `dry_run`, and the batch of inputs on which the loss ran."""
     given = dict(example_inputs or spec.example_inputs)
     mask = ragged_mask(spec.group_size, given, device)
     failed: dict[frozenset[str], tuple[BadLoss, ExampleInputs]] = {}
-    todo: list[frozenset[str]] = [frozenset()]  # which keys to guess as [B]; fewest first
-    while todo and len(failed) < _ATTEMPTS:
-        per_sequence = todo.pop(0)
+    queue: list[frozenset[str]] = [frozenset()]  # keys to generate as [B]; fewest first
+    while queue and len(failed) < _ATTEMPTS:
+        per_sequence = queue.pop(0)
         inputs = ExampleInputs(mask, vocab_size, given, per_sequence)
         try:
             _try(spec, inputs, mask, vocab_size, hidden_size)
         except BadLoss as problem:
             failed[per_sequence] = (problem, inputs)
             wider = [per_sequence | {key} for key in inputs.guessed]
-            todo += [keys for keys in wider if keys not in failed and keys not in todo]
+            queue += [keys for keys in wider if keys not in failed and keys not in queue]
         else:
             required, optional = _reads(spec, inputs, mask, vocab_size, hidden_size)
             spec = _on_lazy_logits(spec, inputs, mask, vocab_size, hidden_size)
@@ -74,14 +75,14 @@ def discover(
 
 
 def plausible_settings(spec: LossSpec) -> dict[str, Any]:  # Any: each loss has its own
-    """The defaults, a plausible number for each hyperparameter that has none, and over them the loss's own examples."""
-    plain = {h.name: _STAND_INS.get(h.type, 0.1) if h.required else h.default for h in spec.hyperparameters}
-    return plain | {**spec.example_hyperparameters}
+    """A value for each hyperparameter: the example of the loss, its default, or a plausible value if it has neither."""
+    defaults = {h.name: _STAND_INS.get(h.type, 0.1) if h.required else h.default for h in spec.hyperparameters}
+    return defaults | {**spec.example_hyperparameters}
 
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """What a loss gave on a made-up batch, and the gradient of the hidden states."""
+    """The output of a loss on a generated batch, and the gradient `[B, T, H]` of the hidden states."""
 
     logits: Tensor
     output: LossFnOutput
@@ -103,25 +104,25 @@ def _try(
         with author_errors(spec.name):
             (gradient,) = torch.autograd.grad(output.loss, hidden, allow_unused=True)
     if gradient is None:
-        raise BadLoss(f"loss {spec.name!r}: loss does not depend on model_outputs, so there is nothing to train")
+        raise BadLoss(f"loss {spec.name!r}: loss does not depend on model_outputs, so it cannot train the model")
     if not gradient.isfinite().all():
         raise BadLoss(
-            f"loss {spec.name!r}: the gradient is not finite though the loss is: "
+            f"loss {spec.name!r}: the loss is finite, but its gradient is not: "
             "mask with torch.where(mask, x, 0) before an exp, a log or a square root"
         )
     return _Trial(logits, output, gradient)
 
 
 def _on_lazy_logits(spec: LossSpec, inputs: ExampleInputs, mask: Tensor, vocab_size: int, hidden_size: int) -> LossSpec:
-    """The spec with what is to be known of it on lazy logits: pinned to plain ones where the two disagree."""
-    # once more on plain logits: the inputs are made up now, so both runs meet the same random numbers
+    """The spec with the result of a run on lazy logits: plain_logits if it differs from plain ones, else the reads."""
+    # run on plain logits again: now that the inputs exist, both runs draw the same random numbers
     plain = _try(spec, inputs, mask, vocab_size, hidden_size)
     try:
         trial = _try(spec, inputs, mask, vocab_size, hidden_size, lazy=True)
     except PlainLogitsNeeded as refusal:
         return replace(spec, plain_logits=refusal.message)
     except BadLoss as error:
-        return replace(spec, plain_logits=f"fails on lazy logits alone: {error.message}")
+        return replace(spec, plain_logits=f"fails on lazy logits only: {error.message}")
     for what, expected, found in (
         ("loss", plain.output.loss, trial.output.loss),
         ("logprobs", plain.output.logprobs, trial.output.logprobs),
@@ -130,18 +131,18 @@ def _on_lazy_logits(spec: LossSpec, inputs: ExampleInputs, mask: Tensor, vocab_s
         if not _agree(expected, found):
             return replace(spec, plain_logits=f"its {what} on lazy logits differs from that on plain ones")
     assert isinstance(trial.logits, Logits)
-    source = trial.logits.family.source
+    source = trial.logits.origin.source
     assert isinstance(source, RecordedSource)
     return replace(
         spec,
         materialises=tuple(dict.fromkeys(operation for operation, _ in trial.logits.materialised)),
-        reads=tuple(sorted(source.together(gradient=True))),
-        reads_beside=tuple(sorted(source.together(gradient=False))),
+        reads=tuple(sorted(source.read_together(gradient=True))),
+        reads_detached=tuple(sorted(source.read_together(gradient=False))),
     )
 
 
 def _agree(expected: Tensor | None, found: Tensor | None) -> bool:
-    """Whether both are there and differ by no more than rounding, measured by the largest number."""
+    """Whether both are None, or both have one shape and differ only by rounding relative to the largest value."""
     if expected is None or found is None or expected.shape != found.shape:
         return expected is found
     largest = max(1e-6, float(expected.detach().nan_to_num(0, 0, 0).abs().max()))
@@ -151,14 +152,14 @@ def _agree(expected: Tensor | None, found: Tensor | None) -> bool:
 def _reads(
     spec: LossSpec, inputs: ExampleInputs, mask: Tensor, vocab_size: int, hidden_size: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Required and optional keys. A second run, without the optional ones, finds what is only read in their absence."""
+    """Required and optional keys. A second run without the optional keys finds those read only in their absence."""
     required, optional = list(inputs.required), list(inputs.optional)
     if optional:
         without = ExampleInputs(mask, vocab_size, {**inputs}, absent=frozenset(optional))
         try:
             _try(spec, without, mask, vocab_size, hidden_size)
         except (BadLoss, BadData):
-            pass  # one of the optional inputs must be there; which, the loss says when it is called
+            pass  # the loss needs one of the optional inputs, and raises its own error if a call has none
         else:
             optional += [key for key in [*without.required, *without.optional] if key not in [*required, *optional]]
     declared = list(spec.inputs or ())
@@ -172,8 +173,8 @@ def _with_guesses(error: BadLoss, inputs: ExampleInputs) -> BadLoss:
     if not guessed:
         return error
     return BadLoss(
-        f"{error.message} (in a dry run that guessed {guessed}, then [B]; if a guess is wrong, "
-        "give example_inputs={name: tensor}, the inputs of a small batch)",
+        f"{error.message} (the dry run guessed {guessed}, then [B]; if a guess is wrong, "
+        "pass example_inputs={name: tensor}, the inputs of a small batch)",
         error.traceback,
     )
 

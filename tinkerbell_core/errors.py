@@ -1,25 +1,25 @@
-"""Every error a user can meet, each a sentence that says what, whose and what next.
+"""The errors that a user can get. Each message names what is wrong, whose input it is and what to do next.
 
     TinkerbellError
-    ├── BadRequest                what was sent cannot be honoured; nothing was changed
+    ├── BadRequest                the request is invalid; it changed nothing
     │   ├── UnknownLoss, AmbiguousLoss, UnknownModel, UnknownFuture
     │   ├── BadData               data or loss_fn_inputs
-    │   ├── BadHyperparameter     loss_fn_config, or an optimiser's or sampler's setting
-    │   ├── BadLoss               a loss that raises or breaks its contract; carries the author's traceback
-    │   │   └── LossKilled        its process was ended: out of time, out of memory, or not allowed
+    │   ├── BadHyperparameter     loss_fn_config, or a setting of an optimiser or sampler
+    │   ├── BadLoss               the loss raised or broke its contract; carries the author's traceback
+    │   │   └── LossKilled        the process of the loss was killed: time limit, memory limit, or forbidden operation
     │   ├── BadUpload, UploadTooLarge, UploadsOff
-    │   ├── LogitsTooLarge        a loss needs more logits stored than fit its budget
+    │   ├── LogitsTooLarge        the loss needs more stored logits than its budget allows
     │   ├── BadCheckpoint, UnknownCheckpoint
-    │   ├── Unauthorized, Forbidden   no key or a wrong one; a key that may not do this
-    │   ├── TooManyRequests       a limit of this server; says when to come again
-    │   ├── NothingAccumulated    optim_step before any forward_backward
-    │   └── Conflict              one idempotency key, two payloads
-    ├── PlainLogitsNeeded         a loss asks of lazy logits what only stored ones give; it is then run on those
-    ├── OutOfMemory               the device could not hold this call
-    ├── EngineLost                the engine died; says what was lost
-    └── ServerUnreachable         the client found nobody to talk to
+    │   ├── Unauthorized, Forbidden   no valid API key; an API key without this permission
+    │   ├── TooManyRequests       over a limit of the server; says when to retry
+    │   ├── NothingAccumulated    optim_step without a forward_backward before it
+    │   └── Conflict              one idempotency key with two payloads
+    ├── PlainLogitsNeeded         the loss needs stored logits; the caller then runs it on those
+    ├── OutOfMemory               the device does not have enough memory for this call
+    ├── EngineLost                the engine process died; says what was lost
+    └── ServerUnreachable         no server answers at the client's address
 
-An error crosses a process boundary as a `Problem` and is raised again as the same type on the other side.
+An error crosses a process boundary as a `Problem`, and the other side raises it again as the same type.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import msgspec
 
 
 class TinkerbellError(Exception):
-    """Root of all errors raised on purpose. `traceback` is the author's own, where code of theirs raised."""
+    """Base class of all errors that this project raises. traceback: of the author's code, if that code raised."""
 
     status: ClassVar[int] = 500
 
@@ -46,12 +46,12 @@ class TinkerbellError(Exception):
 
     @property
     def kind(self) -> str:
-        """The name of this error on the wire."""
+        """The name of this error type on the wire."""
         return type(self).__name__
 
 
 class BadRequest(TinkerbellError):
-    """What was sent cannot be honoured; nothing was changed."""
+    """The request is invalid; it changed nothing."""
 
     status = 422
 
@@ -63,7 +63,7 @@ class UnknownLoss(BadRequest):
 
 
 class AmbiguousLoss(BadRequest):
-    """Two plugins provide this name; ask for one by id."""
+    """Several losses have this name; the request must use an id."""
 
 
 class UnknownModel(BadRequest):
@@ -73,13 +73,13 @@ class UnknownModel(BadRequest):
 
 
 class UnknownFuture(BadRequest):
-    """No future has this request id (or its result has been dropped)."""
+    """No future has this request id, or its result was deleted."""
 
     status = 404
 
 
 class BadData(BadRequest):
-    """`data` or `loss_fn_inputs` do not fit the model or the loss."""
+    """`data` or `loss_fn_inputs` are not valid for the model or the loss."""
 
 
 class BadHyperparameter(BadRequest):
@@ -87,59 +87,59 @@ class BadHyperparameter(BadRequest):
 
 
 class BadLoss(BadRequest):
-    """A loss raised, or returned what the contract does not allow."""
+    """A loss raised an exception, or its output breaks the contract."""
 
 
 class LossKilled(BadLoss):
-    """The process an uploaded loss ran in was ended; the message, which is the server's own, says why."""
+    """The process of an uploaded loss was killed. The message, which the server writes, gives the reason."""
 
 
 class BadUpload(BadRequest):
-    """An upload cannot be accepted: its envelope, its name, or what it unpickles to."""
+    """An upload is invalid: its envelope, its name, or its payload."""
 
 
 class UploadTooLarge(BadUpload):
-    """An upload is over the size limit."""
+    """An upload is larger than the limit."""
 
     status = 413
 
 
 class UploadsOff(BadRequest):
-    """This server takes no uploads."""
+    """This server does not accept uploads."""
 
     status = 403
 
 
 class LogitsTooLarge(BadRequest):
-    """A loss needs the logits themselves, and they are over the budget for them."""
+    """A loss needs stored logits, and they are larger than the budget."""
 
     status = 413
 
 
 class BadCheckpoint(BadRequest):
-    """A path to load or to save that is missing, malformed or for another base model."""
+    """A path to load or save is missing, malformed, or belongs to another base model."""
 
 
 class UnknownCheckpoint(BadCheckpoint):
-    """No save of this tenant has this name or path."""
+    """This tenant has no save with this name or path."""
 
     status = 404
 
 
 class Unauthorized(BadRequest):
-    """The server wants an API key, and was sent none or one it does not take."""
+    """The server requires an API key, and the request has none or an invalid one."""
 
     status = 401
 
 
 class Forbidden(BadRequest):
-    """The API key may not do this."""
+    """The API key does not have this permission."""
 
     status = 403
 
 
 class TooManyRequests(BadRequest):
-    """Over a limit of the server: its rate, requests at once, or its queue. retry_after: seconds until it may go."""
+    """Over a limit of the server: rate, concurrent requests, or queue length. retry_after: seconds to wait."""
 
     status = 429
 
@@ -149,21 +149,21 @@ class TooManyRequests(BadRequest):
 
 
 class NothingAccumulated(BadRequest):
-    """optim_step with no gradient accumulated since the last one."""
+    """optim_step without a gradient accumulated since the previous step."""
 
 
 class Conflict(BadRequest):
-    """This idempotency key was used for another payload."""
+    """This idempotency key was already used for another payload."""
 
     status = 409
 
 
 class PlainLogitsNeeded(TinkerbellError):
-    """A loss asks of lazy logits what only stored ones give; who runs the loss answers by running it on those."""
+    """A loss needs an operation that lazy logits do not support; the caller then runs it on stored logits."""
 
 
 class OutOfMemory(TinkerbellError):
-    """The device could not hold this call; nothing was changed."""
+    """The device does not have enough memory for this call; it changed nothing."""
 
     status = 507
 
@@ -175,13 +175,13 @@ class EngineLost(TinkerbellError):
 
 
 class ServerUnreachable(TinkerbellError):
-    """Nobody answers at the server's address."""
+    """No server answers at this address."""
 
     status = 503
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An error as data: what crosses a socket."""
+    """An error as data, to be sent to another process."""
 
     kind: str
     message: str
@@ -196,12 +196,12 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
         return _BY_KIND.get(self.kind, TinkerbellError).status
 
     def error(self) -> TinkerbellError:
-        """The error this stands for, of its own type; a kind not known here is a plain TinkerbellError."""
+        """The error of the type `kind`; a TinkerbellError if this version does not have that type."""
         return _BY_KIND.get(self.kind, TinkerbellError)(self.message, self.traceback)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'dpo'?"` where one of the known names is near, else an empty string."""
+    """`"; did you mean 'dpo'?"` if one of the known names is similar, else an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

@@ -1,4 +1,4 @@
-"""Makes up a small batch for a loss nobody has described, and remembers what the loss asks for."""
+"""Generates the inputs of a small batch for a loss, and records which keys the loss reads."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 from tinkerbell_core.errors import BadData
 
 LENGTHS = (8, 5, 7, 3)
-"""How long the sequences of a made-up batch are."""
+"""Lengths of the sequences of a generated batch."""
 
-_K = 4
+_K = 4  # width of a `[B, T, K]` input
 
 
 class ExampleInputs(Mapping[str, Tensor]):
-    """loss_fn_inputs that have whatever they are asked for.
+    """loss_fn_inputs that contain every key: a value is generated when the loss reads it.
 
-    `inputs[key]` makes a key required; `.get(key)` and `in`, unless it is required already, optional.
-    given: inputs not to be guessed. per_sequence: keys to guess as `[B]`, the others are `[B, T]`.
-    absent: keys they say they do not have.
+    `inputs[key]` records the key as required; `.get(key)` and `in` record it as optional if it is not required yet.
+    given: values that are used instead of generated ones. per_sequence: keys to generate as `[B]` instead of `[B, T]`.
+    absent: keys that are reported as missing.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class ExampleInputs(Mapping[str, Tensor]):
         self._given = {key: value.to(attention_mask.device) for key, value in given.items()}
         self._per_sequence = per_sequence
         self._absent = absent
-        self._made: dict[str, Tensor] = {}
+        self._generated: dict[str, Tensor] = {}
         self.required: list[str] = []
         self.optional: list[str] = []
 
@@ -58,28 +58,29 @@ class ExampleInputs(Mapping[str, Tensor]):
         return key not in self._absent
 
     def __iter__(self) -> Iterator[str]:
-        return iter([key for key in {**self._given, **self._made} if key not in self._absent])
+        return iter([key for key in {**self._given, **self._generated} if key not in self._absent])
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
     @property
     def guessed(self) -> dict[str, str]:
-        """What was made up: key → its dtype and shape, in words."""
-        return {key: f"{str(v.dtype).removeprefix('torch.')} {_shape(v)}" for key, v in self._made.items()}
+        """The generated inputs: key → dtype and shape as text."""
+        return {key: f"{str(v.dtype).removeprefix('torch.')} {_shape(v)}" for key, v in self._generated.items()}
 
     def _value(self, key: str) -> Tensor:
         if key in self._given:
             return self._given[key]
-        if key not in self._made:
-            self._made[key] = guess(key, self._mask, self._vocab_size, per_sequence=key in self._per_sequence)
-        return self._made[key]
+        if key not in self._generated:
+            self._generated[key] = guess(key, self._mask, self._vocab_size, per_sequence=key in self._per_sequence)
+        return self._generated[key]
 
 
 def guess(key: str, attention_mask: Tensor, vocab_size: int, *, per_sequence: bool = False) -> Tensor:
-    """A plausible input of this name: ids for `...tokens` and `...ids`, ones for weights and masks, else floats.
+    """A plausible input for a name, `[B, T]`, or `[B]` if per_sequence.
 
-    `...logits` have the vocabulary as a third dimension, what has `topk` in its name has K.
+    Names that end in `tokens` or `ids` give token ids, weights and masks give ones, and all others give floats. Names
+    that end in `logits` have a third dimension V; names that contain `topk` have a third dimension K.
     """
     width = vocab_size if key.endswith("logits") else min(_K, vocab_size) if "topk" in key else None
     shape: tuple[int, ...] = attention_mask.shape[:1] if per_sequence else attention_mask.shape
@@ -96,9 +97,9 @@ def guess(key: str, attention_mask: Tensor, vocab_size: int, *, per_sequence: bo
 
 
 def ragged_mask(group_size: int, given: Mapping[str, Tensor], device: str | torch.device) -> Tensor:
-    """attention_mask `[B, T]` of 4 ragged sequences (more, where groups are larger), or of the batch that `given` is.
+    """attention_mask `[B, T]` of 4 ragged sequences (more if the groups are larger), or of the batch in `given`.
 
-    Raises BadData where the given inputs do not fit each other or the group size.
+    Raises BadData if the given inputs have different numbers of rows or positions, or do not fill whole groups.
     """
     if not given:
         rows = -(-len(LENGTHS) // group_size) * group_size

@@ -1,4 +1,4 @@
-"""The pieces losses are written from; float32 or better, safe under masks, and they stay on the device."""
+"""Functions to write losses with. They compute in float32 or better, handle masks, and keep values on the device."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ _IGNORED = -100
 
 
 def target_logprobs(model_outputs: Tensor, target_tokens: Tensor, where: Tensor | None = None) -> Tensor:
-    """Log-probabilities of the targets under the logits: `[B, T]`, or `[B, T, K]` where there are K targets a position.
+    """Log-probabilities of the targets under the logits: `[B, T]`, or `[B, T, K]` for K targets per position.
 
-    where: `[B, T]`, or `[B, T, K]` as the targets are; a position where it is 0 gives 0 and no gradient, costs nothing
-    on lazy logits, and its target may be anything.
+    where: `[B, T]`, or `[B, T, K]` like the targets. A position where it is 0 gives 0 and no gradient, costs nothing on
+    lazy logits, and may have any target.
     """
     targets = target_tokens.long()
     if targets.dim() == model_outputs.dim():
@@ -58,7 +58,7 @@ def target_logprobs(model_outputs: Tensor, target_tokens: Tensor, where: Tensor 
 
 
 def entropy(model_outputs: Tensor, where: Tensor | None = None) -> Tensor:
-    """Entropy of the next-token distribution at each position, `[B, T]`; 0 where `where` is, as above."""
+    """Entropy of the next-token distribution at each position, `[B, T]`; 0 at positions where `where` is 0."""
     if where is not None:
         return _scattered(entropy(model_outputs[where != 0]), where != 0)
     logprobs = _float32(model_outputs).log_softmax(-1)
@@ -66,7 +66,7 @@ def entropy(model_outputs: Tensor, where: Tensor | None = None) -> Tensor:
 
 
 def logsumexp(model_outputs: Tensor, where: Tensor | None = None) -> Tensor:
-    """Log of the sum of the exponentials of the logits at each position, `[B, T]`; 0 where `where` is, as above."""
+    """Log of the sum of the exponentials of the logits, `[B, T]`; 0 at positions where `where` is 0."""
     if where is not None:
         return _scattered(logsumexp(model_outputs[where != 0]), where != 0)
     return _float32(model_outputs).logsumexp(-1)
@@ -75,22 +75,23 @@ def logsumexp(model_outputs: Tensor, where: Tensor | None = None) -> Tensor:
 def hidden_states(model_outputs: Tensor) -> Tensor:
     """Hidden states after the final norm, `[B, T, H]`, attached to the graph.
 
-    Raises TypeError for a tensor that carries none: the `model_outputs` a loss was given does, what is computed from it
-    does not.
+    Raises TypeError for a tensor without hidden states. The `model_outputs` argument of a loss has them; a tensor that
+    is computed from it does not.
     """
     hidden = getattr(model_outputs, "hidden_states", None)
     if not isinstance(hidden, Tensor):
         raise TypeError(
-            "this tensor carries no hidden states: pass hidden_states() the model_outputs the loss was given, "
-            "before any operation on it (in a test: tinkerbell_core.logits.plain_logits(hidden, head))"
+            "this tensor has no hidden states: call hidden_states() on the model_outputs argument of the loss, "
+            "before any operation on it (in a test, create it with tinkerbell_core.logits.plain_logits(hidden, head))"
         )
     return hidden
 
 
 def effective_mask(loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor) -> Tensor:
-    """`weights` (default 1) times the attention mask, float, `[B, T]`; `[B, T, K]` where the weights are.
+    """`weights` (default 1) times the attention mask: float `[B, T]`, or `[B, T, K]` if the weights are.
 
-    A position counts where it is not 0; there it multiplies. Weights may have any sign, or be `[B]`, one a sequence.
+    A position counts if its value is not 0, and the value multiplies its loss. Weights may be negative. They may be
+    `[B]`, with one value per sequence.
     """
     weights = loss_fn_inputs.get("weights")
     if weights is None:
@@ -102,12 +103,12 @@ def effective_mask(loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor)
 
 
 def counted(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` where the mask is not 0, else 0; x may be `[B]`, one number for a sequence. Comes BEFORE an exp."""
+    """`x` at positions where the mask is not 0, else 0; x is `[B, T]` or `[B]`. Use it BEFORE an exp."""
     return torch.where(mask != 0, x[:, None] if x.dim() == 1 else x, 0.0)
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
-    """Sum of x times the mask over everything, a scalar; NaN and inf where the mask is 0 do no harm."""
+    """Sum of x times the mask, a scalar. NaN and inf are ignored at positions where the mask is 0."""
     return (counted(x, mask) * mask).sum()
 
 
@@ -117,22 +118,23 @@ def sequence_sum(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x over the positions that count, each once, 0 where none does; a scalar without a graph, to be shown."""
+    """Unweighted mean of x over the positions that count, 0 if none does: a detached scalar, for diagnostics."""
     keep = mask != 0
     return counted(x.detach(), keep).sum() / keep.sum().clamp(min=1)
 
 
 def aggregate(per_token: Tensor, mask: Tensor, aggregation: str = "sum") -> Tensor:
-    """One scalar of a loss per token, `[B, T]` or `[B, T, K]`, times the mask; attached to the graph whatever counts.
+    """Reduce a loss per token, `[B, T]` or `[B, T, K]`, times the mask to a scalar that is attached to the graph.
 
-    sum: over everything. token-mean: divided by the number of positions that count. seq-mean-token-mean: that mean in
-    each sequence, then the mean over all B. seq-mean-token-sum: the sum in each, then the mean over all B.
-    Any but sum depends on the whole batch. Raises BadHyperparameter for another name.
+    sum: the sum over all positions. token-mean: the sum divided by the number of positions that count.
+    seq-mean-token-mean: the mean of each sequence, then the mean over all B. seq-mean-token-sum: the sum of each
+    sequence, then the mean over all B. Every aggregation except sum depends on the whole batch. Raises
+    BadHyperparameter for any other name.
     """
     if aggregation not in get_args(Aggregation):
         known = get_args(Aggregation)
         raise BadHyperparameter(
-            f"no aggregation {aggregation!r}{did_you_mean(aggregation, known)} (there is: {', '.join(known)})"
+            f"no aggregation {aggregation!r}{did_you_mean(aggregation, known)} (available: {', '.join(known)})"
         )
     if per_token.dim() > mask.dim():
         mask = mask[..., None].expand(per_token.shape)
@@ -149,7 +151,7 @@ def aggregate(per_token: Tensor, mask: Tensor, aggregation: str = "sum") -> Tens
 
 
 def _several_logprobs(model_outputs: Tensor, targets: Tensor, where: Tensor | None) -> Tensor:
-    """`[B, T, K]` of targets `[B, T, K]`."""
+    """Log-probabilities `[B, T, K]` of targets `[B, T, K]`."""
     if where is None:
         return _float32(model_outputs).log_softmax(-1).gather(-1, targets)
     keep = (where if where.dim() == targets.dim() else where[..., None]).expand(targets.shape) != 0
@@ -159,9 +161,9 @@ def _several_logprobs(model_outputs: Tensor, targets: Tensor, where: Tensor | No
     return _scattered(torch.where(wanted, found, 0.0), rows[..., None].expand(targets.shape))
 
 
-def _scattered(found: Tensor, keep: Tensor) -> Tensor:
-    """What was found, in order, where keep is true, and 0 elsewhere."""
-    return found.new_zeros(keep.shape).masked_scatter(keep, found)
+def _scattered(values: Tensor, keep: Tensor) -> Tensor:
+    """A tensor with the values, in order, at positions where keep is true, and 0 elsewhere."""
+    return values.new_zeros(keep.shape).masked_scatter(keep, values)
 
 
 def _float32(x: Tensor) -> Tensor:
@@ -169,14 +171,14 @@ def _float32(x: Tensor) -> Tensor:
 
 
 def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """The sum of x times the mask in each sequence, divided by the number of its positions that count; 0 for none."""
+    """Sum of x times the mask in each sequence, divided by its number of counted positions, `[B]`; 0 if none."""
     return sequence_sum(x, mask) / (mask != 0).sum(-1).clamp(min=1)  # [B]
 
 
 def sequence_log_ratio(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """How much likelier each sequence is than under the reference, `[B]`: the log-ratio, summed; 0 where none counts.
+    """Log-ratio of the policy to the reference, summed over each sequence, `[B]`; 0 if no position counts.
 
-    reference: `[B, T]`, or `[B]`, summed already.
+    reference: log-probabilities `[B, T]`, or their sums `[B]`.
     """
     if reference.dim() == 2:
         return sequence_sum(logprobs - reference, mask)
@@ -184,20 +186,20 @@ def sequence_log_ratio(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Ten
 
 
 def pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows 2i, the chosen, and rows 2i + 1, the rejected. Raises BadData for an odd number of rows."""
+    """Split rows into the chosen (rows 2i) and the rejected (rows 2i + 1). Raises BadData for an odd number of rows."""
     if len(rows) % 2:
-        raise BadData(f"{len(rows)} rows, but they come in pairs: chosen, rejected, chosen, ...")
+        raise BadData(f"{len(rows)} rows, but a batch of pairs has an even number: chosen, rejected, chosen, ...")
     return rows[0::2], rows[1::2]
 
 
 def preferred(margin: Tensor, flipped: float = 0.0) -> Tensor:
-    """-log sigmoid(margin), what a preference costs; for a share of flipped labels, that of the opposite one."""
+    """The preference loss -log sigmoid(margin); flipped is the fraction of labels that are assumed to be swapped."""
     right = -F.logsigmoid(margin)
     return (1 - flipped) * right - flipped * F.logsigmoid(-margin) if flipped else right
 
 
 def reward_diagnostics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """What to watch of the rewards of pairs, `[P]` each."""
+    """Diagnostics of the rewards of P pairs, each `[P]`."""
     chosen, rejected = chosen.detach(), rejected.detach()
     return {
         "reward_accuracy": (chosen > rejected).float().mean(),
@@ -208,18 +210,19 @@ def reward_diagnostics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
 
 
 def aggregate_sequences(per_sequence: Tensor, counts: Tensor, aggregation: str = "sum") -> Tensor:
-    """One scalar of a loss per sequence (or per group), `[B]`: aggregate as if each were one token.
+    """Reduce a loss per sequence (or per group), `[B]`, to a scalar: `aggregate` with one token per sequence.
 
-    counts: `[B]`; where it is 0 the sequence adds nothing. sum: the sum. token-mean: divided by how many count. The
-    others: divided by all B.
+    counts: `[B]`; a sequence where it is 0 adds nothing. sum: the sum. token-mean: divided by the number of sequences
+    that count. The other aggregations: divided by B.
     """
     return aggregate(per_sequence[:, None], counts[:, None], aggregation)
 
 
 def sequence_nll(logprobs: Tensor, mask: Tensor, aggregation: str = "sum") -> Tensor:
-    """Negative log-likelihood to stand beside a loss per sequence, a scalar; for "sum", the sum of each one's mean.
+    """Negative log-likelihood to add to a loss per sequence, a scalar.
 
-    The other aggregations are aggregate's; a likelihood summed over tokens would drown a preference of one number.
+    "sum" is the sum of the mean of each sequence, because a sum over tokens would be much larger than a preference loss
+    of one number per sequence. The other aggregations are those of `aggregate`.
     """
     if aggregation == "sum":
         return aggregate(-logprobs, mask, "seq-mean-token-mean") * len(mask)
@@ -227,24 +230,24 @@ def sequence_nll(logprobs: Tensor, mask: Tensor, aggregation: str = "sum") -> Te
 
 
 def per_sequence(name: str, x: Tensor, mask: Tensor) -> Tensor:
-    """The input x called `name`, one number a row. Raises ValueError where it is not `[B]`.
+    """Return the input x if it has one number per row. Raises ValueError if it is not `[B]`.
 
-    Where B and T are equal, `[B, T]` would spread over rows without a word.
+    name: of the input, for the error. Without this check, `[B, T]` would broadcast over rows if B equals T.
     """
     if x.shape != mask.shape[:1]:
-        raise ValueError(f"{name} is {list(x.shape)}, but must be one number a row, [{len(mask)}]")
+        raise ValueError(f"{name} is {list(x.shape)}, but must have one number per row, [{len(mask)}]")
     return x
 
 
 def counted_rows(x: Tensor, where: Tensor) -> Tensor:
-    """The positions of x `[B, T, ...]` where `where` `[B, T]` is not 0, one after the other: `[n, ...]`.
+    """The positions of x `[B, T, ...]` at which `where` `[B, T]` is not 0: `[n, ...]`, floats in float32 or better.
 
-    What is computed from them alone can do no harm elsewhere, and costs nothing there. Floats are float32 or better.
+    A computation on the result does not depend on the other positions, and does not spend time on them.
     """
     rows = x[where != 0]
     return _float32(rows) if rows.is_floating_point() else rows
 
 
 def spread_rows(rows: Tensor, where: Tensor) -> Tensor:
-    """Numbers `[n]`, one for each counted row, back at their positions `[B, T]`; 0 elsewhere."""
+    """The inverse of `counted_rows`: `[n]` numbers at their positions `[B, T]`; 0 elsewhere."""
     return _scattered(rows, where != 0)

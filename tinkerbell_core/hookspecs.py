@@ -1,4 +1,4 @@
-"""What a plugin may provide. Hooks return values; none registers by side effect."""
+"""The hooks that a plugin may implement. A hook returns values; it does not register them by side effect."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ hookspec = pluggy.HookspecMarker("tinkerbell")
 
 @hookspec
 def register_losses() -> Iterable[LossSpec]:  # type: ignore[empty-body]  # a hookspec has no body
-    """Give the losses of this plugin, each made with `@loss`."""
+    """Return the losses of this plugin, each created with `@loss`."""

@@ -1,4 +1,4 @@
-"""The keyword arguments of a loss: their types and ranges, and what one call gives them. Never imports torch."""
+"""The keyword arguments of a loss: types, ranges, and their values in one call. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinkerbell_core.errors import BadHyperparameter, BadLoss, did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Numbers from low to high, each end in it unless it is open; None is no end. NaN is in no range."""
+    """The numbers from low to high. An open end is excluded; None means no limit. NaN is in no range."""
 
     low: float | None = None
     high: float | None = None
@@ -31,24 +31,24 @@ class Range:
 
 
 def above(low: float) -> Range:
-    """Numbers above `low`: what is divided by is above(0)."""
+    """Numbers greater than `low`; for a divisor, above(0)."""
     return Range(low, low_open=True)
 
 
 def at_least(low: float) -> Range:
-    """`low` and more: what counts something is at_least(1)."""
+    """Numbers not less than `low`; for a count, at_least(1)."""
     return Range(low)
 
 
 SHARE = Range(0, 1)
-"""A part of a whole."""
+"""A fraction, from 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameter:
-    """A keyword argument of a loss. `type` is the annotation as written; `required` ones have no default.
+    """A keyword argument of a loss.
 
-    allowed: which numbers it may be, None where the loss does not say.
+    type: the annotation as text. required: it has no default. allowed: its range, None if the loss declares none.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Hyperparameter:
     allowed: Range | None = None
 
     def check(self, loss: str, value: object) -> None:
-        """Raise BadHyperparameter for a value of another type, or out of range."""
+        """Raise BadHyperparameter for a value of the wrong type or outside the range."""
         if not _has_type(value, self.type):
             raise BadHyperparameter(f"loss {loss!r}: {self.name} is {value!r}, but must be {self.type}")
         if self.allowed is None or value is None or isinstance(value, str):
@@ -68,7 +68,7 @@ class Hyperparameter:
 
 
 def bind_hyperparameters(loss: str, known: tuple[Hyperparameter, ...], config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` over the defaults of `known`; the server binds from a description, where there is no function."""
+    """The values of one call: the defaults of `known`, overridden by `config`. Raises BadHyperparameter."""
     by_name = {hyper.name: hyper for hyper in known}
     for name, value in config.items():
         if name not in by_name:
@@ -84,10 +84,10 @@ def bind_hyperparameters(loss: str, known: tuple[Hyperparameter, ...], config: M
 
 
 def hyperparameters_of(
-    fn: Callable[..., Any],  # Any: whatever a loss takes and gives
+    fn: Callable[..., Any],  # Any: each loss has its own signature
     allowed: Mapping[str, Range],
 ) -> tuple[Hyperparameter, ...]:
-    """What the signature of `fn` says, with the ranges. Raises BadLoss where it cannot be that of a loss."""
+    """The hyperparameters in the signature of `fn`. Raises BadLoss if it is not the signature of a loss."""
     parameters = list(inspect.signature(fn).parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     name = getattr(fn, "__name__", "the loss")
@@ -101,7 +101,7 @@ def hyperparameters_of(
     for unknown in allowed:
         if unknown not in names:
             raise BadLoss(
-                f"{name} has no hyperparameter {unknown!r} to be {allowed[unknown]}{did_you_mean(unknown, names)}"
+                f"{name} has no hyperparameter {unknown!r}, but allowed= names it{did_you_mean(unknown, names)}"
             )
     found = tuple(
         Hyperparameter(
@@ -129,7 +129,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def _has_type(value: object, written: str) -> bool:
-    """Whether it is of the type, or of one of `a | b`; true where a type is none that can be told."""
+    """Whether a value has the type, or one of the types of `a | b`; true for a type that is not in _TYPES."""
     kinds = [kind.strip() for kind in written.split("|")]
     if any(kind not in _TYPES for kind in kinds):
         return True

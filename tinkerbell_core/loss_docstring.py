@@ -1,4 +1,4 @@
-"""What the docstring of a loss says: formula, name, papers, the rest. Never imports torch, never runs the loss."""
+"""Parses the docstring of a loss: formula, name, papers and notes. Imports no torch and does not run the loss."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _REFERENCES = re.compile(r"\s*\((?:[^()]*?,\s*)?(?:arXiv:)?\d{4}\.\d{5}[^()]*\)"
 
 @dataclass(frozen=True, slots=True)
 class LossDocstring:
-    """formula: of one element; called: what the literature calls it, where that is said; papers: arXiv numbers."""
+    """formula: the loss of one element. name: the name in the literature, if given. papers: arXiv numbers."""
 
     formula: str
-    called: str
+    name: str
     notes: str
     papers: tuple[str, ...]
 
@@ -26,23 +26,23 @@ class LossDocstring:
 
 
 def parse_docstring(summary: str, source: str = "") -> LossDocstring:
-    """Take apart a docstring of the form `formula: name (arXiv:1234.56789)`, with notes below.
+    """Parse a docstring of the form `formula: name (arXiv:1234.56789)`, followed by notes.
 
-    summary: its first line, which is enough where there is no source text of the function.
+    summary: the first line of the docstring, used if `source` has no docstring.
     """
     text = _docstring(source) or summary
     first, _, notes = text.partition("\n")
     plain = _REFERENCES.sub("", first).rstrip(". ")
-    formula, separator, called = plain.rpartition(": ")
+    formula, separator, name = plain.rpartition(": ")
     if not separator:
-        formula, called = plain, ""
-    return LossDocstring(formula, called, notes.strip(), tuple(dict.fromkeys(_PAPER.findall(text))))
+        formula, name = plain, ""
+    return LossDocstring(formula, name, notes.strip(), tuple(dict.fromkeys(_PAPER.findall(text))))
 
 
 def _docstring(source: str) -> str:
     try:
         body = ast.parse(source).body
-    except (SyntaxError, ValueError, RecursionError):  # a lambda's text, or another Python's
+    except (SyntaxError, ValueError, RecursionError):  # the text of a lambda, or of another Python version
         return ""
     if not body or not isinstance(body[0], ast.FunctionDef):
         return ""

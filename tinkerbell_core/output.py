@@ -1,4 +1,4 @@
-"""What a loss returns."""
+"""The output of a loss."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LossFnOutput:
-    """A scalar to minimise, and what a researcher wants to see of it.
+    """The scalar to minimise, and values to report.
 
     loss: scalar attached to the graph.
     logprobs: `[B, T]` (or `[B, T, K]`) log-probabilities of the targets, or None.
-    diagnostics: name → float or scalar tensor. A name may end in `:sum`, `:mean`, `:min` or `:max`, which says how
-        micro-batches combine; without one it is a mean weighted by sequences.
+    diagnostics: name → float or scalar tensor. The suffix `:sum`, `:mean`, `:min` or `:max` of a name defines how
+        micro-batches are combined. Without a suffix the result is a mean weighted by sequences.
     """
 
     loss: Tensor

@@ -16,14 +16,14 @@ from tinkerbell_core.types import PluginDescription
 GROUP = "tinkerbell"
 
 BUILT_IN = "tinkerbell-core"
-"""The distribution whose entry points are the built-in losses; they stay when plugins are off."""
+"""The distribution whose entry points are the built-in losses; these are loaded even if plugins are disabled."""
 
 hookimpl = pluggy.HookimplMarker(GROUP)
 
 
 @dataclass(frozen=True, slots=True)
 class PluginInfo:
-    """One entry point: where it came from, what it brought, or why it is broken."""
+    """One entry point: its origin, its losses, and the reason if it is broken."""
 
     name: str
     distribution: str
@@ -36,7 +36,7 @@ class PluginInfo:
         return f"{self.distribution}:{self.name}"
 
     def broken(self, error: BaseException) -> PluginInfo:
-        """This plugin, having brought nothing because of `error`."""
+        """This plugin without losses, broken because of `error`."""
         reason = error.message if isinstance(error, TinkerbellError) else f"{type(error).__name__}: {error}"
         return replace(self, losses=(), error=reason)
 
@@ -53,9 +53,9 @@ class PluginInfo:
 def load_plugins(
     found: Iterable[EntryPoint] | None = None, *, enabled: bool = True, disabled: Collection[str] = ()
 ) -> list[PluginInfo]:
-    """Every entry point of group "tinkerbell" (or of `found`), sorted by distribution and name, with its losses.
+    """Load every entry point of group "tinkerbell" (or of `found`), sorted by distribution and name.
 
-    enabled=False: the built-in losses only. disabled: ids (`distribution:entry-point`) or distributions to leave out.
+    enabled=False: load the built-in losses only. disabled: ids (`distribution:entry-point`) or distributions to skip.
     """
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
@@ -64,7 +64,7 @@ def load_plugins(
         info = _describe(entry_point)
         if info.id in disabled or info.distribution in disabled or not (enabled or info.distribution == BUILT_IN):
             continue
-        if info.id in infos:  # one distribution seen twice on sys.path
+        if info.id in infos:  # the same distribution is on sys.path twice
             continue
         infos[info.id] = _load(manager, entry_point, info)
     for impl in manager.hook.register_losses.get_hookimpls():
@@ -76,7 +76,7 @@ def _load(manager: pluggy.PluginManager, entry_point: EntryPoint, info: PluginIn
     try:
         manager.register(entry_point.load(), name=info.id)
         manager.check_pending()
-    # Broad: a plugin is somebody else's code and may fail at import in any way, sys.exit() among them.
+    # Broad: a plugin is third-party code and may raise anything at import, even SystemExit.
     except (Exception, SystemExit) as error:
         if manager.has_plugin(info.id):
             manager.unregister(name=info.id)
@@ -88,11 +88,11 @@ def _collect(impl: pluggy.HookImpl, info: PluginInfo) -> PluginInfo:
     provenance = Provenance("entry_point", info.distribution, info.version)
     losses = []
     try:
-        for spec in impl.function():  # type: ignore[attr-defined]  # pluggy says object
+        for spec in impl.function():  # type: ignore[attr-defined]  # pluggy declares it as object
             if not isinstance(spec, LossSpec):
-                raise BadLoss(f"register_losses() gave {spec!r}, which is not a loss: decorate it with @loss")
+                raise BadLoss(f"register_losses() returned {spec!r}, which is not a loss: decorate it with @loss")
             losses.append(spec.from_(provenance))
-    # Broad: as above; the hook runs the plugin's code.
+    # Broad: as above; the hook runs code of the plugin.
     except (Exception, SystemExit) as error:
         return info.broken(error)
     return replace(info, losses=tuple(losses))

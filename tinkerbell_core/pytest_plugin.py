@@ -1,6 +1,6 @@
-"""`pytest --tinkerbell-losses`: the conformance kit as tests, one a loss and check, for every loss installed here.
+"""Adds `pytest --tinkerbell-losses`: the conformance kit as tests, one per loss and check, for the installed losses.
 
-pytest loads this wherever tinkerbell-core is installed, so it imports nothing that is large until it is asked to.
+pytest loads this module in every project that has tinkerbell-core installed, so it imports torch only if needed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Hooks:
-    """What other plugins may bring."""
+    """Hooks that other pytest plugins may implement."""
 
     @pytest.hookspec(firstresult=True)
     def pytest_tinkerbell_sandbox(self, config: pytest.Config) -> Sandboxed | None:
-        """What runs a loss in a sandbox, for the last check of the kit; asked once a session, where that is run."""
+        """Return a function that runs a loss in a sandbox. Called once per session, if the sandbox check runs."""
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -34,34 +34,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         const="",
         default=None,
         metavar="NAMES",
-        help="run the conformance kit on every installed loss, or on those of these names or distributions (comma)",
+        help="run the conformance kit on all installed losses, or on a comma-separated list of names or distributions",
     )
 
 
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Add the kit to what was collected."""
-    wanted = config.getoption("--tinkerbell-losses")
-    if wanted is not None:
-        items += _collected(session, {name.strip() for name in wanted.split(",") if name.strip()})
+    """Add the checks of the kit to the collected tests."""
+    names = config.getoption("--tinkerbell-losses")
+    if names is not None:
+        items += _collected(session, {name.strip() for name in names.split(",") if name.strip()})
 
 
 @pytest.fixture(scope="session")
 def tinkerbell_losses() -> list[LossSpec]:
-    """Every loss installed here."""
+    """Every installed loss."""
     return list(_installed())
 
 
 @pytest.fixture(scope="session")
 def tinkerbell_sandbox(pytestconfig: pytest.Config) -> Sandboxed | None:
-    """To pass on: `check_loss(spec, sandboxed=tinkerbell_sandbox)`. None where tinkerbell-core[server] is missing."""
+    """For `check_loss(spec, sandboxed=tinkerbell_sandbox)`. None if tinkerbell-core[server] is not installed."""
     return _sandbox(pytestconfig)
 
 
 class LossItem(pytest.Item):
-    """One check of one loss; the kit is run once a loss."""
+    """One check of one loss. All checks of a loss run together, when its first item runs."""
 
     def __init__(self, *, spec: LossSpec, check: str, results: dict[str, list[CheckResult]], **kwargs: Any) -> None:
-        super().__init__(**kwargs)  # Any: as pytest calls it
+        super().__init__(**kwargs)  # Any: the arguments of pytest.Item
         self._spec, self._check, self._results = spec, check, results
 
     def runtest(self) -> None:
@@ -72,14 +72,14 @@ class LossItem(pytest.Item):
         found = {result.name: result for result in self._results[self._spec.id]}
         result = found.get(self._check)
         if result is None:
-            pytest.skip("it does not keep the contract, so nothing else was checked")
+            pytest.skip("not checked, because the loss does not keep the contract")
         if not result.ran:
             pytest.skip(f"not run: {result.message}")
         if not result.ok:
             raise AssertionError(result.message)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> str:
-        """The message alone: the traceback would be the kit's."""
+        """The message alone, because the traceback shows only the code of the kit."""
         return f"{self._spec.id}, {self._check}: {excinfo.value}"
 
     def reportinfo(self) -> tuple[str, None, str]:
@@ -90,7 +90,7 @@ _SANDBOX = pytest.StashKey["Sandboxed | None"]()
 
 
 def _sandbox(config: pytest.Config) -> Sandboxed | None:
-    """The one of this session."""
+    """The sandbox of this session, created at the first call."""
     if _SANDBOX not in config.stash:
         config.stash[_SANDBOX] = config.hook.pytest_tinkerbell_sandbox(config=config)
     return config.stash[_SANDBOX]
@@ -101,11 +101,11 @@ def _collected(session: pytest.Session, wanted: set[str]) -> Iterator[LossItem]:
     from tinkerbell_core.testing.checks import CONTRACT
 
     results: dict[str, list[CheckResult]] = {}
-    here = list(_installed())
-    known = {name for spec in here for name in (spec.name, spec.id, spec.provenance.distribution or "")}
+    installed = list(_installed())
+    known = {name for spec in installed for name in (spec.name, spec.id, spec.provenance.distribution or "")}
     if unknown := wanted - known:
         raise pytest.UsageError(f"--tinkerbell-losses: no loss or distribution {sorted(unknown)[0]!r} is installed")
-    for spec in here:
+    for spec in installed:
         if wanted and not wanted & {spec.name, spec.id, spec.provenance.distribution}:
             continue
         for check in (CONTRACT, *CHECKS):

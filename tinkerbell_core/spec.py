@@ -65,7 +65,7 @@ class LossSpec:
     group_size: number of adjacent rows that form a group (2 for preference pairs, rows 2i and 2i+1).
     plain_logits: why the loss needs stored logits, found by a dry run; empty if lazy logits work.
     materialises: operations of the loss that store the logits even if they are lazy.
-    reads, reads_beside: logit statistics that the loss reads of the same rows, with and without a gradient.
+    reads, reads_detached: logit statistics that the loss reads of the same rows, with and without a gradient.
     parts: the losses of a weighted sum; empty for any other loss.
     example_inputs, example_hyperparameters: used to try the loss if generated ones do not suit it.
     """
@@ -85,7 +85,7 @@ class LossSpec:
     plain_logits: str = ""
     materialises: tuple[str, ...] = ()
     reads: tuple[Statistic, ...] = ()
-    reads_beside: tuple[Statistic, ...] = ()
+    reads_detached: tuple[Statistic, ...] = ()
     parts: tuple[Part, ...] = ()
     example_inputs: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
     example_hyperparameters: Mapping[str, Any] = field(

@@ -1,4 +1,4 @@
-"""A weighted sum of losses, as far as it can be told without running one. Never imports torch."""
+"""The description of a weighted sum, derived from the descriptions of its parts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tinkerbell_core.hyperparameters import Hyperparameter
 from tinkerbell_core.spec import Coupling, Part
 
 MAX_PARTS = 8
-"""The most losses one sum may have."""
+"""Largest number of losses in a sum."""
 
 
 class Described(Protocol):
-    """What a sum asks of each part: a LossSpec has it, and so has a LossDescription."""
+    """The fields that a sum reads of each part: those of LossSpec and of LossDescription."""
 
     @property
     def id(self) -> str: ...
@@ -44,9 +44,9 @@ D = TypeVar("D", bound=Described)
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """What follows from the parts: the fields of a LossSpec or a LossDescription, by their names there.
+    """The fields that LossSpec and LossDescription have in common, for a sum.
 
-    A hyperparameter of a part is `part/name`.
+    The hyperparameter `name` of a part is `part/name`.
     """
 
     parts: tuple[Part, ...]
@@ -63,7 +63,7 @@ class Sum:
 
 
 def sum_of(weighted: Sequence[tuple[Described, float]], name: str | None = None) -> Sum:
-    """The sum of losses times their weights. Raises BadLoss for parts, weights or groups that do not go together."""
+    """The weighted sum of losses. Raises BadLoss for parts, weights or group sizes that cannot be combined."""
     if not 1 <= len(weighted) <= MAX_PARTS:
         raise BadLoss(f"a weighted sum has {len(weighted)} parts, but must have 1 to {MAX_PARTS}")
     parts = tuple(Part(loss.name, _weight(loss.name, weight), loss.id, loss.digest) for loss, weight in weighted)
@@ -92,9 +92,9 @@ def sum_of(weighted: Sequence[tuple[Described, float]], name: str | None = None)
 
 
 def flat_config(config: Mapping[str, Any] | None, parts: Sequence[Part]) -> dict[str, Any]:
-    """`{"dpo": {"beta": 0.2}}` as `{"dpo/beta": 0.2}`; a part is told by its name, or its id.
+    """Convert `{"dpo": {"beta": 0.2}}` to `{"dpo/beta": 0.2}`. A key is the name or the id of a part.
 
-    Raises BadHyperparameter for a part that is not there, and for settings of one outside a dict of its own.
+    Raises BadHyperparameter for an unknown part, and for a hyperparameter of a sum that is not in the dict of a part.
     """
     names = {part.name: part.name for part in parts} | {part.id: part.name for part in parts}
     flat = {}
@@ -102,16 +102,16 @@ def flat_config(config: Mapping[str, Any] | None, parts: Sequence[Part]) -> dict
         if not isinstance(value, Mapping):
             if parts and "/" not in key:
                 example = f'{{"{parts[0].name}": {{"{key}": ...}}}}'
-                raise BadHyperparameter(f"which part is {key!r} for? This loss is a sum: pass loss_fn_config={example}")
+                raise BadHyperparameter(f"{key!r} is not the name of a part of the sum: pass loss_fn_config={example}")
             flat[key] = value
             continue
         if not parts:
             raise BadHyperparameter(
-                f"loss_fn_config[{key!r}] is a dict, which only a weighted sum has: pass {key!r} a number or a word"
+                f"loss_fn_config[{key!r}] is a dict, which only a weighted sum accepts: pass a number or a string"
             )
         if key not in names:
-            there = ", ".join(part.name for part in parts)
-            raise BadHyperparameter(f"the sum has no part {key!r}{did_you_mean(key, names)} (its parts: {there})")
+            known = ", ".join(part.name for part in parts)
+            raise BadHyperparameter(f"the sum has no part {key!r}{did_you_mean(key, names)} (its parts: {known})")
         flat |= {f"{names[key]}/{name}": setting for name, setting in value.items()}
     return flat
 
@@ -128,7 +128,7 @@ def _check_names(parts: tuple[Part, ...]) -> None:
         if part.name in seen:
             twice = part.id if part.id == seen[part.name].id else f"{seen[part.name].id} and {part.id}"
             raise BadLoss(
-                f"two parts of a weighted sum are named {part.name!r} ({twice}): add their weights, or rename one"
+                f"two parts of a weighted sum are named {part.name!r} ({twice}): add their weights or rename one"
             )
         seen[part.name] = part
 
@@ -139,7 +139,7 @@ def _group_size(losses: Sequence[Described]) -> int:
         if largest.group_size % loss.group_size:
             raise BadLoss(
                 f"{loss.name!r} takes rows in groups of {loss.group_size} and {largest.name!r} in groups of "
-                f"{largest.group_size}: no batch is both, so call them one after the other before optim_step"
+                f"{largest.group_size}, and no batch has both: call them one after the other before optim_step"
             )
     return largest.group_size
 

@@ -29,13 +29,13 @@ def test_all_is_what_is_exported() -> None:
 
 
 @pytest.mark.parametrize("module", ["torch", "tinkerbell_server", "transformers"])
-def test_importing_the_client_leaves_it_unloaded(module: str) -> None:
+def test_importing_the_client_does_not_import(module: str) -> None:
     subprocess.run(
         [sys.executable, "-c", f"import sys, tinker_client; assert {module!r} not in sys.modules"], check=True
     )
 
 
-def test_a_verb_answers_a_typed_object(listener: Listener, client: TinkerClient) -> None:
+def test_a_verb_returns_a_typed_object(listener: Listener, client: TinkerClient) -> None:
     listener.answers["/save"] = (200, DONE)
     assert client.hf_backend.save("m").step == 3
     ((headers, body),) = listener.sent("/save")
@@ -44,7 +44,7 @@ def test_a_verb_answers_a_typed_object(listener: Listener, client: TinkerClient)
     assert headers["Content-Type"] == "application/msgpack"
 
 
-def test_a_repeated_request_carries_the_same_idempotency_key(listener: Listener, client: TinkerClient) -> None:
+def test_a_retried_request_has_the_same_idempotency_key(listener: Listener, client: TinkerClient) -> None:
     listener.answers["/save"] = (200, DONE)
     listener.drop = 2
     client.hf_backend.save("m")
@@ -68,7 +68,7 @@ def test_a_future_waits_and_then_has_its_result(listener: Listener, client: Tink
     assert future.queue_position is None
 
 
-def test_a_servers_error_is_raised_as_its_own_type(listener: Listener, client: TinkerClient) -> None:
+def test_an_error_of_the_server_is_raised_as_its_type(listener: Listener, client: TinkerClient) -> None:
     listener.answers["/forward"] = (404, {"problem": {"kind": "UnknownLoss", "message": "no loss named 'dpoo'"}})
     with pytest.raises(errors.UnknownLoss, match="no loss named 'dpoo'"):
         client.hf_backend.forward("m", [[1, 2]], "dpoo")
@@ -81,8 +81,8 @@ def test_an_error_of_a_future_is_raised_with_the_authors_traceback(listener: Lis
         client.hf_backend.forward("m", [[1, 2]])
 
 
-def test_nobody_there_is_said_with_what_to_do(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinker_client.transport.PAUSES", (0.01,))
+def test_the_error_for_an_unreachable_server_says_what_to_do(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinker_client.transport.RETRY_DELAYS", (0.01,))
     with (
         TinkerClient("http://127.0.0.1:9") as client,
         pytest.raises(errors.ServerUnreachable, match="tinkerbell serve"),
@@ -90,8 +90,8 @@ def test_nobody_there_is_said_with_what_to_do(listener: Listener, monkeypatch: p
         client.healthz()
 
 
-def test_a_server_of_another_kind_is_told(listener: Listener, client: TinkerClient) -> None:
-    with pytest.raises(errors.ServerUnreachable, match="answered 404 to /healthz, and not as a Tinkerbell server"):
+def test_another_kind_of_server_is_reported(listener: Listener, client: TinkerClient) -> None:
+    with pytest.raises(errors.ServerUnreachable, match="answered 404 to /healthz, which is not a response of a Tinkerbell server"):
         client.healthz()
 
 
@@ -108,18 +108,18 @@ def test_an_address_without_a_scheme_is_refused() -> None:
         TinkerClient("localhost:8000")
 
 
-def test_a_client_does_not_pickle(client: TinkerClient) -> None:
+def test_a_client_cannot_be_pickled(client: TinkerClient) -> None:
     for value in (client, client.hf_backend):
         with pytest.raises(errors.BadUpload, match="cannot be pickled"):
             pickle.dumps(value)
 
 
-def test_an_unknown_verb_is_refused_with_a_guess(client: TinkerClient) -> None:
+def test_an_unknown_verb_is_refused_with_a_suggestion(client: TinkerClient) -> None:
     with pytest.raises(errors.BadRequest, match="did you mean 'forward_backward'"):
         client.hf_backend.submit("forward_backwards")
 
 
 @pytest.mark.parametrize("data", ["text", {"model_input": [1]}])
 def test_one_row_that_is_not_in_a_list_is_refused(client: TinkerClient, data: Any) -> None:
-    with pytest.raises(errors.BadData, match="a call takes a list of rows"):
+    with pytest.raises(errors.BadData, match="must be a list of rows"):
         client.hf_backend.forward("m", data)

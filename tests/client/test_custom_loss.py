@@ -50,7 +50,7 @@ def uploaded(listener: Listener) -> dict[str, Any]:
     return message
 
 
-def test_the_function_comes_back_as_it_was(client: TinkerClient) -> None:
+def test_the_decorator_returns_the_function_unchanged(client: TinkerClient) -> None:
     def mine(model_outputs: Any, loss_fn_inputs: Any, attention_mask: Any) -> LossFnOutput:
         """Mine."""
         return LossFnOutput(model_outputs.sum())
@@ -61,7 +61,7 @@ def test_the_function_comes_back_as_it_was(client: TinkerClient) -> None:
     assert decorated(torch.ones(2), {}, None).loss == 2
 
 
-def test_an_upload_says_what_it_is(listener: Listener, client: TinkerClient) -> None:
+def test_an_upload_describes_its_loss(listener: Listener, client: TinkerClient) -> None:
     @custom_loss(client, name="mine", coupling="sequence", group_size=2, example_inputs={"reward": torch.ones(4)})
     def my_loss(model_outputs: Any, loss_fn_inputs: Any, attention_mask: Any, *, beta: float = 0.1) -> LossFnOutput:
         return LossFnOutput(model_outputs.sum() * beta)
@@ -91,7 +91,7 @@ def test_an_unchanged_loss_is_not_sent_again(listener: Listener, client: TinkerC
 
 
 @pytest.mark.parametrize(("via", "opened"), [("source", "unpack"), ("cloudpickle", "pickle.loads")])
-def test_a_loss_in_an_importable_module_travels_with_its_helpers(
+def test_a_loss_in_a_local_module_is_sent_with_its_helpers(
     listener: Listener, client: TinkerClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, via: Any, opened: str
 ) -> None:
     (tmp_path / "my_maths.py").write_text("def twice(x):\n    return x * 2\n")
@@ -116,8 +116,8 @@ def test_a_loss_in_an_importable_module_travels_with_its_helpers(
         monkeypatch.delitem(sys.modules, module)
 
 
-def test_a_loss_that_names_the_client_is_refused(listener: Listener, client: TinkerClient) -> None:
-    with pytest.raises(BadUpload, match=r"loss 'mine' uses 'client', a TinkerClient, but runs on the server"):
+def test_a_loss_that_uses_the_client_is_refused(listener: Listener, client: TinkerClient) -> None:
+    with pytest.raises(BadUpload, match=r"loss 'mine' uses 'client', a TinkerClient, but a loss runs on the server"):
 
         @custom_loss(client)
         def mine(model_outputs: Any, loss_fn_inputs: Any, attention_mask: Any) -> LossFnOutput:
@@ -127,7 +127,7 @@ def test_a_loss_that_names_the_client_is_refused(listener: Listener, client: Tin
     assert not listener.requests
 
 
-def test_a_loss_whose_own_function_names_the_backend_is_refused(client: TinkerClient) -> None:
+def test_a_loss_with_a_helper_that_uses_the_backend_is_refused(client: TinkerClient) -> None:
     hf_backend = client.hf_backend
 
     def reward() -> float:
@@ -140,7 +140,7 @@ def test_a_loss_whose_own_function_names_the_backend_is_refused(client: TinkerCl
             return LossFnOutput(model_outputs.sum() * reward())
 
 
-def test_a_client_inside_something_captured_is_refused(client: TinkerClient) -> None:
+def test_a_client_inside_a_captured_value_is_refused(client: TinkerClient) -> None:
     settings = {"client": client}
     with pytest.raises(BadUpload, match="do not use the client inside a loss"):
 
@@ -151,7 +151,7 @@ def test_a_client_inside_something_captured_is_refused(client: TinkerClient) -> 
 
 def test_a_payload_with_the_api_key_is_refused(listener: Listener, client: TinkerClient) -> None:
     headers = {"X-API-Key": "tml-1-very-secret"}
-    with pytest.raises(BadUpload, match="carries your API key"):
+    with pytest.raises(BadUpload, match="contains your API key"):
 
         @custom_loss(client)
         def mine(model_outputs: Any, loss_fn_inputs: Any, attention_mask: Any) -> LossFnOutput:
@@ -160,16 +160,16 @@ def test_a_payload_with_the_api_key_is_refused(listener: Listener, client: Tinke
     assert not listener.sent("/register_custom_loss")
 
 
-def test_a_payload_over_the_limit_names_its_biggest_variable(client: TinkerClient) -> None:
+def test_the_error_for_a_too_large_payload_names_its_largest_variable(client: TinkerClient) -> None:
     teacher, small = torch.zeros(300_000), torch.zeros(3)
-    with pytest.raises(UploadTooLarge, match=r"'teacher' \(1,2.* pass it through loss_fn_inputs"):
+    with pytest.raises(UploadTooLarge, match=r"'teacher' \(1,2.* pass the data through loss_fn_inputs"):
 
         @custom_loss(client)
         def mine(model_outputs: Any, loss_fn_inputs: Any, attention_mask: Any) -> LossFnOutput:
             return LossFnOutput(model_outputs.sum() + teacher.sum() + small.sum())
 
 
-def test_what_cannot_be_pickled_is_named(client: TinkerClient) -> None:
+def test_a_variable_that_cannot_be_pickled_is_named(client: TinkerClient) -> None:
     lock = threading.Lock()
     with pytest.raises(BadUpload, match=r"loss 'mine' captures 'lock' \(lock\), which cannot be sent"):
 
@@ -179,7 +179,7 @@ def test_what_cannot_be_pickled_is_named(client: TinkerClient) -> None:
                 return LossFnOutput(model_outputs.sum())
 
 
-def test_cloudpickle_missing_is_said_with_what_to_type(client: TinkerClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_missing_cloudpickle_says_how_to_install_it(client: TinkerClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cloudpickle", None)
     with pytest.raises(BadUpload, match="pip install cloudpickle"):
 
@@ -188,14 +188,14 @@ def test_cloudpickle_missing_is_said_with_what_to_type(client: TinkerClient, mon
             return LossFnOutput(model_outputs.sum())
 
 
-def test_a_loss_without_source_travels_as_cloudpickle(listener: Listener, client: TinkerClient) -> None:
+def test_a_loss_without_source_is_sent_as_cloudpickle(listener: Listener, client: TinkerClient) -> None:
     scope: dict[str, Any] = {"LossFnOutput": LossFnOutput}
     exec("def mine(x, i, a): return LossFnOutput(x.sum())", scope)
     custom_loss(client)(scope["mine"])
     assert uploaded(listener).get("kind", "cloudpickle") == "cloudpickle"
 
 
-def test_a_loss_that_source_would_change_travels_as_cloudpickle(listener: Listener, client: TinkerClient) -> None:
+def test_a_loss_that_source_would_change_is_sent_as_cloudpickle(listener: Listener, client: TinkerClient) -> None:
     def mine(model_outputs: Any, loss_fn_inputs: Any, attention_mask: Any) -> LossFnOutput:
         return LossFnOutput(model_outputs.sum() * (2 if mine.__module__ == __name__ else 3))
 
@@ -203,9 +203,9 @@ def test_a_loss_that_source_would_change_travels_as_cloudpickle(listener: Listen
     assert uploaded(listener).get("kind", "cloudpickle") == "cloudpickle"
 
 
-def test_via_source_says_why_not(client: TinkerClient) -> None:
+def test_via_source_gives_the_reason_if_it_fails(client: TinkerClient) -> None:
     lock = threading.Lock()
-    with pytest.raises(BadUpload, match=r"loss 'mine' cannot travel as source: 'lock' is a lock"):
+    with pytest.raises(BadUpload, match=r"loss 'mine' cannot be sent as source: 'lock' is a lock"):
 
         @custom_loss(client, via="source")
         def mine(model_outputs: Any, loss_fn_inputs: Any, attention_mask: Any) -> LossFnOutput:
@@ -213,12 +213,12 @@ def test_via_source_says_why_not(client: TinkerClient) -> None:
                 return LossFnOutput(model_outputs.sum())
 
 
-def test_a_function_that_cannot_be_a_loss_is_refused_at_once(client: TinkerClient) -> None:
+def test_a_function_that_is_not_a_loss_is_refused_before_the_upload(client: TinkerClient) -> None:
     with pytest.raises(BadLoss, match="takes 1 positional arguments"):
         custom_loss(client)(lambda x: x)
 
 
-def test_what_the_trial_raises_is_raised_at_definition(listener: Listener, client: TinkerClient) -> None:
+def test_the_error_of_the_trial_is_raised_at_the_definition(listener: Listener, client: TinkerClient) -> None:
     problem = {"kind": "BadLoss", "message": "loss 'mine' raised KeyError", "traceback": "line 3, in mine"}
     listener.answers["/register_custom_loss"] = (422, {"problem": problem})
     with pytest.raises(BadLoss, match="line 3, in mine"):

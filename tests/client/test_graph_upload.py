@@ -26,7 +26,7 @@ def envelope(payload: bytes, **changes: Any) -> RegisterLossRequest:
     return RegisterLossRequest(payload=payload, digest=digest, **fields)
 
 
-def test_a_graph_trains_as_the_built_in_loss_it_writes_out(torch_server: str) -> None:
+def test_a_graph_trains_like_the_equivalent_built_in_loss(torch_server: str) -> None:
     payload = payload_of(likelihood, {"logprobs": 1, "weights": 1})
     with TinkerClient(torch_server) as client:
         assert client.healthz()["uploads"] == "sandboxed"
@@ -45,7 +45,7 @@ def test_a_graph_trains_as_the_built_in_loss_it_writes_out(torch_server: str) ->
         assert metrics["custom/nll:sum"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_a_graph_off_the_list_is_refused_over_http(torch_server: str) -> None:
+def test_a_graph_with_a_forbidden_operation_is_refused_over_http(torch_server: str) -> None:
     payload = payload_of(likelihood, {"logprobs": 1, "weights": 1}).replace(b'"sum"', b'"tolist"')
     with TinkerClient(torch_server) as client:
         with pytest.raises(BadUpload, match="'tolist' is not on the list"):

@@ -80,7 +80,7 @@ def grad_norm(client: TinkerClient, model: str) -> float:
     return client.hf_backend.optim_step(model, learning_rate=0.0).grad_norm
 
 
-def test_a_sum_is_what_its_parts_give_one_after_the_other(client: TinkerClient) -> None:
+def test_a_sum_equals_calls_with_each_of_its_parts(client: TinkerClient) -> None:
     hf_backend = client.hf_backend
     inputs = {"target_tokens": TARGETS}
     terms, settings = {"contrast": 1.0, "cross_entropy": 0.1}, {"contrast": {"beta": 0.2}}
@@ -96,7 +96,7 @@ def test_a_sum_is_what_its_parts_give_one_after_the_other(client: TinkerClient) 
     assert whole.logprobs is not None
 
 
-def test_a_sum_that_a_plugin_registers_is_a_loss_by_its_name(client: TinkerClient) -> None:
+def test_a_sum_that_a_plugin_registers_is_used_by_its_name(client: TinkerClient) -> None:
     hf_backend = client.hf_backend
     [listed] = [loss for loss in client.list_loss_functions()["losses"] if loss.name == "ppo_with_nll"]
     assert [(part.name, part.weight) for part in listed.parts] == [("ppo", 1.0), ("cross_entropy", 0.25)]
@@ -118,19 +118,19 @@ def test_a_sum_that_a_plugin_registers_is_a_loss_by_its_name(client: TinkerClien
         ({"contrast": 1.0, "cross_entrpy": 0.1}, None, UnknownLoss, "'cross_entrpy'; did you mean 'cross_entropy'"),
         ({"contrast": 1.0, "ppo": 1.0}, {"pppo": {"beta": 1.0}}, BadHyperparameter, "did you mean 'ppo'"),
         ({"contrast": 1.0, "ppo": 1.0}, {"ppo": {"beta": 1.0}}, BadHyperparameter, "'ppo/beta'"),
-        ({"contrast": 1.0}, {"beta": 1.0}, BadHyperparameter, "which part is 'beta' for"),
+        ({"contrast": 1.0}, {"beta": 1.0}, BadHyperparameter, "'beta' is not the name of a part"),
         ({}, None, BadLoss, "has 0 parts"),
         ({"contrast": float("inf")}, None, TinkerbellError, "finite"),
     ],
     ids=["unknown part", "settings of no part", "no such setting", "whose setting", "no parts", "infinite"],
 )
-def test_what_does_not_go_together_is_refused_by_name(
+def test_the_error_for_parts_that_cannot_be_combined_names_them(
     terms: dict[str, float], config: dict[str, Any] | None, error: type[Exception], says: str, client: TinkerClient
 ) -> None:
     with pytest.raises(error, match=says):
         client.hf_backend.forward_backward("refused", ROWS, terms, SAMPLED, config)
 
 
-def test_an_input_that_a_part_lacks_is_named_before_the_model_runs(client: TinkerClient) -> None:
+def test_a_missing_input_of_a_part_is_named_before_the_model_runs(client: TinkerClient) -> None:
     with pytest.raises(BadData, match="needs 'logprobs', which was not sent"):
         client.hf_backend.forward("lacks", ROWS, {"contrast": 1.0, "ppo": 1.0}, {"target_tokens": TARGETS})

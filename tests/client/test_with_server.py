@@ -27,11 +27,11 @@ def client(server: str) -> Iterator[TinkerClient]:
         yield made
 
 
-def test_the_server_says_how_it_is(client: TinkerClient) -> None:
+def test_healthz_returns_the_state_of_the_server(client: TinkerClient) -> None:
     assert client.healthz()["status"] == "ok"
 
 
-def test_losses_are_listed_with_all_a_program_wants(client: TinkerClient) -> None:
+def test_the_listing_of_losses_has_all_fields(client: TinkerClient) -> None:
     listing = client.list_loss_functions()
     assert {"cross_entropy", "ppo"} <= set(listing["available_loss_functions"])
     assert listing["descriptions"]["ppo"]
@@ -55,7 +55,7 @@ def test_a_whole_training_step(client: TinkerClient) -> None:
     assert hf_backend.delete_model("steps").steps == 1
 
 
-def test_tensors_of_every_kind_are_inputs(client: TinkerClient) -> None:
+def test_inputs_may_be_tensors_of_any_kind(client: TinkerClient) -> None:
     rows = [torch.tensor([1, 2, 3]), np.array([4, 5, 6])]
     inputs: dict[str, Any] = {
         "target_tokens": torch.tensor([[2, 3, 4], [5, 6, 7]]),
@@ -77,7 +77,7 @@ def test_steps_pipeline_in_the_order_of_submission(client: TinkerClient) -> None
     assert all(future.done() for future in futures)
 
 
-def test_errors_keep_their_type_and_say_what_next(client: TinkerClient) -> None:
+def test_errors_keep_their_type_and_suggest_a_remedy(client: TinkerClient) -> None:
     with pytest.raises(errors.UnknownLoss, match="did you mean 'cross_entropy'"):
         client.hf_backend.forward("m", [[1, 2]], "cross_entrop")
     with pytest.raises(errors.AmbiguousLoss, match="one:twice"):
@@ -90,13 +90,13 @@ def test_errors_keep_their_type_and_say_what_next(client: TinkerClient) -> None:
         client.hf_backend.optim_step("nobody")
 
 
-def test_sampling_takes_ids_and_text(client: TinkerClient) -> None:
+def test_a_prompt_may_be_ids_or_text(client: TinkerClient) -> None:
     sampled = client.hf_backend.sample(torch.tensor([1, 2, 3]), max_tokens=4, num_samples=2)
     assert [len(one.tokens) for one in sampled.sequences] == [4, 4]
     assert client.hf_backend.sample("text", max_tokens=4).sequences[0].text
 
 
-def test_a_decorated_loss_is_there_by_name(client: TinkerClient) -> None:
+def test_a_decorated_loss_is_used_by_name(client: TinkerClient) -> None:
     @custom_loss(client, name="mine")
     def my_loss(model_outputs: Any, loss_fn_inputs: Any, attention_mask: Any) -> LossFnOutput:
         return LossFnOutput(model_outputs.sum())
@@ -116,7 +116,7 @@ def test_a_reserved_name_is_refused(client: TinkerClient) -> None:
             return LossFnOutput(model_outputs.sum())
 
 
-def test_a_weighted_sum_of_losses_is_a_loss_and_is_checked_before_it_runs(client: TinkerClient) -> None:
+def test_a_weighted_sum_runs_and_is_checked_before_it_runs(client: TinkerClient) -> None:
     backend = client.hf_backend
     data = [[1, 2, 3]]
     both = {"cross_entropy": 1.0, "ppo": 0.5}
@@ -130,7 +130,7 @@ def test_a_weighted_sum_of_losses_is_a_loss_and_is_checked_before_it_runs(client
         ({"cross_entropy": float("inf")}, None, "must be a finite number"),
         ({}, None, "has 0 parts"),
         (both, {"ppo": {"clip_hi_threshold": 0.2}}, "did you mean 'ppo/clip_high_threshold'"),
-        (both, {"beta": 0.2}, "which part is 'beta' for"),
+        (both, {"beta": 0.2}, "'beta' is not the name of a part"),
     ]:
         with pytest.raises(errors.BadRequest, match=says):
             backend.forward("sums", data, loss_fn, inputs, config)

@@ -1,4 +1,4 @@
-"""Plugins made small: real entry points of real modules, on a path of their own."""
+"""A fixture that installs small plugins: real entry points of real modules in a temporary folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[EntryPoint]]]:
-    """Install a distribution of one module, as its files would lie in site-packages; gives its entry points."""
+    """Install a distribution with one module, with the files of a wheel, and return its entry points."""
     monkeypatch.syspath_prepend(tmp_path)
     installed = []
 

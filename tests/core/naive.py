@@ -1,4 +1,4 @@
-"""A source of logits that stores them: what every other source is compared with."""
+"""A LogitsSource that stores the logits. Tests compare the other sources with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tinkerbell_core.logits.source import Statistic
 
 
 class StoredSource:
-    """head(hidden) of hidden `[N, H]` and weight `[V, H]`, answered from the stored logits by torch's own functions."""
+    """The logits of hidden `[N, H]` and weight `[V, H]`, stored and read with the functions of torch."""
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
         self.states, self.weight = hidden, weight

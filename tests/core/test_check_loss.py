@@ -1,4 +1,4 @@
-"""The conformance kit passes a good loss and says what is wrong with a bad one."""
+"""The conformance kit passes a correct loss, and its error says what is wrong with a bad one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Inputs = dict[str, Tensor]
 
 
 def of(reduce: Callable[[Tensor, Tensor, Tensor], Any]) -> Callable[..., LossFnOutput]:
-    """A loss that reduces the log-probabilities [B, T] under a mask [B, T], given the logits too."""
+    """A loss that applies `reduce` to the log-probabilities `[B, T]`, the mask `[B, T]` and the logits."""
 
     def fn(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
         logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"])
@@ -32,7 +32,7 @@ def test_a_good_loss_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reduce", "says"),
+    ("reduce", "message"),
     [
         (lambda lp, mask, _: -lp.sum(), "positions where attention_mask is 0 get a gradient"),
         (lambda lp, mask, _: -(lp * mask).sum() / mask.sum(), "a batch whose attention_mask is all 0"),
@@ -43,7 +43,7 @@ def test_a_good_loss_passes() -> None:
         (lambda lp, mask, x: (lp * mask).sum() + (x[..., 0].detach() * (1 - mask)).sum(), "changes the loss"),
         (lambda lp, mask, _: (lp * mask).exp().sqrt().sum().log() * torch.nan, "loss is nan"),
         (lambda lp, mask, _: lp, "must be a scalar"),
-        (lambda lp, mask, _: -(lp * mask).sum(), "a logit of -inf at a hidden target"),
+        (lambda lp, mask, _: -(lp * mask).sum(), "a logit of -inf at a masked target"),
     ],
     ids=[
         "unmasked",
@@ -58,18 +58,20 @@ def test_a_good_loss_passes() -> None:
         "times the mask",
     ],
 )
-def test_a_bad_loss_is_told_what_to_fix(reduce: Callable[[Tensor, Tensor, Tensor], Any], says: str) -> None:
-    with pytest.raises(AssertionError, match=says):
+def test_the_error_for_a_bad_loss_says_what_to_fix(
+    reduce: Callable[[Tensor, Tensor, Tensor], Any], message: str
+) -> None:
+    with pytest.raises(AssertionError, match=message):
         check_loss(loss(of(reduce)))
 
 
-def test_a_mean_that_declares_itself_a_sum_over_sequences_is_told_so() -> None:
+def test_a_mean_over_sequences_with_sequence_coupling_fails() -> None:
     mean = of(lambda lp, mask, _: -(lp * mask).sum() / mask.sum().clamp(min=1))
     with pytest.raises(AssertionError, match='declare coupling="batch"'):
         check_loss(loss(coupling="sequence")(mean))
 
 
-def test_a_loss_that_means_by_default_is_held_to_its_sum_when_asked_for_it() -> None:
+def test_a_loss_with_a_mean_as_default_is_checked_as_a_sum_if_the_aggregation_is_sum() -> None:
     def nll(
         model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor, *, aggregation: str = "token-mean"
     ) -> LossFnOutput:
@@ -82,7 +84,7 @@ def test_a_loss_that_means_by_default_is_held_to_its_sum_when_asked_for_it() -> 
         check_loss(loss(coupling="sequence")(nll), hyperparameters={"aggregation": "sum"})
 
 
-def test_pairs_that_are_not_declared_are_told_so() -> None:
+def test_a_pair_loss_without_group_size_fails() -> None:
     def contrast(lp: Tensor, mask: Tensor, _: Tensor) -> Tensor:
         total = sequence_sum(lp, mask)
         return (total[0::2] - total[1::2]).sum()

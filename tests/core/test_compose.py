@@ -1,4 +1,4 @@
-"""A weighted sum of losses is a loss: its gradient is the sum of theirs, and it says what it is made of."""
+"""A weighted sum of losses is a loss whose value, gradient and description are derived from its parts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Inputs = dict[str, Tensor]
 def contrast(
     model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor, *, beta: float = 0.5
 ) -> LossFnOutput:
-    """Prefer even rows to odd ones."""
+    """Prefer even rows over odd ones."""
     mask = effective_mask(loss_fn_inputs, attention_mask)
     chosen, rejected = pairs(sequence_sum(target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], mask), mask))
     margin = beta * (chosen - rejected)
@@ -37,7 +37,7 @@ def contrast(
 
 
 def gradient(spec: LossSpec, *, lazy: bool = False, **settings: object) -> tuple[LossFnOutput, Tensor]:
-    """On one float64 batch, the same for all."""
+    """The output and the gradient of the hidden states on one float64 batch, the same in each call."""
     inputs = discover(combine({cross_entropy: 1, ppo: 1}), 11)[1]
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
     mask = ragged_mask(2, {}, "cpu")
@@ -61,7 +61,7 @@ def test_the_gradient_is_the_weighted_sum_of_the_gradients_of_the_parts(lazy: bo
     assert whole.loss.item() == pytest.approx(sum(weight * out.loss.item() for weight, out, _ in alone), rel=1e-12)
 
 
-def test_each_part_shows_its_diagnostics_under_its_own_name_and_takes_its_own_settings() -> None:
+def test_the_diagnostics_and_hyperparameters_of_a_part_have_its_name_as_prefix() -> None:
     spec = combine([(contrast, 1.0), (ppo, 2.0)])
     output, _ = gradient(spec, **{"contrast/beta": 2.0})
     alone, _ = gradient(contrast, beta=2.0)
@@ -71,7 +71,7 @@ def test_each_part_shows_its_diagnostics_under_its_own_name_and_takes_its_own_se
     assert output.logprobs is not None
 
 
-def test_coupling_groups_and_inputs_follow_from_the_parts() -> None:
+def test_coupling_group_size_and_inputs_are_derived_from_the_parts() -> None:
     both = combine({contrast: 1.0, cross_entropy: 0.1})
     assert (both.coupling, both.group_size) == ("sequence", 2)
     assert combine({replace(contrast, coupling="batch"): 1.0, cross_entropy: 1.0}).coupling == "batch"
@@ -79,7 +79,7 @@ def test_coupling_groups_and_inputs_follow_from_the_parts() -> None:
     assert (found.inputs, found.plain_logits) == (("target_tokens", "logprobs", "advantages"), "")
 
 
-def test_id_and_digest_say_what_it_is_made_of() -> None:
+def test_the_id_and_the_digest_depend_on_the_parts_and_weights() -> None:
     spec = combine({contrast: 1.0, cross_entropy: 0.1})
     assert spec.id == "sum:1*local:contrast+0.1*local:cross_entropy"
     assert [part.digest for part in spec.parts] == [contrast.digest, cross_entropy.digest]
@@ -87,14 +87,14 @@ def test_id_and_digest_say_what_it_is_made_of() -> None:
     assert len({spec.digest, *(other.digest for other in others)}) == 3
 
 
-def test_it_is_registered_under_a_name_like_any_loss() -> None:
+def test_a_sum_is_registered_under_its_name() -> None:
     named = combine({contrast: 1.0, cross_entropy: 0.1}, name="mixed").from_(Provenance("entry_point", "pkg", "1"))
     assert LossRegistry([named]).get("mixed").id == "pkg:mixed"
     assert LossDescription.of(named).parts == named.parts
 
 
 @pytest.mark.parametrize(
-    ("terms", "says"),
+    ("terms", "message"),
     [
         ([], "has 0 parts"),
         ([(ppo, float("nan"))], "the weight of 'ppo' is nan, but must be a finite number"),
@@ -102,20 +102,20 @@ def test_it_is_registered_under_a_name_like_any_loss() -> None:
         ([(contrast, 1.0), (replace(ppo, group_size=3), 1.0)], "'contrast' takes rows in groups of 2 and 'ppo'"),
     ],
 )
-def test_what_does_not_go_together_is_refused(terms: list[tuple[LossSpec, float]], says: str) -> None:
-    with pytest.raises(BadLoss, match=says):
+def test_parts_that_cannot_be_combined_are_refused(terms: list[tuple[LossSpec, float]], message: str) -> None:
+    with pytest.raises(BadLoss, match=message):
         combine(terms)
 
 
-def test_settings_of_a_part_are_named_or_refused() -> None:
+def test_hyperparameters_of_a_sum_must_name_a_part() -> None:
     parts = combine({contrast: 1.0, ppo: 1.0}).parts
     assert flat_config({"contrast": {"beta": 0.2}}, parts) == {"contrast/beta": 0.2}
     assert flat_config({"local:ppo": {"x": 1}}, parts) == {"ppo/x": 1}
-    for config, says in [
+    for config, message in [
         ({"contrst": {"beta": 1.0}}, "did you mean 'contrast'"),
-        ({"beta": 1.0}, "which part is 'beta' for"),
+        ({"beta": 1.0}, "'beta' is not the name of a part of the sum"),
     ]:
-        with pytest.raises(BadHyperparameter, match=says):
+        with pytest.raises(BadHyperparameter, match=message):
             flat_config(config, parts)
-    with pytest.raises(BadHyperparameter, match="which only a weighted sum has"):
+    with pytest.raises(BadHyperparameter, match="which only a weighted sum accepts"):
         flat_config({"beta": {"x": 1}}, ())

@@ -1,4 +1,4 @@
-"""A digest changes when what the loss computes changes, and not otherwise."""
+"""The digest of a loss changes if and only if what the loss computes changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def mine(model_outputs, loss_fn_inputs, attention_mask, *, scale=1.0):
 
 
 def cell(source: str, filename: str = "<cell 1>", name: str = "mine", **scope: Any) -> Callable[..., Any]:
-    """The function a notebook cell defines, its source to be found as IPython has it."""
+    """The function that a notebook cell defines, with its source in linecache as in IPython."""
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     module: dict[str, Any] = {"__name__": "__main__", **scope}
     exec(compile(source, filename, "exec"), module)
@@ -32,7 +32,7 @@ def digest(fn: Callable[..., Any]) -> str:
     return digest_of(fn, coupling="batch", group_size=1)
 
 
-def test_a_cell_run_again_elsewhere_gives_the_same_digest() -> None:
+def test_the_name_and_line_of_a_cell_do_not_change_the_digest() -> None:
     again = cell("\n\n\n" + PLAIN, "<cell 7>", BETA=0.1)
     assert digest(cell(PLAIN, BETA=0.1)) == digest(again)
 
@@ -61,18 +61,18 @@ def test_another_helper_gives_another_digest() -> None:
     assert digest(cell(source, helper=first)) != digest(cell(source, helper=second))
 
 
-def test_what_a_helper_captures_counts() -> None:
+def test_the_digest_includes_what_a_helper_captures() -> None:
     helpers = [cell("def helper(x):\n    return x * C\n", "<helper>", "helper", C=c) for c in (1, 2)]
     source = PLAIN.replace("* BETA", "+ helper(1)")
     assert digest(cell(source, helper=helpers[0])) != digest(cell(source, helper=helpers[1]))
 
 
-def test_a_captured_tensor_counts_by_its_numbers() -> None:
+def test_the_digest_includes_the_numbers_of_a_captured_tensor() -> None:
     one, same, other = (digest(cell(PLAIN, BETA=torch.full((3,), x, dtype=torch.bfloat16))) for x in (1, 1, 2))
     assert one == same != other
 
 
-def test_a_captured_module_counts_by_its_weights() -> None:
+def test_the_digest_includes_the_weights_of_a_captured_module() -> None:
     layer = torch.nn.Linear(2, 2)
     before = digest(cell(PLAIN, BETA=layer))
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_a_captured_module_counts_by_its_weights() -> None:
     assert digest(cell(PLAIN, BETA=layer)) != before
 
 
-def test_an_object_whose_repr_has_an_address_gives_a_steady_digest() -> None:
+def test_an_address_in_a_repr_does_not_change_the_digest() -> None:
     class Setting:
         def __init__(self, beta: float) -> None:
             self.beta = beta
@@ -89,33 +89,33 @@ def test_an_object_whose_repr_has_an_address_gives_a_steady_digest() -> None:
     assert one == same != other
 
 
-def test_installed_functions_and_modules_count_by_name() -> None:
+def test_the_digest_includes_installed_functions_and_modules_by_name_only() -> None:
     source = PLAIN.replace("BETA", "F.relu(relu(scale))")
     functional, relu = torch.nn.functional, torch.nn.functional.relu
     assert digest(cell(source, F=functional, relu=relu)) == digest(cell(source, F=functional, relu=relu))
     assert digest(cell(source, F=functional, relu=relu)) != digest(cell(source, F=torch, relu=relu))
 
 
-def test_coupling_and_group_size_count() -> None:
+def test_the_digest_includes_coupling_and_group_size() -> None:
     fn = cell(PLAIN, BETA=1)
     digests = {digest_of(fn, coupling=c, group_size=g) for c in ("batch", "sequence") for g in (1, 2)}
     assert len(digests) == 4
 
 
-def test_a_captured_loss_counts_as_its_function() -> None:
+def test_a_captured_loss_has_the_digest_of_its_function() -> None:
     inner = cell(PLAIN, BETA=1)
     source = PLAIN.replace("* BETA", "+ BETA(0)")
     assert digest(cell(source, BETA=inner)) == digest(cell(source, BETA=loss(inner)))
 
 
-def test_a_loss_that_names_itself_keeps_its_digest_when_its_cell_runs_again() -> None:
+def test_a_recursive_loss_keeps_its_digest_when_its_cell_runs_again() -> None:
     source = PLAIN.replace("* BETA", "* len(mine.__name__)")
     first = cell(source, mine=None)
     second = cell(source, "<cell 2>", mine=loss(first))
     assert digest(first) == digest(second)
 
 
-def test_without_source_the_code_counts() -> None:
+def test_without_source_the_digest_includes_the_bytecode() -> None:
     def unsourced(constant: int) -> Callable[..., Any]:
         scope: dict[str, Any] = {}
         exec(f"def mine(a, b, c): return a + {constant}", scope)
@@ -126,14 +126,14 @@ def test_without_source_the_code_counts() -> None:
     assert digest(unsourced(1)) != digest(unsourced(2))
 
 
-def test_source_is_the_text_without_decorators() -> None:
+def test_the_source_has_no_decorators() -> None:
     source = "@identity(\n    1\n)\n" + PLAIN.strip()
     fn = cell(source, "<decorated>", BETA=1, identity=lambda _: lambda fn: fn)
     assert source_of(fn) == PLAIN.strip() + "\n"
     assert source_of(loss(fn)) == PLAIN.strip() + "\n"
 
 
-def test_a_decorator_above_does_not_change_the_digest() -> None:
+def test_a_decorator_does_not_change_the_digest() -> None:
     decorated = cell("@identity\n" + PLAIN.strip(), "<one>", BETA=1, identity=lambda fn: fn)
     assert digest(decorated) == digest(cell(PLAIN, BETA=1))
 

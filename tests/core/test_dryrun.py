@@ -1,4 +1,4 @@
-"""A loss is run in one place, what it returns is checked there, and what it reads is found by running it."""
+"""`run_loss` checks the output of a loss, and a dry run finds the inputs that the loss reads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def returning(result: Callable[[Tensor], Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    ("result", "says"),
+    ("result", "message"),
     [
         (lambda x: None, "returned nothing: return LossFnOutput"),
         (lambda x: x.sum(), "returned a Tensor: return LossFnOutput"),
@@ -49,20 +49,20 @@ def returning(result: Callable[[Tensor], Any]) -> Callable[..., Any]:
         (lambda x: LossFnOutput(x.sum(), None, [1]), "diagnostics is a list"),
         (lambda x: LossFnOutput(x.sum(), None, {"a": x}), "diagnostic 'a' has the shape"),
         (lambda x: LossFnOutput(x.sum(), None, {"a": "b"}), "diagnostic 'a' is a str"),
-        (lambda x: LossFnOutput(x.sum(), None, {"a:b": 1.0}), "after a colon comes sum, mean, min, max"),
-        (lambda x: LossFnOutput(x.sum(), None, {"a:b:sum": 1.0}), "after a colon comes"),
-        (lambda x: LossFnOutput(x.sum(), None, {"loss:sum": 1.0}), "the engine's own"),
+        (lambda x: LossFnOutput(x.sum(), None, {"a:b": 1.0}), "a colon must be followed by sum, mean, min, max"),
+        (lambda x: LossFnOutput(x.sum(), None, {"a:b:sum": 1.0}), "a colon must be followed by"),
+        (lambda x: LossFnOutput(x.sum(), None, {"loss:sum": 1.0}), "reserved for the engine"),
         (lambda x: LossFnOutput(x.sum(), None, {"a" * 65: 1.0}), "1 to 64 characters"),
         (lambda x: LossFnOutput(x.sum(), None, {1: 1.0}), "a diagnostic is named 1"),
         (lambda x: LossFnOutput(x.sum(), None, {str(i): 1.0 for i in range(65)}), "has 65 diagnostics"),
     ],
 )
-def test_a_result_outside_the_contract_is_refused_by_name(result: Callable[[Tensor], Any], says: str) -> None:
-    with pytest.raises(BadLoss, match=says):
+def test_an_output_that_breaks_the_contract_is_refused(result: Callable[[Tensor], Any], message: str) -> None:
+    with pytest.raises(BadLoss, match=message):
         run(returning(result))
 
 
-def test_a_result_comes_back_with_its_extras_detached() -> None:
+def test_logprobs_and_diagnostics_of_the_output_are_detached() -> None:
     output = run(returning(lambda x: LossFnOutput(x.sum(), x[..., 0], {"a:max": x.max(), "b": 1})))
     assert output.loss.requires_grad
     assert output.logprobs is not None
@@ -71,7 +71,7 @@ def test_a_result_comes_back_with_its_extras_detached() -> None:
     assert output.diagnostics["b"] == 1.0
 
 
-def test_a_loss_that_raises_is_reported_with_its_authors_traceback_alone() -> None:
+def test_the_traceback_of_a_loss_that_raises_has_only_the_authors_frames() -> None:
     def fn(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
         raise ValueError("what the author said")
 
@@ -82,17 +82,17 @@ def test_a_loss_that_raises_is_reported_with_its_authors_traceback_alone() -> No
     assert "in run_loss" not in caught.value.traceback
 
 
-def test_a_loss_that_exits_does_not_take_the_process_along() -> None:
+def test_a_loss_that_exits_does_not_end_the_process() -> None:
     with pytest.raises(BadLoss, match="SystemExit: 3"):
         run(returning(lambda x: sys.exit(3)))
 
 
-def test_without_gradients_a_detached_loss_is_what_it_must_be() -> None:
+def test_a_detached_loss_is_allowed_without_gradients() -> None:
     with torch.no_grad():
         assert run(returning(lambda x: LossFnOutput(x.sum()))).loss.isfinite()
 
 
-def test_what_a_loss_reads_is_found() -> None:
+def test_a_dry_run_finds_required_and_optional_inputs() -> None:
     @loss
     def mine(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
         per_token = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"]) * loss_fn_inputs["advantages"]
@@ -107,7 +107,7 @@ def test_what_a_loss_reads_is_found() -> None:
     assert (found.digest, found.fn) == (mine.digest, mine.fn)
 
 
-def test_what_is_read_only_where_another_input_is_missing_is_found_too() -> None:
+def test_a_dry_run_finds_an_input_that_is_read_only_if_another_is_missing() -> None:
     @loss
     def mine(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
         key = "a" if "a" in loss_fn_inputs else "b"
@@ -117,7 +117,7 @@ def test_what_is_read_only_where_another_input_is_missing_is_found_too() -> None
     assert (found.inputs, found.optional_inputs) == ((), ("a", "b"))
 
 
-def test_an_input_that_is_one_number_a_sequence_is_guessed_second() -> None:
+def test_an_input_is_generated_as_one_number_per_sequence_if_per_token_fails() -> None:
     @loss
     def mine(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
         logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"]).sum(-1)
@@ -127,7 +127,7 @@ def test_an_input_that_is_one_number_a_sequence_is_guessed_second() -> None:
     assert dry_run(mine, 50).inputs == ("target_tokens", "reward")
 
 
-def test_logits_and_topk_are_guessed_with_a_third_dimension() -> None:
+def test_logits_and_topk_inputs_are_generated_with_a_third_dimension() -> None:
     def distil(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
         student = model_outputs.log_softmax(-1)
         full = (loss_fn_inputs["teacher_logits"].softmax(-1) * student).sum(-1)
@@ -138,7 +138,7 @@ def test_logits_and_topk_are_guessed_with_a_third_dimension() -> None:
     assert inputs == ("teacher_logits", "teacher_topk_logprobs", "teacher_topk_ids")
 
 
-def test_a_guess_that_fails_says_what_was_guessed_and_names_the_way_out() -> None:
+def test_the_error_of_a_failed_guess_names_the_guesses_and_example_inputs() -> None:
     @loss
     def mine(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
         return LossFnOutput((model_outputs.sum((1, 2)) * loss_fn_inputs["prototypes"].view(4, 3, 3).sum((1, 2))).sum())
@@ -148,7 +148,7 @@ def test_a_guess_that_fails_says_what_was_guessed_and_names_the_way_out() -> Non
     assert dry_run(mine, 50, example_inputs={"prototypes": torch.ones(4, 3, 3)}).inputs == ("prototypes",)
 
 
-def test_examples_that_do_not_fit_each_other_are_refused() -> None:
+def test_example_inputs_of_different_sizes_are_refused() -> None:
     spec = loss(returning(lambda x: LossFnOutput(x.sum())))
     with pytest.raises(BadData, match="rows"):
         dry_run(spec, 50, example_inputs={"a": torch.ones(2), "b": torch.ones(3)})
@@ -158,7 +158,7 @@ def test_examples_that_do_not_fit_each_other_are_refused() -> None:
         dry_run(spec, 50, example_inputs={"a": torch.tensor(1.0)})
 
 
-def test_the_batch_has_whole_groups_ragged_rows_and_the_real_vocabulary() -> None:
+def test_the_generated_batch_has_whole_groups_ragged_rows_and_the_real_vocabulary() -> None:
     seen: dict[str, Any] = {}
 
     @loss(group_size=3)
@@ -171,7 +171,7 @@ def test_the_batch_has_whole_groups_ragged_rows_and_the_real_vocabulary() -> Non
     assert len(set(seen["lengths"])) > 1
 
 
-def test_hidden_states_are_there_in_a_dry_run() -> None:
+def test_a_dry_run_provides_hidden_states() -> None:
     @loss
     def mine(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
         return LossFnOutput(hidden_states(model_outputs).square().sum())
@@ -179,7 +179,7 @@ def test_hidden_states_are_there_in_a_dry_run() -> None:
     assert dry_run(mine, 50).inputs == ()
 
 
-def test_a_hyperparameter_without_default_is_made_up() -> None:
+def test_a_dry_run_generates_a_hyperparameter_without_a_default() -> None:
     @loss
     def mine(
         model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor, *, beta: float, k: int, flag: bool
@@ -194,11 +194,11 @@ def test_a_loss_whose_gradient_is_not_finite_is_refused() -> None:
     def mine(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
         return LossFnOutput((model_outputs * 0).sqrt().sum())
 
-    with pytest.raises(BadLoss, match="the gradient is not finite though the loss is"):
+    with pytest.raises(BadLoss, match="the loss is finite, but its gradient is not"):
         dry_run(mine, 50)
 
 
-def test_a_loss_that_leaves_the_model_out_is_refused() -> None:
+def test_a_loss_that_does_not_depend_on_the_model_is_refused() -> None:
     @loss
     def mine(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
         return LossFnOutput(torch.ones((), requires_grad=True) * 2)
@@ -207,7 +207,7 @@ def test_a_loss_that_leaves_the_model_out_is_refused() -> None:
         dry_run(mine, 50)
 
 
-def test_a_dry_run_leaves_the_random_numbers_of_the_process_alone() -> None:
+def test_a_dry_run_does_not_change_the_random_state_of_the_process() -> None:
     spec: LossSpec = loss(returning(lambda x: LossFnOutput((x * torch.rand(())).sum())))
     torch.manual_seed(1)
     expected = torch.rand(3)

@@ -1,4 +1,4 @@
-"""The pieces losses are written from: right numbers, masks that hold, float32 or better."""
+"""The functions for losses compute correct numbers in float32 or better, and handle masks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_target_logprobs_are_those_of_log_softmax(logits: torch.Tensor) -> None:
     assert torch.allclose(target_logprobs(logits, targets), expected)
 
 
-def test_target_logprobs_of_several_targets_are_those_of_each(logits: torch.Tensor) -> None:
+def test_target_logprobs_of_several_targets_equal_those_of_each_target(logits: torch.Tensor) -> None:
     targets = torch.arange(B * T * K).view(B, T, K) % V
     each = torch.stack([target_logprobs(logits, targets[..., k], where=MASK) for k in range(K)], -1)
     assert torch.allclose(target_logprobs(logits, targets, where=MASK), each, atol=1e-6)
@@ -98,11 +98,11 @@ def test_entropy_of_equal_logits_is_log_v() -> None:
     assert torch.allclose(entropy(torch.zeros(B, T, V)), torch.full((B, T), math.log(V)))
 
 
-def test_logsumexp_is_torchs(logits: torch.Tensor) -> None:
+def test_logsumexp_equals_that_of_torch(logits: torch.Tensor) -> None:
     assert torch.equal(logsumexp(logits), logits.logsumexp(-1))
 
 
-def test_hidden_states_are_those_the_logits_came_from() -> None:
+def test_hidden_states_are_those_from_which_the_logits_are_computed() -> None:
     hidden, head = torch.randn(B, T, 5).requires_grad_(), torch.nn.Linear(5, V)
     logits = plain_logits(hidden, head)
     assert torch.equal(logits, head(hidden))
@@ -114,25 +114,25 @@ def test_plain_logits_are_float32_or_better() -> None:
         assert plain_logits(torch.randn(B, T, 5, dtype=dtype), lambda h: h).dtype == expected
 
 
-def test_logits_without_hidden_states_say_so() -> None:
+def test_a_tensor_without_hidden_states_is_an_error() -> None:
     logits = plain_logits(torch.randn(B, T, 5), torch.nn.Linear(5, V))
     with pytest.raises(TypeError, match="before any operation on it"):
         hidden_states(logits / 2)
 
 
-def test_weights_count_where_attention_is() -> None:
+def test_weights_are_multiplied_by_the_attention_mask() -> None:
     weights = torch.tensor([[-2.0, 0.5, 9.0], [0.0, 1.0, math.nan]])
     expected = torch.tensor([[-2.0, 0.5, 0.0], [0.0, 0.0, 0.0]])
     assert torch.equal(effective_mask({"weights": weights}, MASK), expected)
     assert torch.equal(effective_mask({}, MASK.long()), MASK)
 
 
-def test_weights_may_be_one_a_sequence_or_k_a_position() -> None:
+def test_weights_may_have_one_value_per_sequence_or_k_per_position() -> None:
     assert torch.equal(effective_mask({"weights": torch.tensor([2.0, 3.0])}, MASK)[:, 0], torch.tensor([2.0, 3.0]))
     assert effective_mask({"weights": torch.ones(B, T, K)}, MASK).sum() == K * MASK.sum()
 
 
-def test_sums_are_not_harmed_by_what_is_masked() -> None:
+def test_sums_ignore_masked_values() -> None:
     x = torch.tensor([[1.0, 2.0, math.nan], [3.0, math.inf, -math.inf]])
     assert masked_sum(x, MASK) == 6
     assert sequence_sum(x, MASK).tolist() == [3, 3]
@@ -145,7 +145,7 @@ def test_sums_are_not_harmed_by_what_is_masked() -> None:
     ("aggregation", "expected"),
     [("sum", 9.0), ("token-mean", 3.0), ("seq-mean-token-mean", (2.5 + 4) / 2), ("seq-mean-token-sum", 4.5)],
 )
-def test_aggregations_divide_by_what_their_names_say(aggregation: str, expected: float) -> None:
+def test_each_aggregation_has_its_divisor(aggregation: str, expected: float) -> None:
     per_token = torch.tensor([[2.0, 3.0, math.nan], [4.0, math.nan, math.nan]])
     assert aggregate(per_token, MASK, aggregation).item() == pytest.approx(expected)
 
@@ -165,18 +165,18 @@ def test_a_token_with_k_targets_is_one_token() -> None:
     assert aggregate(torch.ones(B, T, K), MASK, "token-mean") == K
 
 
-def test_an_unknown_aggregation_is_told_which_there_are() -> None:
+def test_the_error_for_an_unknown_aggregation_lists_the_known_ones() -> None:
     with pytest.raises(BadHyperparameter, match="no aggregation 'token_mean'; did you mean 'token-mean'"):
         aggregate(torch.ones(B, T), MASK, "token_mean")
 
 
-def test_cross_entropy_is_torchs() -> None:
+def test_target_logprobs_equal_the_cross_entropy_of_torch() -> None:
     logits, targets = torch.randn(B, T, V), torch.randint(V, (B, T))
     assert torch.allclose(-target_logprobs(logits, targets).sum(), F.cross_entropy(logits.mT, targets, reduction="sum"))
 
 
 class CountingSource(StoredSource):
-    """Remembers which rows were read."""
+    """Records which rows are read."""
 
     rows_read: set[int]
 
@@ -195,7 +195,7 @@ class CountingSource(StoredSource):
         lambda x: logsumexp(x, where=MASK),
     ],
 )
-def test_positions_that_do_not_count_never_reach_the_head(ask: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_positions_that_do_not_count_are_not_read(ask: Callable[[torch.Tensor], torch.Tensor]) -> None:
     hidden = torch.randn(B * T, 5).requires_grad_()
     source = CountingSource(hidden, torch.randn(V, 5))
     lazy = Logits.over(source, (B, T))
@@ -208,20 +208,20 @@ def test_positions_that_do_not_count_never_reach_the_head(ask: Callable[[torch.T
     assert (hidden.grad[MASK.flatten() == 0] == 0).all()
 
 
-def test_statistics_are_0_and_attached_where_nothing_counts(logits: torch.Tensor) -> None:
+def test_statistics_are_0_and_attached_if_no_position_counts(logits: torch.Tensor) -> None:
     nothing = torch.zeros(B, T)
     found = entropy(logits, where=nothing) + logsumexp(logits, where=nothing)
     assert torch.equal(found, torch.zeros(B, T))
     assert found.requires_grad
 
 
-def test_a_sequence_mean_is_over_the_positions_that_count_and_0_where_none_does() -> None:
+def test_a_sequence_mean_is_over_the_positions_that_count_and_0_if_none_does() -> None:
     x = torch.tensor([[1.0, 3.0, torch.nan], [torch.nan, torch.inf, 5.0]])
     mask = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
     assert sequence_mean(x, mask).tolist() == [3.5, 0.0]
 
 
-def test_a_log_ratio_is_the_same_whether_the_reference_is_summed_or_not() -> None:
+def test_a_log_ratio_accepts_a_reference_per_token_or_summed() -> None:
     logprobs, reference = -torch.rand(B, T), -torch.rand(B, T)
     summed = sequence_sum(reference, MASK)
     assert torch.allclose(
@@ -231,14 +231,14 @@ def test_a_log_ratio_is_the_same_whether_the_reference_is_summed_or_not() -> Non
     assert sequence_log_ratio(logprobs, reference / 0, torch.zeros(B, T)).tolist() == [0.0, 0.0]
 
 
-def test_pairs_are_rows_that_alternate() -> None:
+def test_pairs_are_alternating_rows() -> None:
     chosen, rejected = pairs(torch.arange(6))
     assert (chosen.tolist(), rejected.tolist()) == ([0, 2, 4], [1, 3, 5])
-    with pytest.raises(BadData, match="3 rows, but they come in pairs"):
+    with pytest.raises(BadData, match="3 rows, but a batch of pairs has an even number"):
         pairs(torch.zeros(3, 2))
 
 
-def test_rows_that_count_go_out_and_come_back() -> None:
+def test_spread_rows_is_the_inverse_of_counted_rows() -> None:
     x = torch.arange(6.0).view(B, T)
     assert counted_rows(x[..., None], MASK).shape == (int(MASK.sum()), 1)
     assert torch.equal(spread_rows(counted_rows(x, MASK), MASK), x * MASK)
@@ -247,7 +247,7 @@ def test_rows_that_count_go_out_and_come_back() -> None:
 
 
 @pytest.mark.parametrize("statistic", [entropy, logsumexp])
-def test_statistics_are_read_only_where_they_count(statistic: Callable[..., torch.Tensor]) -> None:
+def test_statistics_are_computed_only_at_positions_that_count(statistic: Callable[..., torch.Tensor]) -> None:
     logits = torch.randn(B, T, V)
     logits[MASK == 0] = math.nan
     logits.requires_grad_()
@@ -259,20 +259,20 @@ def test_statistics_are_read_only_where_they_count(statistic: Callable[..., torc
     assert statistic(logits, where=torch.zeros(B, T)).sum() == 0
 
 
-def test_a_loss_per_sequence_is_aggregated_as_if_a_sequence_were_a_token() -> None:
+def test_a_loss_per_sequence_is_aggregated_like_one_token_per_sequence() -> None:
     losses, counts = torch.tensor([2.0, 4.0, torch.nan]), torch.tensor([True, True, False])
     found = [aggregate_sequences(losses, counts, how).item() for how in ("sum", "token-mean", "seq-mean-token-mean")]
     assert found == [6.0, 3.0, 2.0]
 
 
-def test_a_likelihood_beside_a_preference_is_a_mean_in_each_sequence() -> None:
+def test_sequence_nll_is_the_sum_of_the_mean_of_each_sequence() -> None:
     logprobs = torch.tensor([[-1.0, -3.0, torch.nan], [-5.0, torch.nan, torch.nan]])
     assert sequence_nll(logprobs, MASK).item() == 2.0 + 5.0
     assert sequence_nll(logprobs, MASK, "token-mean").item() == 3.0
     assert sequence_nll(logprobs, MASK, "seq-mean-token-mean").item() == 3.5
 
 
-def test_one_number_a_row_is_not_one_a_token() -> None:
+def test_an_input_per_row_must_not_have_one_number_per_token() -> None:
     assert per_sequence("labels", torch.ones(B), MASK).tolist() == [1.0, 1.0]
-    with pytest.raises(ValueError, match=r"labels is \[2, 3\], but must be one number a row, \[2\]"):
+    with pytest.raises(ValueError, match=r"labels is \[2, 3\], but must have one number per row, \[2\]"):
         per_sequence("labels", torch.ones(B, T), MASK)

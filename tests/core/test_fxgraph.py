@@ -1,4 +1,4 @@
-"""A traced loss rebuilt from plain data does what the loss does, and nothing that is not on the list."""
+"""A loss that is sent as a graph gives the results of its function, and may use only listed operations."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def shifting(logprobs: Any, weights: Any) -> Any:
 
 
 def several(logprobs: Any, scores: Any) -> Any:
-    """Of [T, K]."""
+    """A loss of `[T, K]` inputs."""
     return (torch.log_softmax(scores, dim=-1).exp() * -logprobs).sum(-1).mean(), {}
 
 
@@ -80,7 +80,7 @@ def test_a_graph_gives_the_loss_the_metrics_and_the_gradient_of_its_function(los
     assert all(torch.equal(metric, same_metrics[key]) for key, metric in metrics.items())
 
 
-def test_each_row_is_seen_without_its_padding_and_losses_add_up() -> None:
+def test_a_graph_runs_on_each_row_without_padding_and_sums_the_losses() -> None:
     def mean(logprobs: Any, old: Any, reward: Any) -> Any:
         return -((logprobs - old) * reward).mean(), {"custom/n:sum": old.sum(), "custom/m:mean": old.sum()}
 
@@ -97,15 +97,15 @@ def test_each_row_is_seen_without_its_padding_and_losses_add_up() -> None:
     assert {key: float(value) for key, value in output.diagnostics.items()} == {"custom/n:sum": 8, "custom/m:mean": 4}
 
 
-def test_an_input_of_another_rank_and_a_loss_that_is_no_scalar_are_refused() -> None:
+def test_an_input_of_another_rank_and_a_loss_that_is_not_a_scalar_are_refused() -> None:
     inputs = {"target_tokens": torch.zeros(1, T, dtype=torch.long), "weights": torch.ones(1)}
-    with pytest.raises(BadData, match="'weights' is a number a row"):
+    with pytest.raises(BadData, match="'weights' has one number per row"):
         load_graph(payload_of(likelihood, ranks_of(likelihood)))(torch.zeros(1, T, V), inputs, torch.ones(1, T))
     with pytest.raises(BadLoss, match="not a scalar"):
         load_graph(payload_of(lambda logprobs: (logprobs * 2, {}), {"logprobs": 1})).one(torch.ones(T))
 
 
-def test_every_operation_of_the_list_is_there() -> None:
+def test_every_operation_of_the_list_exists_in_torch() -> None:
     assert all(callable(function(name)) for name in FUNCTIONS)
     assert all(callable(method(name)) for name in METHODS)
     assert not {"item", "numpy", "tolist", "backward", "register_hook", "share_memory_", "data_ptr"} & set(METHODS)
@@ -116,7 +116,7 @@ BIG = [call("torch.neg", {"ref": "logprobs"}, name=f"n{index}") for index in ran
 
 
 @pytest.mark.parametrize(
-    ("payload", "why"),
+    ("payload", "message"),
     [
         (graph(call("torch.load", LP)), "'torch.load' is not on the list"),
         (graph(call("torch.ops.load_library", LP)), "not on the list"),
@@ -131,84 +131,87 @@ BIG = [call("torch.neg", {"ref": "logprobs"}, name=f"n{index}") for index in ran
         (graph(call("item", LP, op="call_method")), "not on the list"),
         (graph(call("backward", LP, op="call_method")), "not on the list"),
         (graph(call("exp_", LP, op="call_method")), "not on the list"),
-        (graph(call("builtins.getattr", LP, "__class__")), "'attribute' is not"),
-        (graph(call("getattr", LP, "grad_fn")), "'attribute' is not"),
-        (graph(call("getattr", LP, LP)), "'attribute' is not"),
-        (graph(call("builtins.getattr", LP, "shape", None)), "takes 2 arguments at most"),
+        (graph(call("builtins.getattr", LP, "__class__")), "argument 'attribute' has a value"),
+        (graph(call("getattr", LP, "grad_fn")), "argument 'attribute' has a value"),
+        (graph(call("getattr", LP, LP)), "argument 'attribute' has a value"),
+        (graph(call("builtins.getattr", LP, "shape", None)), "takes at most 2 arguments"),
         (graph(call("weight", op="get_attr")), "'get_attr' is not allowed"),
         (graph(call("layer", LP, op="call_module")), "'call_module' is not allowed"),
         (graph(call("logprobs", op="placeholder")), "'placeholder' is not allowed"),
-        (graph(call("torch.exp", {"ref": "x"})), "'x', which is no node before it"),
-        (graph(call("torch.exp", {"ref": "y"}), call("torch.exp", {"ref": "x"}, name="y")), "no node before it"),
-        (graph(call("torch.exp", LP), call("torch.exp", LP)), "another node of this name"),
-        (graph(call("torch.exp", LP, name="a b")), "no name of a node"),
-        (graph(call("torch.exp")), "lacks the argument 'input'"),
-        (graph(call("torch.exp", LP, LP)), "takes 1 arguments at most"),
-        (graph(call("torch.exp", LP, input=LP)), "'input' twice"),
+        (graph(call("torch.exp", {"ref": "x"})), "'x', which is not an earlier node"),
+        (graph(call("torch.exp", {"ref": "y"}), call("torch.exp", {"ref": "x"}, name="y")), "not an earlier node"),
+        (graph(call("torch.exp", LP), call("torch.exp", LP)), "another node has the same name"),
+        (graph(call("torch.exp", LP, name="a b")), "the name of a node consists of"),
+        (graph(call("torch.exp")), "the argument 'input' is missing"),
+        (graph(call("torch.exp", LP, LP)), "takes at most 1 arguments"),
+        (graph(call("torch.exp", LP, input=LP)), "'input' is passed twice"),
         (graph(call("torch.exp", LP, out=LP)), "no argument 'out'"),
-        (graph(call("torch.sum", LP, dim="x")), "'dim' is not"),
-        (graph(call("torch.nn.functional.relu", LP, inplace=True)), "'inplace' is not"),
+        (graph(call("torch.sum", LP, dim="x")), "argument 'dim' has a value"),
+        (graph(call("torch.nn.functional.relu", LP, inplace=True)), "argument 'inplace' has a value"),
         (graph(call("torch.zeros", 9, 9)), "only constants"),
         (graph(call("torch.mul", LP, 10**30)), "too large"),
         (graph(call("torch.mul", LP, "a" * 65)), "too long"),
-        (graph(call("torch.mul", LP, "a")), "'other' is not"),
+        (graph(call("torch.mul", LP, "a")), "argument 'other' has a value"),
         (graph(call("torch.reshape", LP, list(range(100)))), "too many arguments"),
         (graph(call("torch.mul", LP, [[[[[[[[1]]]]]]]])), "too deeply nested"),
-        (graph(call("torch.mul", LP, {"device": "cuda"})), "'device' that a graph may not have"),
-        (graph(call("torch.mul", LP, {"code": "1"})), "'code' that a graph may not have"),
-        (graph(call("operator.getitem", LP, "shape")), "'item' is not"),
-        (graph(*BIG), "nodes, but may have"),
-        (graph(call("torch.exp", LP), loss="nothing"), "no node before it"),
-        (graph(call("torch.exp", LP), inputs=[{"name": "logprobs", "rank": 3}]), "no loss as a graph"),
+        (graph(call("torch.mul", LP, {"device": "cuda"})), "'device', which a graph may not use"),
+        (graph(call("torch.mul", LP, {"code": "1"})), "'code', which a graph may not use"),
+        (graph(call("operator.getitem", LP, "shape")), "argument 'item' has a value"),
+        (graph(*BIG), "nodes, but the limit is"),
+        (graph(call("torch.exp", LP), loss="nothing"), "not an earlier node"),
+        (graph(call("torch.exp", LP), inputs=[{"name": "logprobs", "rank": 3}]), "not a loss as a graph"),
         (graph(call("torch.exp", LP), inputs=[{"name": "weights", "rank": 1}]), "'logprobs', of rank 1 or 2"),
         (graph(call("torch.exp", LP), inputs=[]), "1 to 16"),
         (graph(call("torch.exp", LP), more=1), "unknown field"),
-        (graph(call("torch.exp", LP)) + b" " * (1 << 20), "bytes, but may have"),
-        (b"[" * 100_000, "no loss as a graph"),
-        (b"\x80\x04", "no loss as a graph"),
+        (graph(call("torch.exp", LP)) + b" " * (1 << 20), "bytes, but the limit is"),
+        (b"[" * 100_000, "not a loss as a graph"),
+        (b"\x80\x04", "not a loss as a graph"),
     ],
 )
-def test_what_is_not_on_the_list_is_refused_by_name(payload: bytes, why: str) -> None:
-    with pytest.raises(BadUpload, match=why):
+def test_a_graph_with_anything_that_is_not_allowed_is_refused(payload: bytes, message: str) -> None:
+    with pytest.raises(BadUpload, match=message):
         parse(payload)
 
 
-def test_a_refusal_names_every_operation_that_is_off_the_list() -> None:
+def test_the_error_names_every_operation_that_is_not_on_the_list() -> None:
     nodes = [call("torch.load", LP), call("tolist", LP, name="y", op="call_method"), call("torch.exp", LP, name="z")]
-    with pytest.raises(BadUpload, match=r"node 'x': the function 'torch.load' is not .*, nor: the method 'tolist'$"):
+    with pytest.raises(
+        BadUpload,
+        match=r"node 'x' of the graph: the function 'torch.load' is not .*; also not on it: the method 'tolist'$",
+    ):
         parse(graph(*nodes))
 
 
 @pytest.mark.parametrize("key", ["loss:sum", "custom/A:sum", "custom/a:max", "custom/a", "custom/" + "a" * 65 + ":sum"])
-def test_a_metric_of_another_name_is_refused(key: str) -> None:
+def test_a_metric_with_another_form_of_name_is_refused(key: str) -> None:
     message = json.loads(graph(call("torch.sum", LP)))
     message["graph"]["nodes"][-1]["args"] = [{"tuple": [{"ref": "x"}, {"dict": {key: {"ref": "x"}}}]}]
     with pytest.raises(BadUpload, match="a metric is named"):
         parse(json.dumps(message).encode())
 
 
-def test_a_method_takes_nothing_but_a_tensor_and_an_error_names_the_node() -> None:
+def test_a_method_accepts_only_a_tensor_and_an_error_names_the_node() -> None:
     shape = call("builtins.getattr", LP, "shape", name="s")
-    made = load_graph(graph(shape, call("sum", {"ref": "s"}, op="call_method")))
+    rebuilt = load_graph(graph(shape, call("sum", {"ref": "s"}, op="call_method")))
     with pytest.raises(TypeError) as caught:
-        made.one(torch.ones(T))
-    assert caught.value.__notes__ == ["in the graph's node 'x'"]
+        rebuilt.one(torch.ones(T))
+    assert caught.value.__notes__ == ["in node 'x' of the graph"]
 
 
 def test_examples_have_the_declared_ranks() -> None:
     ranks = {"logprobs": 2, "scores": 2, "reward": 0, "weights": 1}
-    made = load_graph(payload_of(lambda logprobs, scores, reward, weights: (logprobs.sum(), {}), ranks))
-    examples: dict[str, Tensor] = made.examples(V)
+    rebuilt = load_graph(payload_of(lambda logprobs, scores, reward, weights: (logprobs.sum(), {}), ranks))
+    examples: dict[str, Tensor] = rebuilt.examples(V)
     assert [examples[name].dim() - 1 for name in ("target_tokens", "scores", "reward", "weights")] == [2, 2, 0, 1]
 
 
-def test_an_input_that_is_used_as_positions_is_made_up_of_whole_numbers() -> None:
+def test_an_input_that_is_used_as_an_index_is_generated_with_valid_indices() -> None:
     def picked(logprobs: Any, order: Any, where: Any, column: Any, weights: Any) -> Any:
         taken = logprobs[order].sum() + torch.gather(logprobs, 0, where).sum()
         return taken + logprobs.index_select(0, index=column).sum() + weights.sum(), {}
 
     names = ("logprobs", "order", "where", "column", "weights")
-    made = load_graph(payload_of(picked, dict.fromkeys(names, 1)))
-    examples = made.examples(V)
+    rebuilt = load_graph(payload_of(picked, dict.fromkeys(names, 1)))
+    examples = rebuilt.examples(V)
     assert [examples[name].dtype.is_floating_point for name in names[1:]] == [False, False, False, True]
-    assert made.one(torch.ones(T), *(examples[name][0, :T] for name in names[1:]))[0].isfinite()
+    assert rebuilt.one(torch.ones(T), *(examples[name][0, :T] for name in names[1:]))[0].isfinite()

@@ -1,4 +1,4 @@
-"""A graph can be read, whatever its length."""
+"""A graph is rendered as readable text of limited length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tinkerbell_core.fxgraph.graph import parse
 from tinkerbell_core.fxgraph.text import text_of
 
 
-def test_a_graph_reads_like_the_loss_it_is() -> None:
+def test_a_graph_is_rendered_as_a_python_function() -> None:
     def loss(logprobs: Any, weights: Any) -> Any:
         late = logprobs[..., 1:].clamp(max=0.5).to(torch.float32) * weights[1:]
         return -torch.stack([late, late], dim=0).sum(dim=(0, 1)), {"custom/late:sum": late.sum()}
@@ -32,9 +32,9 @@ def test_a_graph_reads_like_the_loss_it_is() -> None:
     ]
 
 
-def test_the_text_of_a_large_graph_is_cut() -> None:
+def test_the_text_of_a_large_graph_is_truncated() -> None:
     text = text_of(
         parse(graph(*(call("torch.neg", LP, name="x" * 90 + str(index)) for index in range(1500)), loss="logprobs"))
     )
     assert len(text) < 66_000
-    assert text.endswith("    # and so on, to 1500 operations\n")
+    assert text.endswith("    # truncated: the graph has 1500 operations\n")

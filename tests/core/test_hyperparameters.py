@@ -1,4 +1,4 @@
-"""What a hyperparameter may be is said once, with the loss, and refused by name before the loss is run."""
+"""A loss declares the ranges of its hyperparameters, and other values are refused before it runs."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def softened(
     k: int | None = None,
     word: str = "a",
 ) -> LossFnOutput:
-    """Logits over a temperature."""
+    """Divide logits by a temperature."""
     return LossFnOutput((1 - share) * (model_outputs.float()[..., 0] * attention_mask).sum() / temperature)
 
 
 @pytest.mark.parametrize(
-    ("config", "sentence"),
+    ("config", "message"),
     [
         ({"temperature": 0}, "loss 'softened': temperature is 0, but must be above 0"),
         ({"temperature": float("nan")}, "temperature is nan, but must be above 0"),
@@ -47,40 +47,44 @@ def softened(
         ({"word": 3}, "word is 3, but must be str"),
     ],
 )
-def test_a_value_that_is_not_allowed_is_refused_by_name(config: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(BadHyperparameter, match=sentence.replace("|", r"\|")):
+def test_the_error_for_a_value_that_is_not_allowed_names_the_hyperparameter(
+    config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadHyperparameter, match=message.replace("|", r"\|")):
         softened.bind(config)
-    with pytest.raises(BadHyperparameter, match=sentence.replace("|", r"\|")):
+    with pytest.raises(BadHyperparameter, match=message.replace("|", r"\|")):
         run_loss(softened, torch.zeros(1, 2, 3, requires_grad=True), {}, torch.ones(1, 2), config)
 
 
-def test_the_ends_of_a_range_are_in_it_unless_they_are_open() -> None:
+def test_a_range_includes_its_ends_unless_they_are_open() -> None:
     assert softened.bind({"share": 0, "k": 1, "temperature": 1e-9})["share"] == 0
     assert softened.bind({"k": None})["k"] is None
     assert 1 in SHARE
     assert 1.001 not in SHARE
 
 
-def test_a_range_travels_with_the_description_that_a_server_binds_from() -> None:
+def test_a_description_has_the_ranges_of_its_loss() -> None:
     sent = msgspec.json.encode(LossDescription.of(dry_run(softened, 7)))
     known = msgspec.json.decode(sent, type=LossDescription).hyperparameters
     with pytest.raises(BadHyperparameter, match="temperature is -1, but must be above 0"):
         bind_hyperparameters("softened", known, {"temperature": -1})
 
 
-def test_a_sum_refuses_what_its_part_refuses() -> None:
+def test_a_sum_refuses_the_values_that_its_part_refuses() -> None:
     with pytest.raises(BadHyperparameter, match="softened/temperature is 0, but must be above 0"):
         combine({softened: 1.0}).bind({"softened/temperature": 0})
 
 
-def test_a_range_for_no_hyperparameter_or_a_default_out_of_it_is_refused_where_the_loss_is_made() -> None:
-    with pytest.raises(BadLoss, match="no hyperparameter 'temperatur' to be above 0; did you mean 'temperature'"):
+def test_the_decorator_refuses_a_range_without_hyperparameter_and_a_default_outside_it() -> None:
+    with pytest.raises(
+        BadLoss, match="no hyperparameter 'temperatur', but allowed= names it; did you mean 'temperature'"
+    ):
         loss(allowed={"temperatur": above(0)})(softened.fn)
     with pytest.raises(BadHyperparameter, match=r"share is 0\.1, but must be at least 1"):
         loss(allowed={"share": at_least(1)})(softened.fn)
 
 
-def test_a_loss_brings_the_batch_to_try_it_with() -> None:
+def test_a_dry_run_uses_the_example_inputs_of_the_loss() -> None:
     def rival(
         model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, *, width: int = 0
     ) -> LossFnOutput:

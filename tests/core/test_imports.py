@@ -1,4 +1,4 @@
-"""What importing tinkerbell_core leaves unloaded."""
+"""Importing tinkerbell_core does not import torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def _loaded(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize("module", ["tinkerbell_core", "tinkerbell_core.types", "tinkerbell_core.registry"])
-def test_importing_the_contract_leaves_torch_unloaded(module: str) -> None:
+def test_importing_the_contract_does_not_import_torch(module: str) -> None:
     assert "torch" not in _loaded(f"import {module}")
 
 
-def test_making_a_spec_and_its_digest_leaves_torch_unloaded() -> None:
+def test_creating_a_spec_does_not_import_torch() -> None:
     code = "from tinkerbell_core import loss\nloss(eval('lambda x, inputs, mask, *, beta=0.1: x'))"
     assert "torch" not in _loaded(code)
 
 
-def test_the_check_sees_torch_when_it_is_loaded() -> None:
+def test_the_check_detects_torch_if_it_is_imported() -> None:
     assert "torch" in _loaded("import tinkerbell_core.functional")

@@ -1,4 +1,4 @@
-"""What is not recognised runs on the true logits, stored once; what cannot be honoured is refused, never wrong."""
+"""An operation without a rule runs on logits that are stored once; an unsupported one is refused, never wrong."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def logits() -> Logits:
 
 
 class Square(torch.autograd.Function):
-    """An author's own function, which saves the logits."""
+    """A custom autograd function that saves the logits."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def _into(buffer: Tensor, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", MATERIALISING)
-def test_what_is_not_recognised_gives_what_plain_logits_give(name: str) -> None:
+def test_an_operation_without_a_rule_gives_the_result_of_plain_logits(name: str) -> None:
     loss = MATERIALISING[name]
     hidden, weight = states()
     expected = loss(hidden @ weight.t())
@@ -107,13 +107,13 @@ def test_what_is_not_recognised_gives_what_plain_logits_give(name: str) -> None:
 def test_the_logits_are_stored_once_for_all_views() -> None:
     x = logits()
     calls = []
-    full = x.family.source.full
-    x.family.source.full = lambda rows: calls.append(len(rows)) or full(rows)
+    full = x.origin.source.full
+    x.origin.source.full = lambda rows: calls.append(len(rows)) or full(rows)
     (x.std() + x[:, 1:].std() + x[0].sin().sum() + x.float().std() + x.detach().cos().mean()).backward()
     assert calls == [B * T]
 
 
-def test_what_made_the_logits_stored_is_recorded_with_its_bytes() -> None:
+def test_the_operation_that_stored_the_logits_is_recorded_with_its_bytes() -> None:
     x = logits()
     x.std()
     x.log_softmax(-1).sort()
@@ -122,7 +122,7 @@ def test_what_made_the_logits_stored_is_recorded_with_its_bytes() -> None:
     assert x[0].materialised is x.materialised
 
 
-def test_a_budget_is_kept_below_python_too() -> None:
+def test_the_budget_also_applies_to_calls_from_c() -> None:
     x = lazy(*states(), budget=BYTES - 1)
     chosen(x.log_softmax(-1)).sum().backward()
     for loss in (lambda: x.sin(), lambda: torch.vmap(torch.sin)(x), lambda: Square.apply(x)):
@@ -180,7 +180,7 @@ REFUSED: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_lazy_logits_cannot_honour_is_refused(name: str) -> None:
+def test_an_operation_that_lazy_logits_do_not_support_is_refused(name: str) -> None:
     x = logits()
     with pytest.raises(PlainLogitsNeeded, match="plain logits"):
         REFUSED[name](x)
@@ -188,7 +188,7 @@ def test_what_lazy_logits_cannot_honour_is_refused(name: str) -> None:
         x.check()
 
 
-def test_logits_that_come_out_of_an_autograd_function_are_refused_when_used() -> None:
+def test_logits_that_an_autograd_function_returns_are_refused_when_used() -> None:
     class Doubles(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def test_logits_that_come_out_of_an_autograd_function_are_refused_when_used() ->
         Doubles.apply(logits()).logsumexp(-1)
 
 
-def test_a_change_in_place_through_a_view_that_is_stored_is_refused_at_the_next_use_and_at_the_end() -> None:
+def test_an_in_place_change_of_a_stored_view_is_refused_at_the_next_use_and_at_the_end() -> None:
     x = logits()
     before = x[:, 1:]
     x.diagonal(dim1=0, dim2=1).mul_(2)
@@ -212,7 +212,7 @@ def test_a_change_in_place_through_a_view_that_is_stored_is_refused_at_the_next_
         x.check()
 
 
-def test_a_change_in_place_of_a_stored_copy_that_plain_logits_would_share_is_refused_at_the_end() -> None:
+def test_an_in_place_change_of_a_stored_copy_is_refused_at_the_end() -> None:
     x = logits()
     x[:, 1:].diagonal(dim1=0, dim2=1).mul_(2)
     with pytest.raises(PlainLogitsNeeded, match="changed in place"):
@@ -225,7 +225,7 @@ def test_a_second_derivative_is_refused() -> None:
         torch.autograd.grad(torch.vmap(torch.sin)(lazy(hidden, weight)).sum(), hidden, create_graph=True)
 
 
-def test_hidden_states_are_those_of_the_logits_as_given() -> None:
+def test_only_the_argument_of_the_loss_has_hidden_states() -> None:
     hidden, weight = states()
     x = lazy(hidden, weight)
     assert torch.equal(x.hidden_states, hidden)
@@ -234,7 +234,7 @@ def test_hidden_states_are_those_of_the_logits_as_given() -> None:
         assert not hasattr(other, "hidden_states")
 
 
-def test_gradients_stop_where_they_do_on_plain_logits() -> None:
+def test_detaching_stops_gradients_as_on_plain_logits() -> None:
     x = logits()
     with torch.no_grad():
         assert not x.logsumexp(-1).requires_grad
@@ -256,7 +256,7 @@ def test_gradients_stop_where_they_do_on_plain_logits() -> None:
     torch.testing.assert_close(hidden.grad, twin.grad)
 
 
-def test_frozen_logits_need_no_gradient() -> None:
+def test_frozen_logits_do_not_require_a_gradient() -> None:
     hidden, weight = states()
     x = lazy(hidden.detach(), weight)
     assert not x.requires_grad
@@ -274,7 +274,7 @@ def test_a_gradient_reaches_trainable_heads() -> None:
     torch.testing.assert_close(weight.grad, expected)
 
 
-def test_autocast_in_a_loss_does_not_reach_the_head() -> None:
+def test_autocast_in_a_loss_does_not_change_the_precision_of_the_head() -> None:
     hidden, weight = torch.randn(B, T, H).requires_grad_(), torch.randn(V, H)
     expected = chosen((hidden @ weight.t()).log_softmax(-1))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -284,7 +284,7 @@ def test_autocast_in_a_loss_does_not_reach_the_head() -> None:
         assert x.erf().dtype == torch.float32
 
 
-def test_inference_mode_is_a_run_without_gradients() -> None:
+def test_inference_mode_works_without_gradients() -> None:
     with torch.inference_mode():
         x = logits()
         torch.testing.assert_close(x.log_softmax(-1)[..., 3], x.stored("test").log_softmax(-1)[..., 3])
@@ -307,7 +307,7 @@ def test_a_target_out_of_range_is_an_index_error() -> None:
             logits().gather(-1, torch.full((B, T, 1), bad))
 
 
-def test_errors_are_those_of_plain_logits() -> None:
+def test_invalid_calls_raise_the_errors_of_plain_logits() -> None:
     x, plain = logits(), logits().stored("test")
     for wrong in (
         lambda z: z.view(5, -1),
@@ -326,7 +326,7 @@ def test_errors_are_those_of_plain_logits() -> None:
             wrong(x)
 
 
-def test_looking_at_logits_stores_nothing() -> None:
+def test_reading_metadata_of_logits_stores_nothing() -> None:
     x = logits()
     assert isinstance(x, Tensor)
     assert x.shape == (B, T, V)
@@ -341,7 +341,7 @@ def test_looking_at_logits_stores_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", ["stored", "local"])
-def test_lazy_logits_are_let_go_with_the_loss_without_waiting_for_a_collection(kind: str) -> None:
+def test_lazy_logits_are_freed_without_garbage_collection(kind: str) -> None:
     gc.disable()
     try:
         hidden, weight = states()

@@ -1,4 +1,4 @@
-"""The ways people write losses, on lazy logits: the value and the gradient of plain ones, and nothing stored."""
+"""Common patterns of losses give the same value and gradient on lazy logits, and store nothing."""
 
 from __future__ import annotations
 
@@ -353,7 +353,7 @@ def _shifted(d: Any) -> Any:
 
 @pytest.mark.parametrize("source", ["stored", "local"])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_nothing_is_stored_and_value_and_gradient_are_those_of_plain_logits(name: str, source: str) -> None:
+def test_a_pattern_stores_nothing_and_gives_the_value_and_gradient_of_plain_logits(name: str, source: str) -> None:
     loss, d = PATTERNS[name], inputs()
     hidden, weight = states()
     expected = loss(hidden @ weight.t(), d)

@@ -1,4 +1,4 @@
-"""A local source answers as plain logits do, value and gradient, under every head and way of asking."""
+"""LocalSource gives the values and gradients of plain logits, for every kind of head and read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tinkerbell_core.logits import Head, LocalSource, Lora, Reading
-from tinkerbell_core.logits.local.moments import ANSWERS
+from tinkerbell_core.logits.local.moments import RESULTS
 from tinkerbell_core.logits.source import Statistic
 
 N, H, V, K = 7, 5, 150, 2
@@ -20,7 +20,7 @@ STATISTICS: tuple[Statistic, ...] = ("logsumexp", "entropy", "total", "dot", "ex
 
 
 class CappedModule(nn.Module):
-    """A head no rule knows, with a parameter that not every model has."""
+    """A head of an unknown kind with an additional parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def seed() -> None:
 
 
 def plain(logits: Tensor, pick: Any, weights: Tensor) -> dict[str, Tensor]:
-    """The answers as an author writes them, about scaled logits `[n, V]`."""
+    """The results for scaled logits `[n, V]`, written with the functions of torch."""
     p, logsumexp = logits.softmax(-1), logits.logsumexp(-1)
     if isinstance(pick, int):
         values, columns = logits.topk(pick)
@@ -96,13 +96,13 @@ def anchors(hidden: Tensor, head: Any) -> list[Tensor]:
 
 
 def gradients(answers: dict[str, Tensor], upstream: dict[str, Tensor], tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """Of the sum of upstream * answers, zeros where there is none."""
+    """The gradients of the sum of upstream * results; zeros for a tensor without a gradient."""
     loss = torch.stack([(upstream[name] * answers[name]).sum() for name in sorted(upstream)]).sum()
     return torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True, materialize_grads=True)
 
 
 def given(reading: Reading) -> dict[str, Tensor]:
-    return {name: answer for name in ANSWERS if (answer := getattr(reading, name)) is not None}
+    return {name: result for name in RESULTS if (result := getattr(reading, name)) is not None}
 
 
 def agree(one: Tensor, other: Tensor) -> None:
@@ -110,7 +110,7 @@ def agree(one: Tensor, other: Tensor) -> None:
 
 
 def compare(source: LocalSource, head: Any, want: frozenset[Statistic], scale: Any, pick: Any, weights: Tensor) -> None:
-    """One read against plain logits; no gradient comes to its third row."""
+    """Compare one read with plain logits; the third row has no gradient."""
     hidden = source.hidden(torch.arange(N))
     logits = head(hidden[ROWS]) * (scale[:, None] if isinstance(scale, Tensor) else scale)
     expected = plain(logits, pick, weights)
@@ -129,7 +129,7 @@ def compare(source: LocalSource, head: Any, want: frozenset[Statistic], scale: A
 
 @pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.parametrize("head", HEADS)
-def test_answers_and_gradients_are_those_of_plain_logits(head: str, chunk_bytes: int) -> None:
+def test_results_and_gradients_equal_those_of_plain_logits(head: str, chunk_bytes: int) -> None:
     made, hidden = HEADS[head](), of(N, H, grad=True)
     source = LocalSource(hidden, made, chunk_bytes=chunk_bytes)
     assert [*map(id, source.anchors())] == [*map(id, anchors(hidden, made))]

@@ -1,4 +1,4 @@
-"""What a local source costs: matrix products counted, no tensor of all logits, nothing twice."""
+"""LocalSource needs a known number of matrix products, and never stores the logits of all rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinkerbell_core.logits.source import Statistic
 
 N, H, V, RANK, CHUNK = 64, 16, 512, 2, 8
 CHUNK_BYTES = CHUNK * V * 4
-LARGE = V * max(CHUNK, H)  # a chunk, or a matrix as large as the weight
+LARGE = V * max(CHUNK, H)  # elements of a chunk or of the weight, whichever is larger
 ROWS = torch.arange(N)
 TARGETS = torch.arange(N)[:, None] * 3 % V
 LOGSUMEXP: frozenset[Statistic] = frozenset({"logsumexp"})
@@ -23,7 +23,7 @@ _PRODUCTS = {"mm", "addmm", "addmm_", "bmm"}
 
 
 class Cost(TorchDispatchMode):
-    """Counts products, in units of one whole `[N, H] x [H, V]`, and remembers the largest tensor made."""
+    """Counts products, in units of one `[N, H] x [H, V]`, and records the size of the largest tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,13 +61,13 @@ def logprobs(source: LocalSource, rows: Tensor = ROWS) -> Tensor:
     return read.values[:, 0] - read.logsumexp
 
 
-# LoRA's own products are RANK / H = 1/8 of a whole one each: 3 forward and again, 3 backward.
+# a product of LoRA costs RANK / H = 1/8 of a full one: 3 in each forward computation, 3 in the backward pass
 @pytest.mark.parametrize(
     ("made", "products"),
     [(head(), 2), (head(lora=True), 3 + 4 * RANK / H), (head(weight=True), 4)],
     ids=["frozen", "lora", "trainable"],
 )
-def test_log_probabilities_cost_their_products_and_no_tensor_of_all_logits(made: Head, products: float) -> None:
+def test_log_probabilities_cost_the_expected_products_and_store_no_full_logits(made: Head, products: float) -> None:
     source = source_of(made, keep_bytes=0)
     with Cost() as cost:
         logprobs(source).sum().backward()
@@ -76,7 +76,7 @@ def test_log_probabilities_cost_their_products_and_no_tensor_of_all_logits(made:
 
 
 @pytest.mark.parametrize(("kept", "products"), [(0, 3), (N // 4, 2.75), (N, 2)])
-def test_an_entropy_beside_costs_one_product_more_but_for_rows_that_are_kept(kept: int, products: float) -> None:
+def test_an_additional_entropy_costs_one_more_product_except_for_kept_rows(kept: int, products: float) -> None:
     source = source_of(head(), keep_bytes=kept * V * 4)
     with Cost() as cost:
         read = source.read(ROWS, pick=TARGETS, want=BOTH)
@@ -88,7 +88,7 @@ def test_an_entropy_beside_costs_one_product_more_but_for_rows_that_are_kept(kep
     assert cost.largest <= LARGE
 
 
-def test_a_read_without_gradients_is_one_product_and_one_without_a_softmax_none() -> None:
+def test_a_read_without_gradients_costs_one_product_or_none_without_a_softmax() -> None:
     source = source_of(head(weight=True))
     with Cost() as cost, torch.no_grad():
         source.read(ROWS, want=BOTH)
@@ -111,7 +111,7 @@ def test_the_sum_of_all_logits_of_a_frozen_head_needs_no_product() -> None:
 @pytest.mark.parametrize(
     "made", [head(), head(lora=True), nn.Sequential(nn.Linear(H, V))], ids=["frozen", "lora", "any"]
 )
-def test_a_second_question_about_the_same_rows_is_answered_from_the_first(made: Any) -> None:
+def test_a_second_read_of_the_same_rows_uses_the_cache(made: Any) -> None:
     source = source_of(made)
     first = source.read(ROWS, want=BOTH)
     with Cost() as cost:
@@ -127,16 +127,16 @@ def test_a_second_question_about_the_same_rows_is_answered_from_the_first(made: 
     assert not detached.requires_grad
 
 
-def test_a_hint_puts_what_comes_later_into_the_first_sweep() -> None:
-    source = source_of(head(), together=BOTH, keep_bytes=0)
+def test_prefetch_computes_a_later_statistic_in_the_first_sweep() -> None:
+    source = source_of(head(), prefetch=BOTH, keep_bytes=0)
     with Cost() as cost:
         source.read(ROWS, want=LOGSUMEXP)
         source.read(ROWS, want=frozenset({"entropy"}))
     assert cost.products == pytest.approx(3, abs=0.01)
 
 
-def test_what_is_only_looked_at_beside_costs_no_product_of_its_own() -> None:
-    source = source_of(head(), together=LOGSUMEXP, beside=frozenset({"entropy"}))
+def test_a_prefetched_statistic_without_gradient_costs_no_additional_product() -> None:
+    source = source_of(head(), prefetch=LOGSUMEXP, prefetch_detached=frozenset({"entropy"}))
     with Cost() as cost:
         logprobs(source).sum().backward()
         with torch.no_grad():
@@ -147,7 +147,7 @@ def test_what_is_only_looked_at_beside_costs_no_product_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("made", [head(lora=True), head(weight=True)], ids=["lora", "trainable"])
-def test_rows_whose_gradient_is_exactly_zero_cost_nothing_in_backward(made: Head) -> None:
+def test_rows_with_a_gradient_of_exactly_zero_cost_nothing_in_backward(made: Head) -> None:
     source = source_of(made, keep_bytes=0)
     read = logprobs(source)
     with Cost() as all_rows:
@@ -165,7 +165,7 @@ def test_few_rows_of_a_trained_head_keep_their_logits_and_are_not_computed_again
     assert cost.products == pytest.approx(3 * len(few) / N, rel=0.05)
 
 
-def test_reads_of_many_sequences_add_to_one_gradient_of_the_head() -> None:
+def test_reads_of_many_sequences_share_one_gradient_buffer_of_the_head() -> None:
     made = head(weight=True)
     source = source_of(made)
     with Cost() as cost:

@@ -1,4 +1,4 @@
-"""What must not go wrong quietly: gradients of gradients, changes in place, a pass that fails, narrow dtypes."""
+"""LocalSource is correct for second derivatives, in-place changes, failed backward passes and narrow dtypes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def head_of(kind: str, dtype: torch.dtype = torch.float64) -> Head | nn.Module:
     weight = torch.randn(V, H, dtype=dtype)
     if kind == "module":
         return nn.Sequential(nn.Linear(H, V, dtype=dtype), nn.Tanh())
-    if kind == "lora":  # of float32 where the weight is narrower, as PEFT makes them
+    if kind == "lora":  # float32 even if the weight is narrower, as in PEFT
         wide = torch.promote_types(dtype, torch.float32)
         a, b = torch.randn(3, H, dtype=wide).requires_grad_(), torch.randn(V, 3, dtype=wide).requires_grad_()
         return Head(weight, lora=Lora(a, b, 0.5))
@@ -46,7 +46,7 @@ CHUNKS = pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
 
 @KINDS
 @CHUNKS
-def test_a_gradient_to_be_differentiated_needs_plain_logits(kind: str, chunk_bytes: int) -> None:
+def test_a_second_derivative_needs_plain_logits(kind: str, chunk_bytes: int) -> None:
     hidden = states()
     source = LocalSource(hidden, head_of(kind), chunk_bytes=chunk_bytes)
     with pytest.raises(PlainLogitsNeeded, match="create_graph"):
@@ -57,7 +57,7 @@ def test_a_gradient_to_be_differentiated_needs_plain_logits(kind: str, chunk_byt
         torch.autograd.grad(picked.sum(), hidden, create_graph=True)
 
 
-def test_a_scale_that_is_learned_needs_plain_logits() -> None:
+def test_a_scale_with_a_gradient_needs_plain_logits() -> None:
     source = LocalSource(states(), head_of("frozen"))
     with pytest.raises(PlainLogitsNeeded, match="gradient"):
         source.read(ROWS, torch.ones(N, dtype=torch.float64, requires_grad=True), want=LOGSUMEXP)
@@ -65,7 +65,7 @@ def test_a_scale_that_is_learned_needs_plain_logits() -> None:
 
 @KINDS
 @CHUNKS
-def test_an_answer_changed_in_place_changes_no_later_answer_and_no_gradient(kind: str, chunk_bytes: int) -> None:
+def test_an_in_place_change_of_a_result_does_not_change_later_results_or_gradients(kind: str, chunk_bytes: int) -> None:
     hidden = states()
     source = LocalSource(hidden, head_of(kind), chunk_bytes=chunk_bytes)
     before = logprobs(source)
@@ -79,7 +79,7 @@ def test_an_answer_changed_in_place_changes_no_later_answer_and_no_gradient(kind
 
 
 @KINDS
-def test_a_backward_pass_that_failed_leaves_nothing_to_the_next(kind: str) -> None:
+def test_a_failed_backward_pass_does_not_affect_the_next_one(kind: str) -> None:
     hidden = states()
     source = LocalSource(hidden, head_of(kind), chunk_bytes=1)
     (expected,) = torch.autograd.grad(logprobs(source).sum(), hidden, retain_graph=True)
@@ -90,7 +90,7 @@ def test_a_backward_pass_that_failed_leaves_nothing_to_the_next(kind: str) -> No
     early = source.read(ROWS, pick=TARGETS + 1).values
     assert early is not None
     late = early * 1
-    late.register_hook(fail)  # the other read has run its backward by then
+    late.register_hook(fail)  # runs after the backward pass of the other read
     with pytest.raises(ZeroDivisionError):
         (logprobs(source).sum() + (early * late).sum()).backward()
     torch.testing.assert_close(torch.autograd.grad(logprobs(source).sum(), hidden)[0], expected)
@@ -98,7 +98,7 @@ def test_a_backward_pass_that_failed_leaves_nothing_to_the_next(kind: str) -> No
 
 @KINDS
 @CHUNKS
-def test_no_log_probability_is_above_zero_however_sure_the_model(kind: str, chunk_bytes: int) -> None:
+def test_no_log_probability_is_above_zero_for_a_very_confident_model(kind: str, chunk_bytes: int) -> None:
     made = head_of(kind, torch.float32)
     hidden = states(torch.float32).detach().mul_(40).requires_grad_()
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_no_log_probability_is_above_zero_however_sure_the_model(kind: str, chun
 
 
 @KINDS
-def test_a_model_in_bfloat16_gives_float32_near_its_plain_logits(kind: str) -> None:
+def test_a_bfloat16_model_gives_float32_results_close_to_plain_logits(kind: str) -> None:
     made, hidden = head_of(kind, torch.bfloat16), states(torch.bfloat16)
     plain = made(hidden).float().log_softmax(-1).gather(1, TARGETS)[:, 0]
     source = LocalSource(hidden, made, chunk_bytes=1)
@@ -131,7 +131,7 @@ def test_a_model_in_bfloat16_gives_float32_near_its_plain_logits(kind: str) -> N
 
 
 @KINDS
-def test_no_rows_give_empty_answers_and_no_gradient(kind: str) -> None:
+def test_a_read_of_no_rows_gives_empty_results_and_no_gradient(kind: str) -> None:
     hidden = states()
     source = LocalSource(hidden, head_of(kind))
     read = source.read(ROWS[:0], 0.5, TARGETS[:0], frozenset({"logsumexp", "entropy"}))
@@ -142,7 +142,7 @@ def test_no_rows_give_empty_answers_and_no_gradient(kind: str) -> None:
     assert gradient is None or not gradient.any()
 
 
-def test_a_wider_weight_is_multiplied_in_the_dtype_it_is_told() -> None:
+def test_a_wider_weight_is_multiplied_in_the_requested_precision() -> None:
     weight, hidden = torch.randn(V, H).requires_grad_(), states(torch.float32)
     head = Head(weight, precision=torch.bfloat16)
     source = LocalSource(hidden, head, chunk_bytes=1)

@@ -1,4 +1,4 @@
-"""Shapes of lazy logits: whatever torch makes of stored ones, without storing any."""
+"""Views and indexing of lazy logits equal those of stored logits, and store nothing."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def same(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("form", ["logits", "log-probabilities", "scaled"])
 @pytest.mark.parametrize("name", VIEWS)
-def test_a_view_is_what_torch_makes_of_stored_logits(name: str, form: str, pair: tuple[Logits, Tensor]) -> None:
+def test_a_view_equals_that_of_stored_logits(name: str, form: str, pair: tuple[Logits, Tensor]) -> None:
     lazy, plain = pair
     row = torch.rand(B, T, 1) + 0.5
     before = {
@@ -144,7 +144,7 @@ def test_a_view_is_what_torch_makes_of_stored_logits(name: str, form: str, pair:
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_an_index_is_what_torch_makes_of_stored_logits(name: str, pair: tuple[Logits, Tensor]) -> None:
+def test_an_index_equals_that_of_stored_logits(name: str, pair: tuple[Logits, Tensor]) -> None:
     lazy, plain = pair
     found = lazy.softmax(-1)[KEYS[name]]
     assert lazy.materialised == []
@@ -161,7 +161,7 @@ def test_an_index_is_what_torch_makes_of_stored_logits(name: str, pair: tuple[Lo
         (Ellipsis, torch.arange(V)),
     ],
 )
-def test_an_index_outside_the_rules_is_what_torch_makes_of_it(key: Any, pair: tuple[Logits, Tensor]) -> None:
+def test_an_index_without_a_rule_equals_that_of_stored_logits(key: Any, pair: tuple[Logits, Tensor]) -> None:
     lazy, plain = pair
     same(lazy[key], plain[key])
 

@@ -1,4 +1,4 @@
-"""The built-in losses: their formulas, their sums, and what they do at the edges."""
+"""The built-in losses compute their formulas, and handle weights, masks and NaN."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def config(spec: LossSpec) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
-def test_every_built_in_loss_keeps_the_rules(spec: LossSpec) -> None:
+def test_every_built_in_loss_passes_the_conformance_kit(spec: LossSpec) -> None:
     check_loss(spec)
 
 
 @pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
-def test_losses_are_sums_over_tokens_of_their_formula(
+def test_each_loss_is_the_sum_of_its_formula_over_tokens(
     spec: LossSpec, batch: tuple[Tensor, dict[str, Tensor], Tensor]
 ) -> None:
     logits, inputs, mask = batch
@@ -72,7 +72,9 @@ def test_losses_are_sums_over_tokens_of_their_formula(
     assert torch.allclose(gradient, expected)
 
 
-def test_a_forward_call_gives_logprobs_where_weights_are_0(batch: tuple[Tensor, dict[str, Tensor], Tensor]) -> None:
+def test_a_forward_call_returns_logprobs_of_tokens_with_weight_0(
+    batch: tuple[Tensor, dict[str, Tensor], Tensor],
+) -> None:
     logits, inputs, mask = batch
     inputs = {"target_tokens": inputs["target_tokens"], "weights": torch.zeros(B, T)}
     output = run_loss(cross_entropy, logits.detach(), inputs, mask, {})
@@ -83,7 +85,7 @@ def test_a_forward_call_gives_logprobs_where_weights_are_0(batch: tuple[Tensor, 
 
 
 @pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
-def test_logprobs_are_zero_where_a_token_does_not_count(
+def test_logprobs_of_tokens_that_do_not_count_are_0(
     spec: LossSpec, batch: tuple[Tensor, dict[str, Tensor], Tensor]
 ) -> None:
     logits, inputs, mask = batch
@@ -106,7 +108,7 @@ def test_weights_multiply_and_may_be_negative(spec: LossSpec, batch: tuple[Tenso
 
 
 @pytest.mark.parametrize("spec", POLICY, ids=lambda spec: spec.name)
-def test_nan_from_the_sampler_does_no_harm_where_the_weight_is_zero(
+def test_nan_from_the_sampler_is_ignored_if_the_weight_is_0(
     spec: LossSpec, batch: tuple[Tensor, dict[str, Tensor], Tensor]
 ) -> None:
     logits, inputs, mask = batch
@@ -124,7 +126,9 @@ def test_nan_from_the_sampler_does_no_harm_where_the_weight_is_zero(
 
 
 @pytest.mark.parametrize("spec", POLICY, ids=lambda spec: spec.name)
-def test_advantages_may_be_one_a_sequence(spec: LossSpec, batch: tuple[Tensor, dict[str, Tensor], Tensor]) -> None:
+def test_advantages_may_have_one_value_per_sequence(
+    spec: LossSpec, batch: tuple[Tensor, dict[str, Tensor], Tensor]
+) -> None:
     logits, inputs, mask = batch
     each = torch.tensor([1.0, -2.0, 3.0])
     per_sequence = run_loss(spec, logits, {**inputs, "advantages": each}, mask, config(spec)).loss
@@ -141,7 +145,7 @@ def test_the_ratio_is_not_clamped(batch: tuple[Tensor, dict[str, Tensor], Tensor
     assert gradient.norm() > 1e6
 
 
-def test_cross_entropy_takes_k_targets_a_position(batch: tuple[Tensor, dict[str, Tensor], Tensor]) -> None:
+def test_cross_entropy_accepts_k_targets_per_position(batch: tuple[Tensor, dict[str, Tensor], Tensor]) -> None:
     logits, _, mask = batch
     targets, weights = torch.randint(V, (B, T, 2)), torch.rand(B, T, 2)
     output = run_loss(cross_entropy, logits, {"target_tokens": targets, "weights": weights}, mask, {})
@@ -155,12 +159,12 @@ def test_cross_entropy_takes_k_targets_a_position(batch: tuple[Tensor, dict[str,
     assert torch.allclose(unweighted.loss, -unweighted.logprobs.sum())
 
 
-def test_dro_needs_its_beta() -> None:
+def test_dro_requires_beta() -> None:
     with pytest.raises(BadHyperparameter, match="needs 'beta'"):
         dro.bind({})
 
 
-def test_an_unknown_aggregation_is_an_error_of_the_hyperparameter(
+def test_an_unknown_aggregation_is_a_bad_hyperparameter(
     batch: tuple[Tensor, dict[str, Tensor], Tensor],
 ) -> None:
     logits, inputs, mask = batch
@@ -168,7 +172,7 @@ def test_an_unknown_aggregation_is_an_error_of_the_hyperparameter(
         run_loss(ppo, logits, inputs, mask, {"aggregation": "mean"})
 
 
-def test_clip_fraction_is_the_share_of_counted_tokens(batch: tuple[Tensor, dict[str, Tensor], Tensor]) -> None:
+def test_clip_fraction_is_the_fraction_of_counted_tokens(batch: tuple[Tensor, dict[str, Tensor], Tensor]) -> None:
     logits, inputs, mask = batch
     far = {**inputs, "logprobs": torch.full((B, T), -30.0), "advantages": torch.ones(B, T)}
     assert run_loss(ppo, logits, far, mask, {}).diagnostics["clip_fraction:mean"] == 1

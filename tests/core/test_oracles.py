@@ -1,4 +1,4 @@
-"""The built-in losses give the numbers, value and gradient, that other projects' losses gave on the same tensors."""
+"""The built-in losses give the recorded values and gradients of the losses of other projects."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ LOSSES = {spec.name: spec for spec in (cross_entropy, importance_sampling, ppo, 
 RECORDS = json.loads(gzip.decompress((Path(__file__).parents[1] / "data" / "oracles.json.gz").read_bytes()))["oracles"]
 
 LEFT_OUT: dict[str, str] = {}
-"""Record id → why its numbers are not ours."""
+"""Record id → why its numbers differ from ours."""
 
 
-def test_every_record_left_out_exists() -> None:
+def test_every_excluded_record_exists() -> None:
     assert set(LEFT_OUT) <= {record["id"] for record in RECORDS}
 
 
 @pytest.mark.parametrize("record", [r for r in RECORDS if r["id"] not in LEFT_OUT], ids=lambda record: record["id"])
-def test_value_and_gradient_are_those_of_the_record(record: dict[str, Any]) -> None:
+def test_value_and_gradient_equal_those_of_the_record(record: dict[str, Any]) -> None:
     tensors = {name: _tensor(value) for name, value in record["inputs"].items()}
     logits = tensors["logits"].requires_grad_()
     inputs = {"target_tokens": tensors["target_tokens"]}
@@ -42,7 +42,7 @@ def test_value_and_gradient_are_those_of_the_record(record: dict[str, Any]) -> N
     output = run_loss(LOSSES[record["loss"]], logits, inputs, mask, _config(record))
     output.loss.backward()
     assert logits.grad is not None
-    # Some peers round to float32 inside whatever the dtype of the record.
+    # some projects round to float32 internally for every dtype
     tolerance = {"rel": 1e-6, "abs": 1e-6} if record["dtype"] == "float64" else {"rel": 1e-4, "abs": 1e-5}
     assert output.loss.item() == pytest.approx(record["expected_loss"], **tolerance)
     assert logits.grad.norm().item() == pytest.approx(record["grad"]["norm"], **tolerance)
@@ -52,7 +52,7 @@ def test_value_and_gradient_are_those_of_the_record(record: dict[str, Any]) -> N
 
 
 def _config(record: dict[str, Any]) -> dict[str, Any]:
-    """The record's hyperparameters under our names; a peer's clip of 0.2 is a ratio bound of 0.8 or 1.2 to us."""
+    """The hyperparameters of the record under our names. A clip of 0.2 is a bound of 0.8 or 1.2 of the ratio."""
     given, peer = record["hyperparams"], record["id"].partition("/")[0]
     config: dict[str, Any] = {"aggregation": "sum" if record["reduction"] in ("sum", "token-sum") else "token-mean"}
     if record["loss"] == "dro":

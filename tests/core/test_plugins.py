@@ -1,4 +1,4 @@
-"""Plugins are found, loaded one at a time, and described when they are broken."""
+"""Plugins are discovered and loaded separately, and a broken plugin is described."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def register_losses():
 Install = Callable[..., list[EntryPoint]]
 
 
-def test_a_plugin_brings_its_losses_with_their_provenance(install: Install) -> None:
+def test_a_plugin_registers_its_losses_with_their_provenance(install: Install) -> None:
     (info,) = load_plugins(install("acme-losses", GOOD.format(name="acme")))
     (spec,) = info.losses
     assert (info.id, info.version, info.error) == ("acme-losses:main", "1.2", None)
@@ -78,7 +78,7 @@ def test_an_entry_point_may_be_disabled_by_id_or_distribution(install: Install) 
     assert [info.id for info in load_plugins(found, disabled=["two"])] == ["one:main"]
 
 
-def test_with_plugins_off_the_built_in_losses_stay(install: Install) -> None:
+def test_the_built_in_losses_are_loaded_if_plugins_are_disabled(install: Install) -> None:
     found = install("one", GOOD.format(name="one")) + install("tinkerbell-core", GOOD.format(name="cross_entropy"))
     assert [info.id for info in load_plugins(found, enabled=False)] == ["tinkerbell-core:main"]
 
@@ -90,14 +90,14 @@ def test_a_disabled_plugin_is_never_imported(install: Install, tmp_path: Path) -
     assert not marker.exists()
 
 
-def test_two_plugins_of_one_name_are_both_kept_and_asked_for_by_id(install: Install) -> None:
+def test_two_losses_of_one_name_are_both_kept_and_need_an_id(install: Install) -> None:
     registry, _ = build_registry(install("one", GOOD.format(name="dpo")) + install("two", GOOD.format(name="dpo")))
-    with pytest.raises(AmbiguousLoss, match="ask for one:dpo or two:dpo"):
+    with pytest.raises(AmbiguousLoss, match="use the id one:dpo or two:dpo"):
         registry.get("dpo")
     assert registry.get("two:dpo").provenance.distribution == "two"
 
 
-def test_one_distribution_that_gives_a_name_twice_is_told_so(install: Install) -> None:
+def test_a_distribution_that_provides_a_loss_twice_is_reported(install: Install) -> None:
     found = install("one", GOOD.format(name="dpo").replace("[fn]", "[fn, fn]"))
     registry, (info,) = build_registry(found)
     assert info.error == "one:dpo is provided twice: rename one of the two losses"

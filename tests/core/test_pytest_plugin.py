@@ -1,4 +1,4 @@
-"""`pytest --tinkerbell-losses` runs the kit on what is installed."""
+"""`pytest --tinkerbell-losses` runs the conformance kit on the installed losses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def kit(names: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    # by module, and not by entry point, so that it is the code beside this test
+    # load the module instead of the entry point, so that the code of this checkout is tested
     plugin = [
         "-p",
         "no:tinkerbell",
@@ -27,7 +27,7 @@ def test_every_check_of_a_loss_is_a_test(tmp_path: Path) -> None:
     done = kit("cross_entropy", tmp_path)
     assert done.returncode == 0, done.stdout
     assert "tinkerbell-core:cross_entropy[gradcheck]" in done.stdout
-    assert "not run: no sandbox was given" in done.stdout
+    assert "not run: no sandbox is available" in done.stdout
 
 
 def test_a_name_that_is_not_installed_is_an_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A loss is found by name, id or version; an error says what there is."""
+"""A loss is found by name, id or version, and an error lists the known ones."""
 
 from __future__ import annotations
 
@@ -47,36 +47,36 @@ def test_uploading_an_old_version_again_makes_it_the_latest() -> None:
     assert len(registry) == 2
 
 
-def test_a_plugin_may_be_asked_for_by_version() -> None:
+def test_a_plugin_loss_is_found_by_version() -> None:
     registry = LossRegistry([PLUGIN])
     assert registry.get("dpo@aaaa") is PLUGIN
     assert registry.get("tinkerbell-loss-dpo:dpo@aaaa") is PLUGIN
 
 
-def test_an_unknown_version_is_told_which_there_are() -> None:
-    with pytest.raises(UnknownLoss, match="no version 'mine@3'; there is mine@111111111111, mine@222222222222"):
+def test_the_error_for_an_unknown_version_lists_the_known_ones() -> None:
+    with pytest.raises(UnknownLoss, match="no version 'mine@3'; available: mine@111111111111, mine@222222222222"):
         LossRegistry([OLD, NEW]).get("mine@3")
 
 
-def test_an_unknown_name_gets_a_did_you_mean() -> None:
-    with pytest.raises(UnknownLoss, match=r"no loss named 'dpoo'; did you mean 'dpo'\? \(there is: dpo, mine\)"):
+def test_the_error_for_an_unknown_name_suggests_a_similar_one() -> None:
+    with pytest.raises(UnknownLoss, match=r"no loss named 'dpoo'; did you mean 'dpo'\? \(available: dpo, mine\)"):
         LossRegistry([PLUGIN, OLD]).get("dpoo")
 
 
-def test_an_empty_registry_says_that_there_is_none() -> None:
-    with pytest.raises(UnknownLoss, match="there is: none"):
+def test_the_error_of_an_empty_registry_lists_none() -> None:
+    with pytest.raises(UnknownLoss, match="available: none"):
         LossRegistry().get("")
 
 
-def test_a_version_prefix_that_fits_two_is_ambiguous() -> None:
+def test_a_digest_prefix_that_matches_two_losses_is_ambiguous() -> None:
     near = spec("mine", "1" * 20 + "2" * 44)
     near_id = spec("mine", "13" + "2" * 62)
     assert LossRegistry([OLD, near_id]).get("mine@11") is OLD
-    with pytest.raises(AmbiguousLoss, match="provided 2 times"):
+    with pytest.raises(AmbiguousLoss, match="2 losses are named"):
         resolve("mine@11", [OLD, near])
 
 
-def test_descriptions_resolve_like_the_specs_they_describe() -> None:
+def test_descriptions_are_found_like_their_specs() -> None:
     specs = [PLUGIN, spec("dpo", distribution="other"), OLD, NEW]
     descriptions = [LossDescription.of(s) for s in specs]
     for name in ("mine", "mine@1", "other:dpo"):
@@ -110,7 +110,7 @@ def test_an_upload_may_have_any_other_name(name: str) -> None:
     LossRegistry([PLUGIN, OLD]).check_upload_name(name)
 
 
-def test_two_owners_of_one_name_are_two_ids_and_the_last_listed_is_meant() -> None:
+def test_two_owners_of_one_name_have_two_ids_and_the_name_means_the_last() -> None:
     other = replace(NEW, provenance=Provenance("upload", owner="public"))
     registry = LossRegistry([other, NEW])
     assert [loss.id for loss in registry] == ["upload:public/mine@" + "2" * 12, "upload:me/mine@" + "2" * 12]

@@ -1,4 +1,4 @@
-"""Losses that are wrong in one way each, and the check that catches it: the kit can fail."""
+"""Each check of the conformance kit fails for a loss that is wrong in one way."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CALLS = [0]
 
 
 def of(reduce: Callable[..., Any], **declared: Any) -> LossSpec:
-    """A loss of log-probabilities [B, T], a mask [B, T], the inputs and the logits."""
+    """A loss that applies `reduce` to the log-probabilities `[B, T]`, the mask `[B, T]`, the inputs and the logits."""
 
     def fn(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
         mask = effective_mask(loss_fn_inputs, attention_mask)
@@ -46,7 +46,7 @@ def remembers(logprobs: Tensor, mask: Tensor, *_: Any) -> Tensor:
 
 
 def tilted(logprobs: Tensor, mask: Tensor, *_: Any) -> Tensor:
-    """No value of its own, all gradient: hides a mean over rows from whoever looks at values alone."""
+    """Adds a mean over rows whose value is 0 but whose gradient is not, so that only gradients show it."""
     centred = logprobs - (logprobs * mask).sum().detach() / mask.sum().clamp(min=1)
     return (counted(centred, mask) * (logprobs - logprobs.detach())).sum() + (logprobs * mask).sum()
 
@@ -95,64 +95,64 @@ def lone_row(logprobs: Tensor, mask: Tensor, *_: Any) -> Tensor:
 
 
 WRONG: list[tuple[str, str, LossSpec]] = [
-    ("contract", "reduce it, with .sum()", of(lambda lp, mask, *_: -lp)),
+    ("contract", "reduce it with .sum()", of(lambda lp, mask, *_: -lp)),
     ("contract", "compute the loss from model_outputs", of(lambda lp, mask, *_: (lp * mask).sum() * 0)),
     ("masked positions", "mask the loss per token", of(lambda lp, mask, x, z: -(lp * mask).sum() + z.square().mean())),
     ("masked positions", "mask with torch.where(mask, x, 0) before an exp", of(late_mask)),
     ("zero weights", "use functional.effective_mask", loss(coupling="sequence")(forgets_weights)),
     (
         "all masked",
-        "clamp what you divide by",
+        "clamp each divisor",
         of(lambda lp, mask, *_: -(lp * mask).sum() / mask.sum(), coupling="batch"),
     ),
     (
         "all masked",
-        "sum over what the mask leaves",
+        "sum over the positions that count",
         of(lambda lp, mask, *_: -F.logsigmoid(sequence_sum(lp, mask)).sum()),
     ),
-    ("padding", "divide by the positions that attention_mask counts", of(padded_mean, coupling="batch")),
+    ("padding", "divide by the number of positions where attention_mask is 1", of(padded_mean, coupling="batch")),
     ("single row", "must be defined for one", of(lone_row, coupling="batch")),
     ("order", "declare group_size", of(lambda lp, mask, *_: -sequence_sum(lp, mask)[::2].sum(), coupling="batch")),
     ("coupling", 'declare coupling="batch"', of(lambda lp, mask, *_: -(lp * mask).sum() / mask.sum().clamp(min=1))),
     ("coupling", 'declare coupling="batch"', of(lambda lp, mask, *_: -(lp * mask).sum() * (lp * mask).sum().detach())),
-    ("micro-batches", "no statistic over rows", of(tilted)),
-    ("same twice", "keep nothing between calls", of(remembers)),
-    ("lazy logits", "do not ask their type", of(unequal)),
-    ("dtypes", "make inputs .float()", of(one_dtype)),
+    ("micro-batches", "may not use a statistic over rows", of(tilted)),
+    ("same twice", "keep no state between calls", of(remembers)),
+    ("lazy logits", "or check their type", of(unequal)),
+    ("dtypes", "convert inputs with .float()", of(one_dtype)),
     ("gradcheck", "look for .item()", of(by_item, coupling="batch")),
     ("hyperparameters", "raise BadHyperparameter", loss(coupling="sequence")(unbounded)),
-    ("hyperparameters", "naming the words there are", loss(coupling="sequence")(unread)),
+    ("hyperparameters", "that lists the valid words", loss(coupling="sequence")(unread)),
 ]
 
 
 @pytest.mark.parametrize(
     ("check", "advice", "spec"), WRONG, ids=[f"{n} {check}" for n, (check, _, _) in enumerate(WRONG)]
 )
-def test_a_wrong_loss_is_caught_by_the_check_meant_for_it(check: str, advice: str, spec: LossSpec) -> None:
+def test_a_wrong_loss_fails_its_check_with_advice(check: str, advice: str, spec: LossSpec) -> None:
     failed = {result.name: result.message for result in run_checks(spec) if not result.ok}
     assert advice in failed[check]
 
 
-def test_every_check_has_a_wrong_loss_of_its_own() -> None:
-    # that of the sandbox needs one: tests/sandbox
+def test_every_check_has_a_wrong_loss() -> None:
+    # the sandbox check needs a sandbox: tests/sandbox
     assert {check for check, _, _ in WRONG} == {"contract", *CHECKS} - {"sandbox"}
 
 
 @pytest.mark.parametrize(
     "spec", [of(lambda lp, mask, *_: -(lp * mask).sum()), loss(coupling="sequence")(refuses)], ids=["sum", "refuses"]
 )
-def test_a_right_loss_passes_every_check(spec: LossSpec) -> None:
+def test_a_correct_loss_passes_every_check(spec: LossSpec) -> None:
     assert [result for result in run_checks(spec) if not result.ok] == []
 
 
-def test_a_check_that_was_not_run_says_why_and_fails_nothing() -> None:
+def test_a_check_that_did_not_run_gives_a_reason_and_does_not_fail() -> None:
     right = of(lambda lp, mask, *_: -(lp * mask).sum())
     last = run_checks(right)[-1]
     assert (last.name, last.ok, last.ran) == ("sandbox", True, False)
-    assert last.message.startswith("no sandbox was given")
+    assert last.message.startswith("no sandbox is available")
 
 
-def test_where_an_author_s_line_fails_is_told() -> None:
+def test_the_error_names_the_line_of_the_author() -> None:
     [failed] = [result.message for result in run_checks(of(one_dtype)) if not result.ok]
     assert "at test_wrong_losses.py" in failed
     assert 'torch.einsum("bt,bt->", logprobs, advantages)' in failed
@@ -165,10 +165,10 @@ def test_a_loss_that_detaches_a_factor_passes_the_gradient_check() -> None:
 
     found = {result.name: result for result in run_checks(of(weighted))}
     assert found["gradcheck"].ok
-    assert found["gradcheck"].message == "what it detaches is held constant"
+    assert found["gradcheck"].message == "detached tensors are kept constant"
 
 
-def test_a_check_that_is_left_out_is_named_or_refused() -> None:
+def test_a_skipped_check_must_exist() -> None:
     right = of(lambda lp, mask, *_: -(lp * mask).sum())
     assert "gradcheck" not in [result.name for result in run_checks(right, without=["gradcheck"])]
     with pytest.raises(ValueError, match="no check 'gradchek'"):

@@ -1,4 +1,4 @@
-"""The arguments of a graph's operations: read from plain data, and checked against what an operation takes."""
+"""Parses the arguments of the operations of a graph from JSON, and checks them against the parameters."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from typing import Any
 
 from tinkerbell_core.fxgraph.operations import ATTRIBUTES, DTYPES, WORDS, Parameter
 
-_ITEMS = 64  # of all arguments of one operation, nested ones too
-_DEPTH = 6
-_TEXT = 64
-_WIDE = 1 << 53  # integers are exact below it in whatever wrote the JSON
+_MAX_ITEMS = 64  # of all arguments of one operation, nested ones included
+_MAX_DEPTH = 6
+_MAX_CHARACTERS = 64
+_MAX_INT = 1 << 53  # larger integers are not exact in every JSON writer
 
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """The value of the node of this name."""
+    """The value of the node with this name."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Dtype:
+    """A torch dtype by name."""
+
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
+    """A slice, as an index."""
+
     start: Ref | int | None
     stop: Ref | int | None
     step: Ref | int | None
@@ -39,43 +43,46 @@ Value = Scalar | EllipsisType | Ref | Dtype | Slice | list[Any] | tuple[Any, ...
 
 
 class Reader:
-    """Reads one node's arguments. Raises ValueError for what is none; `refers`: whether a node was among them."""
+    """Parses the arguments of one node. Raises ValueError for an invalid one.
 
-    def __init__(self, known: set[str], items: int = _ITEMS) -> None:
-        self._known, self._left = known, items
+    known: names of earlier nodes. items: limit on the number of values. refers: whether an argument was a node.
+    """
+
+    def __init__(self, known: set[str], items: int = _MAX_ITEMS) -> None:
+        self._known, self._remaining = known, items
         self.refers = False
 
-    def value(self, raw: Any, depth: int = 0) -> Value:  # Any: what JSON gives
-        """One argument."""
-        self._left -= 1
-        if self._left < 0 or depth > _DEPTH:
-            raise ValueError("it has too many arguments, or too deeply nested ones")
+    def value(self, raw: Any, depth: int = 0) -> Value:  # Any: decoded JSON
+        """Parse one argument."""
+        self._remaining -= 1
+        if self._remaining < 0 or depth > _MAX_DEPTH:
+            raise ValueError("there are too many arguments, or too deeply nested ones")
         match raw:
             case None | bool() | float():
                 return raw
             case int():
-                if abs(raw) > _WIDE:
-                    raise ValueError("it holds an integer that is too large")
+                if abs(raw) > _MAX_INT:
+                    raise ValueError("an integer is too large")
                 return raw
             case str():
-                if len(raw) > _TEXT:
-                    raise ValueError("it holds a text that is too long")
+                if len(raw) > _MAX_CHARACTERS:
+                    raise ValueError("a string is too long")
                 return raw
             case list():
                 return [self.value(item, depth + 1) for item in raw]
             case dict() if len(raw) == 1:
                 ((kind, content),) = raw.items()
                 return self._wrapped(kind, content, depth)
-        raise ValueError("it holds an argument of no known form")
+        raise ValueError("an argument has an unknown form")
 
     def output(self, raw: Any) -> tuple[str, dict[str, str]]:  # Any: as above
-        """(loss, metrics) as names of nodes."""
+        """Parse the output (loss, metrics) as the names of nodes."""
         pair = raw.get("tuple") if isinstance(raw, dict) and len(raw) == 1 else raw
         if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError("it must be two things")
+            raise ValueError("it must have two elements")
         loss, metrics = pair
         if not isinstance(metrics, dict) or metrics.keys() != {"dict"} or not isinstance(metrics["dict"], dict):
-            raise ValueError("its metrics must be a dict")
+            raise ValueError("the metrics must be a dict")
         return self._node(loss), {key: self._node(value) for key, value in metrics["dict"].items()}
 
     def _node(self, raw: Any) -> str:  # Any: as above
@@ -88,7 +95,7 @@ class Reader:
         match kind, content:
             case "ref", str():
                 if content not in self._known:
-                    raise ValueError(f"it refers to {content[:80]!r}, which is no node before it")
+                    raise ValueError(f"it refers to {content[:80]!r}, which is not an earlier node")
                 self.refers = True
                 return Ref(content)
             case "tuple", list():
@@ -96,7 +103,7 @@ class Reader:
             case "slice", [_, _, _]:
                 bounds = [self.value(item, depth + 1) for item in content]
                 if not all(bound is None or _is_int(bound) for bound in bounds):
-                    raise ValueError("a slice has integers")
+                    raise ValueError("the bounds of a slice must be integers")
                 return Slice(*bounds)  # type: ignore[arg-type]  # checked the line before
             case "ellipsis", True:
                 return ...
@@ -104,45 +111,45 @@ class Reader:
                 return float(content)
             case "dtype", str() if content in DTYPES:
                 return Dtype(content)
-        raise ValueError(f"it holds a {kind[:40]!r} that a graph may not have")
+        raise ValueError(f"an argument has the kind {kind[:40]!r}, which a graph may not use")
 
 
 def check_arguments(
     parameters: Sequence[Parameter], args: Sequence[Value], kwargs: dict[str, Value], is_method: bool
 ) -> None:
-    """Raise ValueError for arguments that are not what the operation takes."""
+    """Raise ValueError for arguments that do not match the parameters of the operation."""
     if is_method and not (args and isinstance(args[0], Ref)):
-        raise ValueError("a method is called on a node")
+        raise ValueError("the first argument of a method must be a node")
     given: set[str] = set()
-    left = list(args)
+    remaining = list(args)
     for parameter in parameters:
-        if not left:
+        if not remaining:
             break
-        taken = left if parameter.many else left[:1]
-        left = left[len(taken) :]
+        taken = remaining if parameter.many else remaining[:1]
+        remaining = remaining[len(taken) :]
         given.add(parameter.name)
         for value in taken:
             _check(parameter, value)
-    if left:
-        raise ValueError(f"it takes {len(parameters)} arguments at most, not {len(args)}")
+    if remaining:
+        raise ValueError(f"it takes at most {len(parameters)} arguments, not {len(args)}")
     known = {parameter.name: parameter for parameter in parameters}
     for name, value in kwargs.items():
         if name not in known:
-            raise ValueError(f"it has no argument {name[:40]!r} in a graph")
+            raise ValueError(f"in a graph it has no argument {name[:40]!r}")
         if name in given:
-            raise ValueError(f"it is given {name!r} twice")
+            raise ValueError(f"the argument {name!r} is passed twice")
         given.add(name)
         _check(known[name], value)
     missing = [parameter.name for parameter in parameters if parameter.required and parameter.name not in given]
     if missing:
-        raise ValueError(f"it lacks the argument {missing[0]!r}")
+        raise ValueError(f"the argument {missing[0]!r} is missing")
 
 
 def _check(parameter: Parameter, value: Value) -> None:
     if value is None and not parameter.required:
         return
     if not _fits(parameter, value):
-        raise ValueError(f"its argument {parameter.name!r} is not what it may be in a graph")
+        raise ValueError(f"the argument {parameter.name!r} has a value that is not allowed in a graph")
 
 
 def _fits(parameter: Parameter, value: Value) -> bool:

@@ -1,4 +1,4 @@
-"""A graph as a loss: each sequence's log-probabilities through its operations, one after the other."""
+"""Runs a checked graph as a loss: its operations, in order, on the log-probabilities of each sequence."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tinkerbell_core.fxgraph.graph import Graph, parse
 from tinkerbell_core.fxgraph.resolve import function, method
 from tinkerbell_core.output import LossFnOutput
 
-_K = 3  # targets a position of a made-up batch
+_K = 3  # targets per position of a generated batch
 
-# operation → where its arguments begin to be positions
+# operation → its first argument that is an index
 _INDEX_AT = {
     "operator.getitem": 1,
     "torch.take_along_dim": 1,
@@ -31,9 +31,9 @@ _INDEX_AT = {
 
 
 class GraphLoss:
-    """Runs a graph on every row, on its real positions only, and sums the losses.
+    """Runs a graph on the real positions of each row, and sums the losses.
 
-    A metric named `:sum` is added up over the rows, one named `:mean` averaged.
+    A metric with the suffix `:sum` is summed over the rows; one with the suffix `:mean` is averaged.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -46,12 +46,12 @@ class GraphLoss:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """What it reads of loss_fn_inputs."""
+        """The keys of loss_fn_inputs that the graph reads."""
         return ("target_tokens", *(name for name in self._names if name != "target_tokens"))
 
     @property
     def summary(self) -> str:
-        """It in a line."""
+        """One line that describes the graph."""
         return f"a graph of {len(self._steps)} operations on {', '.join(self.graph.inputs)}"
 
     def __call__(
@@ -60,7 +60,7 @@ class GraphLoss:
         loss_fn_inputs: Mapping[str, Tensor],
         attention_mask: Tensor,
         *args: Any,
-        **hyperparameters: Any,  # Any: a graph has none
+        **hyperparameters: Any,  # Any: a graph has no hyperparameters
     ) -> LossFnOutput:
         targets = loss_fn_inputs["target_tokens"]
         self._check_rank("target_tokens", targets, self.graph.inputs["logprobs"])
@@ -78,7 +78,7 @@ class GraphLoss:
         return LossFnOutput(torch.stack(losses).sum(), logprobs, means)
 
     def one(self, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and the metrics of one sequence. Raises BadLoss where they are no scalars."""
+        """The loss and the metrics of one sequence. Raises BadLoss if one of them is not a scalar."""
         values: dict[str, Any] = dict(zip(self.graph.names, inputs, strict=True))  # Any: tensors, shapes, numbers
         for name, operation, args, kwargs in self._steps:
             filled = [_filled(arg, values) for arg in args]
@@ -86,46 +86,46 @@ class GraphLoss:
             try:
                 values[name] = operation(*filled, **keywords)
             except Exception as error:
-                error.add_note(f"in the graph's node {name!r}")
+                error.add_note(f"in node {name!r} of the graph")
                 raise
         loss = values[self.graph.loss]
         if not isinstance(loss, Tensor) or loss.dim() != 0:
-            raise BadLoss("the graph's loss is not a scalar tensor: reduce it, with .sum()")
+            raise BadLoss("the loss of the graph is not a scalar tensor: reduce it, for example with .sum()")
         metrics = {key: _metric(key, values[name], loss) for key, name in self.graph.metrics.items()}
         return loss, metrics
 
     def examples(self, vocab_size: int) -> dict[str, Tensor]:
-        """A made-up batch of inputs that have the ranks the graph declares, whole numbers where they are indices."""
+        """A generated batch with the ranks that the graph declares; inputs used as an index are valid indices."""
         mask = torch.ones(len(LENGTHS), max(LENGTHS))  # [B, T]
         ranks = {**self.graph.inputs, "target_tokens": self.graph.inputs["logprobs"]}
-        made = {name: _example(name, ranks[name], mask, vocab_size) for name in self.inputs}
+        examples = {name: _example(name, ranks[name], mask, vocab_size) for name in self.inputs}
         indices = self._indices()
-        return {name: value.long() % min(LENGTHS) if name in indices else value for name, value in made.items()}
+        return {name: value.long() % min(LENGTHS) if name in indices else value for name, value in examples.items()}
 
     def _indices(self) -> set[str]:
-        """Inputs that some operation takes as positions."""
-        held = dict(zip(self.graph.names, self.graph.inputs, strict=True))
-        places = [
+        """The names of inputs that an operation uses as an index."""
+        input_of = dict(zip(self.graph.names, self.graph.inputs, strict=True))
+        arguments = [
             value
             for step in self.graph.steps
             for value in (*step.args[_INDEX_AT.get(step.target, len(step.args)) :], *step.kwargs.values())
             if step.target in _INDEX_AT
         ]
-        flat = [item for place in places for item in (place if isinstance(place, list | tuple) else [place])]
-        return {held[each.name] for each in flat if isinstance(each, Ref) and each.name in held}
+        flat = [item for each in arguments for item in (each if isinstance(each, list | tuple) else [each])]
+        return {input_of[each.name] for each in flat if isinstance(each, Ref) and each.name in input_of}
 
     def _check_rank(self, name: str, value: Tensor, rank: int) -> None:
         if value.dim() - 1 != rank:
-            shape = ("a number", "[T]", "[T, K]")
-            raise BadData(f"{name!r} is {shape[value.dim() - 1]} a row, but the graph was declared with {shape[rank]}")
+            shape = ("one number", "[T]", "[T, K]")
+            raise BadData(f"{name!r} has {shape[value.dim() - 1]} per row, but the graph declares {shape[rank]}")
 
 
 def load_graph(payload: bytes) -> GraphLoss:
-    """The loss in `payload`. Raises BadUpload for one that is not made of allowed operations alone."""
+    """The loss in `payload`. Raises BadUpload if the payload is not a graph of allowed operations."""
     return GraphLoss(parse(payload))
 
 
-def _filled(value: Value, values: Mapping[str, Any]) -> Any:  # Any: what an operation takes
+def _filled(value: Value, values: Mapping[str, Any]) -> Any:  # Any: an argument of an operation
     match value:
         case Ref():
             return values[value.name]
@@ -145,7 +145,7 @@ def _metric(key: str, value: object, like: Tensor) -> Tensor:
     if isinstance(value, bool | int | float):
         return like.new_tensor(value)
     if not isinstance(value, Tensor) or value.dim() != 0 or value.is_complex():
-        raise BadLoss(f"the graph's metric {key!r} is not a scalar")
+        raise BadLoss(f"the metric {key!r} of the graph is not a scalar")
     return value.detach()
 
 

@@ -1,4 +1,4 @@
-"""The operations that a graph may use, and what each takes: a list of words. What they mean is in `lookups`."""
+"""The list of operations that a graph may use, and the parameters of each. `resolve` maps them to functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "T", "mT", "values",
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """many: takes all positional arguments that are left."""
+    """many: whether it takes all remaining positional arguments."""
 
     name: str
     kind: Kind
@@ -22,7 +22,7 @@ class Parameter:
     many: bool
 
 
-# kind → the names of parameters that are of it; any other name is an operand: a node or a number
+# kind → the names of its parameters; every other parameter is an operand: a node or a number
 _KINDS: dict[Kind, str] = {
     "node": "condition target mask index indices src",
     "nodes": "tensors",
@@ -33,12 +33,12 @@ _KINDS: dict[Kind, str] = {
     "word": "reduction rounding_mode",
     "index": "item",
     "attribute": "attribute",
-    # what torch.fx writes out though nobody set it; anything but None, False or a tensor's own device is refused
+    # torch.fx writes these even if nobody set them; only None, False and the device of a tensor are allowed
     "unset": "inplace out size_average reduce device layout requires_grad pin_memory memory_format non_blocking copy",
 }
 _KIND_OF: dict[str, Kind] = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 
-# "names: parameters", where ? may be left out and * takes what is left; for torch.<name> and for the method alike
+# "names: parameters"; ? marks an optional parameter, * takes the rest. For torch.<name> and the method of that name
 _BOTH = """
 abs absolute exp expm1 exp2 log log1p log2 log10 sqrt rsqrt square neg negative positive reciprocal sign: input
 sin cos tan asin acos atan sinh cosh tanh sigmoid relu erf floor ceil trunc frac: input
@@ -141,8 +141,8 @@ log: input other?
 pow: input other
 """
 
-# other spellings by which torch.fx, by version, tells of the same functions
-_SPELLINGS = {
+# other names of the same functions in some versions of torch.fx
+_ALIASES = {
     "_operator.": "operator.",
     "torch.functional.": "torch.",
     "torch._C._nn.log_sigmoid": "torch.nn.functional.logsigmoid",
@@ -177,17 +177,17 @@ FUNCTIONS: dict[str, tuple[Parameter, ...]] = {
     **_read(_MATH, "math."),
     **_read("getattr: input attribute", "builtins."),
 }
-"""By name, what a call_function may call."""
+"""Functions that a call_function node may call: name → parameters."""
 
 METHODS: dict[str, tuple[Parameter, ...]] = {**_read(_BOTH, ""), **_read(_METHODS, "")}
-"""By name, what a call_method may call, the tensor itself included."""
+"""Methods that a call_method node may call: name → parameters, of which the first is the tensor."""
 
 
-def spelled(target: str) -> str:
-    """The name in FUNCTIONS of a function that torch.fx calls `target`; `target` itself where there is none."""
+def canonical(target: str) -> str:
+    """The name in FUNCTIONS of a function that torch.fx calls `target`; `target` itself if it is not an alias."""
     if target == "getattr":
         return "builtins.getattr"
-    for theirs, ours in _SPELLINGS.items():
-        if target.startswith(theirs):
-            return ours + target.removeprefix(theirs)
+    for alias, prefix in _ALIASES.items():
+        if target.startswith(alias):
+            return prefix + target.removeprefix(alias)
     return target

@@ -1,4 +1,4 @@
-"""What the words of a graph stand for. No name outside the list of operations is ever looked up."""
+"""Maps the names of allowed operations to the functions that they name. No other name is looked up."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import torch
 from tinkerbell_core.fxgraph.operations import ATTRIBUTES, FUNCTIONS, METHODS
 
 
-def function(name: str) -> Callable[..., Any]:  # Any: each operation's own
-    """What a name of FUNCTIONS stands for."""
+def function(name: str) -> Callable[..., Any]:  # Any: each operation has its own signature
+    """The function with a name in FUNCTIONS."""
     assert name in FUNCTIONS
-    home, _, word = name.rpartition(".")
-    if home == "builtins":
+    namespace, _, attribute = name.rpartition(".")
+    if namespace == "builtins":
         return _attribute
-    homes = {
+    namespaces = {
         "torch": torch,
         "torch.nn.functional": torch.nn.functional,
         "torch.special": torch.special,
         "operator": operator,
         "math": math,
     }
-    return getattr(homes[home], word)  # type: ignore[no-any-return]
+    return getattr(namespaces[namespace], attribute)  # type: ignore[no-any-return]
 
 
 def method(name: str) -> Callable[..., Any]:  # Any: as above
-    """What a name of METHODS stands for; it takes nothing but a tensor as its first argument."""
+    """The tensor method with a name in METHODS. It accepts only a tensor as its first argument."""
     assert name in METHODS
     return getattr(torch.Tensor, name)  # type: ignore[no-any-return]
 
@@ -37,7 +37,7 @@ def method(name: str) -> Callable[..., Any]:  # Any: as above
 def _attribute(value: Any, name: str) -> Any:  # Any: a tensor, or the named tuple of max, sort and topk
     of_tensor = isinstance(value, torch.Tensor)
     if name not in ATTRIBUTES or of_tensor == (name in ("values", "indices")):
-        raise TypeError(f"a {type(value).__name__} has no {name!r} in a graph")
+        raise TypeError(f"a graph may not read {name!r} of a {type(value).__name__}")
     if not of_tensor and not isinstance(value, tuple):
-        raise TypeError(f"a {type(value).__name__} has no {name!r} in a graph")
+        raise TypeError(f"a graph may not read {name!r} of a {type(value).__name__}")
     return getattr(value, name)

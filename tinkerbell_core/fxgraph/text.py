@@ -1,23 +1,26 @@
-"""A graph as text to be read. Nothing reads it back."""
+"""Renders a graph as Python text for people to read. The text is not parsed again."""
 
 from __future__ import annotations
 
 from tinkerbell_core.fxgraph.arguments import Dtype, Ref, Slice, Value
 from tinkerbell_core.fxgraph.graph import Graph, Step
 
-_MOST = 1 << 16  # characters
+_MAX_CHARACTERS = 1 << 16
 
 
 def text_of(graph: Graph) -> str:
-    """The graph as a function that does what it does, cut where it is very long."""
+    """The graph as the text of a Python function, truncated if it is very long."""
     inputs = ", ".join(graph.names)
     metrics = ", ".join(f"{key!r}: {name}" for key, name in graph.metrics.items())
     lines = [f"def loss({inputs}):", *(_line(step) for step in graph.steps)]
     lines.append(f"    return {graph.loss}, {{{metrics}}}")
     text = "\n".join(lines) + "\n"
-    if len(text) <= _MOST:
+    if len(text) <= _MAX_CHARACTERS:
         return text
-    return text[: text.rindex("\n", 0, _MOST) + 1] + f"    # and so on, to {len(graph.steps)} operations\n"
+    return (
+        text[: text.rindex("\n", 0, _MAX_CHARACTERS) + 1]
+        + f"    # truncated: the graph has {len(graph.steps)} operations\n"
+    )
 
 
 def _line(step: Step) -> str:

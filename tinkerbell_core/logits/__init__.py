@@ -1,4 +1,4 @@
-"""Logits as a loss sees them: stored, or computed chunk by chunk as the loss asks."""
+"""The logits that a loss gets: stored, or lazy and computed in chunks when the loss reads them."""
 
 from tinkerbell_core.logits.head import Head, Lora
 from tinkerbell_core.logits.lazy.tensor import Logits

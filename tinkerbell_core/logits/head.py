@@ -1,4 +1,4 @@
-"""The last step of a language model: hidden states to logits, by one matrix and what models add to it."""
+"""The language-model head: computes logits from hidden states, with bias, LoRA, multiplier and soft-capping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lora:
-    """A low-rank addition to a head's weight: scaling * b @ a. a: `[r, H]`, b: `[V, r]`."""
+    """A low-rank addition to the weight of a head: scaling * b @ a. a: `[r, H]`, b: `[V, r]`."""
 
     a: Tensor
     b: Tensor
@@ -23,7 +23,7 @@ class Lora:
 class Head:
     """softcap * tanh(multiplier * (states @ weight.T + bias + lora) / softcap), in the weight's dtype.
 
-    weight: `[V, H]`. bias: `[V]`. precision: the dtype of the products, where the weight is wider (as under autocast).
+    weight: `[V, H]`. bias: `[V]`. precision: the dtype of the products, if not that of the weight (as in autocast).
     """
 
     weight: Tensor
@@ -34,20 +34,20 @@ class Head:
     precision: torch.dtype | None = None
 
     def __call__(self, states: Tensor) -> Tensor:
-        """Logits `[..., V]` of states `[..., H]`."""
+        """Logits `[..., V]` for states `[..., H]`."""
         dtype = self.dtype
         states = states.to(dtype)
         logits = F.linear(states, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
         if self.lora is not None:
             low = self.precision or self.lora.a.dtype
-            added = F.linear(F.linear(states.to(low), self.lora.a.to(low)), self.lora.b.to(low))
-            logits = (logits + added * self.lora.scaling).to(dtype)
+            delta = F.linear(F.linear(states.to(low), self.lora.a.to(low)), self.lora.b.to(low))
+            logits = (logits + delta * self.lora.scaling).to(dtype)
         if self.multiplier != 1:
             logits = logits * self.multiplier
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def parameters(self) -> Iterator[Tensor]:
-        """The tensors it is made of, frozen ones too."""
+        """The tensors of the head, including frozen ones."""
         yield self.weight
         if self.bias is not None:
             yield self.bias
@@ -57,5 +57,5 @@ class Head:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the logits."""
+        """The dtype of the logits."""
         return self.precision or self.weight.dtype

@@ -1,4 +1,4 @@
-"""Stored logits that remember the hidden states they came from."""
+"""Stored logits with a reference to their hidden states."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def plain_logits(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-    """The logits `[B, T, V]` of hidden states `[B, T, H]`, float32 or better, for `functional.hidden_states` to read.
+    """The logits `[B, T, V]` of hidden states `[B, T, H]`, in float32 or better, as an ordinary tensor.
 
-    An ordinary tensor: every operation on it is torch's own, and gives a tensor that carries no hidden states.
+    `functional.hidden_states` accepts the result, but not a tensor that is computed from it.
     """
     logits = head(hidden)
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
-    # torch has no declared place for this; a subclass would slow and spread to all that is computed from it.
+    # an attribute and not a subclass, which would slow down every tensor that is computed from it
     logits.hidden_states = hidden  # type: ignore[attr-defined]
     return logits

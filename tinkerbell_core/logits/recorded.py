@@ -1,4 +1,4 @@
-"""A source that remembers what was asked of the same rows, so that another may answer it in one go."""
+"""A source that records which statistics are read of the same rows, so that a later run can read them together."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tinkerbell_core.logits.source import LogitsSource, Reading, Statistic
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """statistics: name → whether a gradient was wanted."""
+class _Reads:
+    """The reads of one set of rows. statistics: name → whether it was read with a gradient."""
 
     rows: Tensor
     scale: float | Tensor
@@ -20,11 +20,11 @@ class _Asked:
 
 
 class RecordedSource:
-    """Another source, and a list of questions. For small batches: it compares rows and looks at no cost."""
+    """Wraps a source and records its reads. For small batches only, because it compares rows with all earlier reads."""
 
     def __init__(self, source: LogitsSource) -> None:
         self._source = source
-        self._asked: list[_Asked] = []
+        self._reads: list[_Reads] = []
         self.count, self.vocab, self.dtype, self.device = source.count, source.vocab, source.dtype, source.device
 
     def read(
@@ -49,17 +49,17 @@ class RecordedSource:
     def anchors(self) -> list[Tensor]:
         return self._source.anchors()
 
-    def together(self, *, gradient: bool) -> frozenset[Statistic]:
-        """Statistics asked, with or without a gradient, of rows of which others were asked too."""
-        several = [asked.statistics for asked in self._asked if len(asked.statistics) > 1]
-        return frozenset(name for asked in several for name, wanted in asked.items() if wanted is gradient)
+    def read_together(self, *, gradient: bool) -> frozenset[Statistic]:
+        """Statistics read with (or without) a gradient, of rows of which another statistic was read too."""
+        several = [reads.statistics for reads in self._reads if len(reads.statistics) > 1]
+        return frozenset(name for statistics in several for name, grad in statistics.items() if grad is gradient)
 
-    def _of(self, rows: Tensor, scale: float | Tensor) -> _Asked:
-        for asked in self._asked:
-            if _same(asked.rows, rows) and _same(asked.scale, scale):
-                return asked
-        self._asked.append(_Asked(rows, scale))
-        return self._asked[-1]
+    def _of(self, rows: Tensor, scale: float | Tensor) -> _Reads:
+        for reads in self._reads:
+            if _same(reads.rows, rows) and _same(reads.scale, scale):
+                return reads
+        self._reads.append(_Reads(rows, scale))
+        return self._reads[-1]
 
 
 def _same(one: float | Tensor, other: float | Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Where logits come from: one question put to rows of `[N, V]` logits that nobody stores. A row is one position."""
+"""The interface through which a loss reads rows of logits `[N, V]` that are not stored. A row is one position."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ Statistic = Literal["logsumexp", "entropy", "total", "dot", "expectation"]
 
 
 class Reading(NamedTuple):
-    """Answers about n rows of scaled logits z `[n, V]`; None where not asked. All but columns are differentiable.
+    """The results of reading n rows of scaled logits z `[n, V]`; None for a result that was not requested.
 
-    columns, values: int64 `[n, K]` and z at them. logsumexp, entropy: `[n]`, of softmax(z). total: `[n]`, the sum of z
-    over V. dot: `[n]`, the sum of weights * z. expectation: `[n]`, the sum of weights * softmax(z).
+    columns, values: int64 `[n, K]`, and z at these columns. logsumexp: `[n]`. entropy: `[n]`, of softmax(z). total:
+    `[n]`, the sum of z over V. dot: `[n]`, the sum of weights * z. expectation: `[n]`, the sum of weights * softmax(z).
+    All except columns are differentiable.
     """
 
     columns: Tensor | None = None
@@ -27,9 +28,9 @@ class Reading(NamedTuple):
 
 
 class LogitsSource(Protocol):
-    """N rows of V logits. Values are differentiable with respect to `anchors()`, the tensors behind the rows.
+    """N rows of V logits. Results are differentiable with respect to `anchors()`, from which the rows are computed.
 
-    dtype is float32 or better, whatever the model's.
+    count: N. vocab: V. dtype: float32 or better, for any dtype of the model.
     """
 
     count: int
@@ -45,21 +46,22 @@ class LogitsSource(Protocol):
         want: frozenset[Statistic] = frozenset(),
         weights: Tensor | None = None,
     ) -> Reading:
-        """Answers about int64 rows `[n]` (repeats allowed), logits times scale: a float, or `[n]`, one a row.
+        """Read int64 rows `[n]`, which may repeat, of the logits times scale: a float, or `[n]`.
 
-        pick: columns `[n, K]`, or the number of largest ones, in falling order. weights: `[n, V]` or `[V]`, constants,
-        for dot and expectation. What needs no gradient is read under torch.no_grad.
+        pick: columns `[n, K]`, or the number of largest ones, in descending order. want: the statistics to compute.
+        weights: constants `[n, V]` or `[V]`, for dot and expectation. Call it under torch.no_grad for results without a
+        gradient.
         """
         ...
 
     def full(self, rows: Tensor) -> Tensor:
-        """The rows themselves, unscaled: `[n]` -> `[n, V]`."""
+        """The logits of rows, unscaled: `[n]` -> `[n, V]`."""
         ...
 
     def hidden(self, rows: Tensor) -> Tensor:
-        """The hidden states of rows, after the final norm: `[n]` -> `[n, H]`."""
+        """The hidden states of rows after the final norm: `[n]` -> `[n, H]`."""
         ...
 
     def anchors(self) -> list[Tensor]:
-        """The tensors a gradient may flow to; empty under a frozen model without a leaf."""
+        """The tensors to which a gradient may flow; empty if the hidden states and the head are all constants."""
         ...

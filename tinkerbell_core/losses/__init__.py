@@ -1,1 +1,1 @@
-"""The built-in losses, each a plugin like any other."""
+"""The built-in losses, one module per loss. They are loaded as plugins, like installed losses."""

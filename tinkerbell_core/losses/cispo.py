@@ -1,4 +1,4 @@
-"""Clipped importance-sampling policy optimisation: the ratio weighs, no gradient goes through it (arXiv:2506.13585)."""
+"""Clipped importance-sampling policy optimisation: the clipped ratio is a constant weight (arXiv:2506.13585)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cispo(
 ) -> LossFnOutput:
     """-clip(ratio), detached, * log p * advantage, summed. The thresholds are bounds of the ratio itself.
 
-    logprobs are those of the sampler; advantages `[B, T]`, or `[B]` for one a sequence.
+    logprobs: of the sampler. advantages: `[B, T]`, or `[B]` with one value per sequence.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)  # [B, T]

@@ -1,4 +1,4 @@
-"""Weighted cross-entropy: supervised fine-tuning, and the carrier of losses computed by the client."""
+"""Weighted cross-entropy: for supervised fine-tuning, and for losses that the client computes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def cross_entropy(
 ) -> LossFnOutput:
     """-log p(target) times the weights (any sign, default 1), summed.
 
-    target_tokens and weights are `[B, T]`, or `[B, T, K]` for K targets a position. A forward call gives the logprobs
-    of every token; in training those of weight 0 are skipped, and given as 0.
+    target_tokens and weights: `[B, T]`, or `[B, T, K]` for K targets per position. A forward call returns the logprobs
+    of every token; a training call skips tokens of weight 0 and returns 0 for them.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T] or [B, T, K]
-    # clients read log-probabilities by a forward call whose weights are all 0
+    # clients get log-probabilities from a forward call in which all weights are 0
     where = mask if model_outputs.requires_grad else attention_mask
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=where)
     return LossFnOutput(aggregate(-logprobs, mask, aggregation), logprobs)

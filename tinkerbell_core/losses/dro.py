@@ -29,7 +29,7 @@ def dro(
 ) -> LossFnOutput:
     """-(log p * advantage - beta / 2 * log_ratio^2), summed. `beta` has no default: pass it in loss_fn_config.
 
-    logprobs are those of the sampler; advantages `[B, T]`, or `[B]` for one a sequence.
+    logprobs: of the sampler. advantages: `[B, T]`, or `[B]` with one value per sequence.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)  # [B, T]

@@ -1,4 +1,4 @@
-"""Group sequence policy optimisation in its token form: one ratio a sequence, advantages a token (arXiv:2507.18071)."""
+"""Group sequence policy optimisation, token form: a ratio per sequence, advantages per token (arXiv:2507.18071)."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ def gspo_token(
 ) -> LossFnOutput:
     """-min(s * advantage, clip(s) * advantage), summed; s: the geometric mean of the sequence's ratios, eq. 14.
 
-    In value s is of the whole sequence, in gradient of each token. sequence_ratio_mask `[B, T]`: which tokens it is the
-    mean of, and which count (default: those of weight not 0). The thresholds are bounds of s itself.
+    The value of s is that of the whole sequence; its gradient goes to each token. sequence_ratio_mask: `[B, T]`, the
+    tokens that s is the mean of and that count (default: those with a weight other than 0). The thresholds are bounds
+    of s itself.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)  # [B, T]
-    own = loss_fn_inputs.get("sequence_ratio_mask")
-    if own is not None:
-        mask = torch.where(own != 0, mask, 0.0)
+    ratio_mask = loss_fn_inputs.get("sequence_ratio_mask")
+    if ratio_mask is not None:
+        mask = torch.where(ratio_mask != 0, mask, 0.0)
     log_ratio = counted(logprobs - loss_fn_inputs["logprobs"], mask)  # [B, T]
     advantages = counted(loss_fn_inputs["advantages"], mask)  # [B, T]
     counts = (mask != 0).float()

@@ -28,7 +28,7 @@ def importance_sampling(
 ) -> LossFnOutput:
     """-ratio * advantage, summed; ratio = p / p_sampler, not clamped.
 
-    logprobs are those of the sampler; advantages `[B, T]`, or `[B]` for one a sequence.
+    logprobs: of the sampler. advantages: `[B, T]`, or `[B]` with one value per sequence.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)  # [B, T]

@@ -1,4 +1,4 @@
-"""A loss as source text and values: readable, of no Python version in particular, rebuilt anywhere. Never a pickle."""
+"""A loss as source text and captured values, which every Python version can read. This package does not use pickle."""
 
 from tinkerbell_core.serialization.pack import pack
 from tinkerbell_core.serialization.unpack import unpack

@@ -1,4 +1,7 @@
-"""What travels: functions as text, and what they capture as values."""
+"""The format of a serialized loss: structs for its functions and for the values that they capture.
+
+The tags of the values are part of the format: the server stores payloads.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +10,37 @@ from typing import Literal
 import msgspec
 
 
-class _Value(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class _Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
 
-class Plain(_Value, frozen=True):
+class Scalar(_Value, frozen=True, tag="Plain"):
+    """A number, a string, a bool or None."""
+
     value: bool | int | float | str | None
 
 
-class Raw(_Value, frozen=True):
+class Bytes(_Value, frozen=True, tag="Raw"):
+    """A bytes object."""
+
     value: bytes
 
 
-class Several(_Value, frozen=True):
+class Collection(_Value, frozen=True, tag="Several"):
+    """A list, a tuple or a set."""
+
     kind: Literal["list", "tuple", "set", "frozenset"]
     items: list[Value]
 
 
-class Mapped(_Value, frozen=True):
+class Dictionary(_Value, frozen=True, tag="Mapped"):
+    """A dict."""
+
     pairs: list[tuple[Value, Value]]
 
 
-class Array(_Value, frozen=True):
-    """A tensor, or a numpy array: its raw bytes, row-major."""
+class Array(_Value, frozen=True, tag="Array"):
+    """A torch tensor, or a numpy array if `numpy`: the fields of TensorData."""
 
     data: bytes
     dtype: str
@@ -37,26 +48,27 @@ class Array(_Value, frozen=True):
     numpy: bool
 
 
-class Named(_Value, frozen=True):
-    """What an installed module holds under a name; the module itself where there is none."""
+class Imported(_Value, frozen=True, tag="Named"):
+    """An attribute of an installed module; the module itself if the name is empty."""
 
     module: str
     name: str
 
 
-class Helper(_Value, frozen=True):
-    """The function of this number."""
+class HelperRef(_Value, frozen=True, tag="Helper"):
+    """A function of the payload, by its index in `SerializedLoss.functions`."""
 
     number: int
 
 
-Value = Plain | Raw | Several | Mapped | Array | Named | Helper
+Value = Scalar | Bytes | Collection | Dictionary | Array | Imported | HelperRef
 
 
 class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A function's text as it stands at `first_line` of its file, without decorators, and the values it reads.
+    """The source text of a function without its decorators, and the values that it reads.
 
-    scope: its globals and closure variables. defaults, keywords: of its arguments. annotations: as written.
+    first_line: of the text in its file. scope: globals and closure variables. defaults, keywords: the defaults of the
+    positional and the keyword-only arguments. annotations: as text.
     """
 
     name: str
@@ -70,6 +82,6 @@ class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SerializedLoss(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """functions: the loss itself, then its helpers."""
+    """functions: the loss, followed by its helpers."""
 
     functions: list[Function]

@@ -1,14 +1,14 @@
-"""Rules on batches: which rows see each other, in what order they come, how they are cut into micro-batches."""
+"""Checks of batches: single rows, the order of rows, coupling, micro-batches and repeated calls."""
 
 from __future__ import annotations
 
 import torch
 
-from tinkerbell_core.testing.case import Case, Failed, Ran, near, require
+from tinkerbell_core.testing.case import Case, Failed, Outcome, near, require
 
 
-def single_row(case: Case, whole: Ran) -> None:
-    """One row (or group) alone is a batch."""
+def single_row(case: Case, whole: Outcome) -> None:
+    """A batch of one row (or group) works."""
     what = "one row" if case.spec.group_size == 1 else f"one group of {case.spec.group_size} rows"
     try:
         case.rows(case.groups[0]).attempt(f"a batch of {what}")
@@ -18,26 +18,26 @@ def single_row(case: Case, whole: Ran) -> None:
         ) from failed
 
 
-def order(case: Case, whole: Ran) -> None:
-    """Rows (or groups) may come in any order."""
+def order(case: Case, whole: Outcome) -> None:
+    """The order of rows (or groups) does not matter."""
     index = case.groups.flip(0).flatten()
-    ran = case.rows(index).attempt("the batch in another order")
+    outcome = case.rows(index).attempt("the batch in another order")
     what = "sequences" if case.spec.group_size == 1 else f"groups of {case.spec.group_size} rows"
     gradient = torch.zeros_like(whole.gradient)
-    gradient[index, : ran.gradient.shape[1]] = ran.gradient
+    gradient[index, : outcome.gradient.shape[1]] = outcome.gradient
     require(
-        near(ran.loss, whole.loss) and near(gradient, whole.gradient),
-        f"the order of {what} changes the loss (from {whole.loss.item():.6g} to {ran.loss.item():.6g}) or its "
-        "gradient: if rows belong together, declare group_size",
+        near(outcome.loss, whole.loss) and near(gradient, whole.gradient),
+        f"the order of {what} changes the loss (from {whole.loss.item():.6g} to {outcome.loss.item():.6g}) or its "
+        "gradient: if rows form groups, declare group_size",
     )
 
 
-def coupling(case: Case, whole: Ran) -> str:
+def coupling(case: Case, whole: Outcome) -> str:
     """With coupling="sequence" the loss of a batch is the sum over its groups."""
     parts = torch.stack([case.rows(rows).attempt("one group alone").loss for rows in case.groups]).sum()
     if not case.sums:
         same = case.spec.coupling == "batch" and near(parts, whole.loss)
-        return 'the sum over its groups here: coupling="sequence" would let it run in micro-batches' if same else ""
+        return 'the sum over its groups here: with coupling="sequence" it could run in micro-batches' if same else ""
     require(
         near(parts, whole.loss),
         f"the loss of a batch ({whole.loss.item():.6g}) is not the sum over its groups ({parts.item():.6g}), so it "
@@ -46,8 +46,8 @@ def coupling(case: Case, whole: Ran) -> str:
     return ""
 
 
-def micro_batches(case: Case, whole: Ran) -> str:
-    """The gradients of micro-batches add up to the gradient of the batch."""
+def micro_batches(case: Case, whole: Outcome) -> str:
+    """The gradients of the micro-batches sum to the gradient of the batch."""
     if not case.sums:
         return "runs on the whole batch"
     gradient = torch.zeros_like(whole.gradient)
@@ -56,17 +56,17 @@ def micro_batches(case: Case, whole: Ran) -> str:
         gradient[rows, : part.shape[1]] += part
     require(
         near(gradient, whole.gradient),
-        "the gradients of micro-batches do not add up to that of the batch: "
-        'no statistic over rows may enter a loss of coupling="sequence", detached or not; declare coupling="batch"',
+        "the gradients of the micro-batches do not sum to the gradient of the batch: "
+        'a loss with coupling="sequence" may not use a statistic over rows, even detached; declare coupling="batch"',
     )
     return ""
 
 
-def same_twice(case: Case, whole: Ran) -> None:
+def same_twice(case: Case, whole: Outcome) -> None:
     """The same call gives the same numbers."""
     again = case.attempt("the same batch again")
     require(
         bool(torch.equal(again.loss, whole.loss)) and bool(torch.equal(again.gradient, whole.gradient)),
-        f"the same batch gives another loss or gradient when it comes again ({whole.loss.item():.6g}, "
-        f"{again.loss.item():.6g}): keep nothing between calls, and draw no random numbers",
+        f"the same batch gives another loss or gradient in a second call ({whole.loss.item():.6g}, "
+        f"{again.loss.item():.6g}): keep no state between calls, and draw no random numbers",
     )

@@ -1,4 +1,4 @@
-"""A loss and a batch to run it on: made-up hidden states, a head, and inputs. Knows no rule."""
+"""A loss together with a generated batch on which the checks run it: hidden states, a head, and inputs."""
 
 from __future__ import annotations
 
@@ -21,24 +21,23 @@ from tinkerbell_core.run import run_loss
 from tinkerbell_core.spec import LossSpec
 
 _HIDDEN = 12
-_CHUNK_ROWS = 5  # of lazy logits, so that a batch is several chunks
-
+_CHUNK_ROWS = 5  # rows per chunk of lazy logits: few, so that a batch has several chunks
 
 Sandboxed = Callable[[LossSpec, int, Mapping[str, Tensor]], LossSpec]
-"""Makes a loss that runs in a sandbox of one that runs here, given a vocabulary size and inputs. Raises NotRun."""
+"""Turns a loss into one that runs in a sandbox, given a vocabulary size and inputs. Raises NotRun."""
 
 
 class Failed(AssertionError):
-    """A rule does not hold; the message says what to fix."""
+    """A check failed; the message says what to fix."""
 
 
 class NotRun(Exception):
-    """A rule could not be looked at; the message says why."""
+    """A check could not run; the message says why."""
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What a loss gave. gradient: of the hidden states, `[B, T, H]`."""
+class Outcome:
+    """The result of running a loss. gradient: of the hidden states, `[B, T, H]`."""
 
     output: LossFnOutput
     gradient: Tensor
@@ -50,9 +49,9 @@ class Ran:
 
 @dataclass(frozen=True)
 class Case:
-    """hidden `[B, T, H]`, head `[V, H]`, float inputs in one dtype, float64 to begin with; attention_mask `[B, T]`.
+    """hidden: `[B, T, H]`. head: `[V, H]`. mask: `[B, T]`. These and float inputs have one dtype, at first float64.
 
-    added: numbers to add to the logits, `[B, T, V]`, without a gradient. sandboxed: None where there is no sandbox.
+    added: constants to add to the logits, `[B, T, V]`. sandboxed: None if no sandbox is available.
     """
 
     spec: LossSpec
@@ -64,29 +63,29 @@ class Case:
     added: Tensor | None = None
     sandboxed: Sandboxed | None = None
 
-    def run(self, *, lazy: bool = False) -> Ran:
-        """Raises TinkerbellError where the loss fails."""
-        # no .detach(): gradcheck holds constant whatever is detached
+    def run(self, *, lazy: bool = False) -> Outcome:
+        """Run the loss and its backward pass. Raises TinkerbellError if the loss fails."""
+        # without .detach(), because gradcheck keeps every detached tensor constant
         hidden = self.hidden.clone().requires_grad_()
         output = run_loss(self.spec, self._logits(hidden, lazy), self.inputs, self.mask, self.settings)
         (gradient,) = torch.autograd.grad(output.loss, hidden, allow_unused=True)
-        return Ran(output, gradient if gradient is not None else torch.zeros_like(hidden))
+        return Outcome(output, gradient if gradient is not None else torch.zeros_like(hidden))
 
-    def attempt(self, what: str) -> Ran:
-        """`run`, on a batch that `what` tells the author of. Raises Failed where the loss or its gradient does."""
+    def attempt(self, what: str) -> Outcome:
+        """`run`, with `what` as the name of the batch in errors. Raises Failed if the loss or its gradient fails."""
         try:
-            ran = self.run()
+            outcome = self.run()
         except TinkerbellError as error:
             raise Failed(f"{what}: {error.message}{_line(error.traceback)}") from error
         require(
-            bool(ran.gradient.isfinite().all()),
+            bool(outcome.gradient.isfinite().all()),
             f"{what}: the gradient is not finite: mask with torch.where(mask, x, 0) BEFORE an exp, a log, a square "
             "root or a division, not after",
         )
-        return ran
+        return outcome
 
     def rows(self, index: Tensor) -> Case:
-        """Some of the rows, in the order of the index, without positions that are padding in all of them."""
+        """The case with these rows only, in this order, without positions that are padding in all of them."""
         longest = int((self.mask[index] != 0).sum(-1).max().clamp(min=1))
         cut = {
             key: value[index][:, :longest] if value.shape[:2] == self.mask.shape else value[index]
@@ -95,7 +94,7 @@ class Case:
         return replace(self, hidden=self.hidden[index, :longest], inputs=cut, mask=self.mask[index, :longest])
 
     def widened(self, by: int) -> Case:
-        """With `by` more positions of padding."""
+        """The case with `by` more positions of padding."""
         inputs = {
             key: F.pad(value, [0, 0] * (value.dim() - 2) + [0, by]) if value.shape[:2] == self.mask.shape else value
             for key, value in self.inputs.items()
@@ -104,12 +103,12 @@ class Case:
         return replace(self, hidden=hidden, inputs=inputs, mask=F.pad(self.mask, (0, by)))
 
     def to(self, dtype: torch.dtype) -> Case:
-        """Hidden states, head and float inputs in another dtype."""
+        """The case with hidden states, head and float inputs in another dtype."""
         inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in self.inputs.items()}
         return replace(self, hidden=self.hidden.to(dtype), head=self.head.to(dtype), inputs=inputs)
 
     def logits(self) -> Tensor:
-        """`[B, T, V]`, as the loss sees them."""
+        """The stored logits `[B, T, V]` that the loss gets."""
         with torch.no_grad():
             return self._logits(self.hidden, lazy=False)
 
@@ -120,7 +119,7 @@ class Case:
 
     @property
     def sums(self) -> bool:
-        """Whether a batch's loss is to be the sum of its groups' losses."""
+        """Whether the loss of a batch must be the sum of the losses of its groups."""
         reductions = [value for key, value in self.settings.items() if key.rpartition("/")[2] == "aggregation"]
         return self.spec.coupling == "sequence" and all(value == "sum" for value in reductions)
 
@@ -140,32 +139,33 @@ def make_case(
     vocab_size: int,
     sandboxed: Sandboxed | None = None,
 ) -> Case:
-    """A case for a loss whose inputs are found out. Raises TinkerbellError where it fails on all guesses."""
+    """A case with the inputs that a dry run discovers. Raises TinkerbellError if the loss fails in the dry run."""
     example_inputs = example_inputs or spec.example_inputs
     spec, inputs = discover(spec, vocab_size, example_inputs=example_inputs)
     mask = ragged_mask(spec.group_size, example_inputs, "cpu")
     if bool(mask.all()) and mask.shape[1] > 1:
-        mask[1::2, -1] = 0  # given inputs come without padding
+        mask[1::2, -1] = 0  # a batch of given inputs has no padding
     hidden = torch.randn(*mask.shape, _HIDDEN)
     head = torch.randn(vocab_size, _HIDDEN) / _HIDDEN**0.5
     settings = plausible_settings(spec) | {**hyperparameters}
     return Case(spec, hidden, head, inputs, mask, settings, sandboxed=sandboxed).to(torch.float64)
 
 
-def require(holds: bool, message: str) -> None:
-    if not holds:
+def require(condition: bool, message: str) -> None:
+    """Raise Failed with this message if the condition is false."""
+    if not condition:
         raise Failed(message)
 
 
 def near(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
-    """Whether they differ by no more than the tolerance times the largest number, or 1."""
+    """Whether two tensors differ by at most the tolerance times the largest value (at least 1 for scalars)."""
     a, b = a.detach().double(), b.detach().double()
     largest = max(1.0, float(b.abs().max())) if b.dim() == 0 else max(1e-6, float(b.abs().max()))
     return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * largest
 
 
 def _line(traceback: str | None) -> str:
-    """Where an author's traceback ends, but for what torch adds: `, at loss.py:12: return ...`."""
+    """The last line of the author's own code in a traceback: `, at loss.py:12: return ...`."""
     frames = re.findall(r'File "([^"]+)", line (\d+), in .*\n +(\S.*)', traceback or "")
-    own = [frame for frame in frames if "site-packages" not in frame[0]]
-    return f", at {Path(own[-1][0]).name}:{own[-1][1]}: {own[-1][2]}" if own else ""
+    local = [frame for frame in frames if "site-packages" not in frame[0]]
+    return f", at {Path(local[-1][0]).name}:{local[-1][1]}: {local[-1][2]}" if local else ""

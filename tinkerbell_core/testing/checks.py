@@ -1,4 +1,4 @@
-"""The checks by name, and the two ways to run them: to be told of each, or to fail."""
+"""The checks of the kit by name, and functions that run them: one returns results, the other raises."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from tinkerbell_core.errors import TinkerbellError
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.testing.batches import coupling, micro_batches, order, same_twice, single_row
-from tinkerbell_core.testing.case import Case, Failed, NotRun, Ran, Sandboxed, make_case, require
+from tinkerbell_core.testing.case import Case, Failed, NotRun, Outcome, Sandboxed, make_case, require
+from tinkerbell_core.testing.hyperparameters import hyperparameters as limits
 from tinkerbell_core.testing.masks import all_masked, masked_positions, padding, zero_weights
 from tinkerbell_core.testing.numbers import dtypes, gradcheck, lazy_logits
 from tinkerbell_core.testing.sandboxed import sandbox
-from tinkerbell_core.testing.settings import hyperparameters as limits
 
 CONTRACT = "contract"
 
-CHECKS: dict[str, Callable[[Case, Ran], str | None]] = {
+CHECKS: dict[str, Callable[[Case, Outcome], str | None]] = {
     "masked positions": masked_positions,
     "zero weights": zero_weights,
     "all masked": all_masked,
@@ -36,14 +36,14 @@ CHECKS: dict[str, Callable[[Case, Ran], str | None]] = {
     "hyperparameters": limits,
     "sandbox": sandbox,
 }
-"""What comes after the contract, in order. Each raises Failed or NotRun, or gives a note where it has one."""
+"""The checks after the contract, in order. Each raises Failed or NotRun, or returns a note."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One check of a loss. ok: it did not fail. ran: it was looked at.
+    """The result of one check of a loss. ok: the check did not fail. ran: the check ran.
 
-    message: what to fix where it failed, why it was not run, or a note (why it did not apply, say) where it holds.
+    message: what to fix if it failed, why it did not run, or a note (for example why it does not apply).
     """
 
     name: str
@@ -61,13 +61,13 @@ def run_checks(
     without: Collection[str] = (),
     sandboxed: Sandboxed | None = None,
 ) -> list[CheckResult]:
-    """Every check, in order, with what came of it; only the contract where the loss does not even keep that.
+    """Run the checks in order. If the loss breaks the contract, the result has only the contract.
 
-    without: names of checks to leave out. sandboxed: what runs a loss in a sandbox; without it the last is not run,
-    and says so. Raises ValueError for the name of no check.
+    without: names of checks to skip. sandboxed: turns a loss into one that runs in a sandbox; if it is None, the
+    sandbox check does not run. Raises ValueError for an unknown name.
     """
     if unknown := set(without) - {*CHECKS}:
-        raise ValueError(f"no check {sorted(unknown)[0]!r} (there is: {', '.join(CHECKS)})")
+        raise ValueError(f"no check {sorted(unknown)[0]!r} (available: {', '.join(CHECKS)})")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -93,7 +93,7 @@ def check_loss(
     without: Collection[str] = (),
     sandboxed: Sandboxed | None = None,
 ) -> None:
-    """Raise AssertionError, saying what to fix, where a loss breaks a rule that training relies on (`run_checks`)."""
+    """Raise AssertionError, which says what to fix, if a loss fails a check (see `run_checks`)."""
     results = run_checks(
         spec,
         example_inputs,
@@ -107,14 +107,14 @@ def check_loss(
         raise AssertionError("\n".join(failed))
 
 
-def _contract(whole: Ran) -> None:
+def _contract(whole: Outcome) -> None:
     finite = bool(whole.gradient.isfinite().all())
     require(finite, "the gradient is not finite: mask with torch.where(mask, x, 0) before an exp or a log")
     reaches = bool(whole.gradient.any())
     require(reaches, "no gradient reaches the logits: compute the loss from model_outputs, without detaching it")
 
 
-def _result(name: str, check: Callable[[Case, Ran], str | None], case: Case, whole: Ran) -> CheckResult:
+def _result(name: str, check: Callable[[Case, Outcome], str | None], case: Case, whole: Outcome) -> CheckResult:
     try:
         return CheckResult(name, True, check(case, whole) or "")
     except NotRun as reason:

@@ -15,14 +15,14 @@ _NAMES = 64  # operations that are told of, and characters of each
 def source_of(model_outputs: Tensor) -> LogitsSource:
     """What answers questions about these logits `[B, T, V]`."""
     if isinstance(model_outputs, Logits):
-        return model_outputs.family.source
+        return model_outputs.origin.source
     hidden = getattr(model_outputs, "hidden_states", None)
     return StoredSource(model_outputs.flatten(0, 1), hidden.flatten(0, 1) if isinstance(hidden, Tensor) else None)
 
 
 def budget_of(model_outputs: Tensor) -> int | None:
     """Bytes of logits that may be stored for a loss; None where no limit is known."""
-    return model_outputs.family.budget if isinstance(model_outputs, Logits) else None
+    return model_outputs.origin.budget if isinstance(model_outputs, Logits) else None
 
 
 def record(model_outputs: Tensor, materialised: list[tuple[str, int]]) -> None:

@@ -153,7 +153,7 @@ class SandboxedLosses:
             plain_logits=shown(said.plain_logits),
             materialises=tuple(shown(name) for name in said.materialises[:64]),
             reads=tuple(said.reads),
-            reads_beside=tuple(said.reads_beside),
+            reads_detached=tuple(said.reads_detached),
         )
 
     def _open(self, worker: Worker, upload: RegisterLossRequest, seconds: float) -> None:

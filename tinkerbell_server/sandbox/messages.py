@@ -117,7 +117,7 @@ class Described(Message, frozen=True):
     plain_logits: str = ""
     materialises: list[str] = []
     reads: list[Literal["logsumexp", "entropy", "total", "dot", "expectation"]] = []
-    reads_beside: list[Literal["logsumexp", "entropy", "total", "dot", "expectation"]] = []
+    reads_detached: list[Literal["logsumexp", "entropy", "total", "dot", "expectation"]] = []
 
 
 class Question(Message, frozen=True):

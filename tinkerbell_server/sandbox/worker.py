@@ -125,7 +125,7 @@ class Worker:
             plain_logits=spec.plain_logits[:1000],
             materialises=[name[:80] for name in spec.materialises],
             reads=[name for name in get_args(Statistic) if name in spec.reads],
-            reads_beside=[name for name in get_args(Statistic) if name in spec.reads_beside],
+            reads_detached=[name for name in get_args(Statistic) if name in spec.reads_detached],
         )
 
     def _run(self, run: Run, tensors: Sequence[Tensor | None]) -> None:

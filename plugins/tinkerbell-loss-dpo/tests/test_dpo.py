@@ -133,7 +133,7 @@ def test_at_the_reference_each_pair_costs_log_2() -> None:
 
 def test_an_odd_number_of_rows_is_refused() -> None:
     logits, inputs = batch()
-    with pytest.raises(BadData, match="3 rows, but they come in pairs"):
+    with pytest.raises(BadData, match="3 rows, but a batch of pairs has an even number"):
         run(dpo, logits[:3], {k: v[:3] for k, v in inputs.items()}, {})
 
 

@@ -1,1 +1,1 @@
-"""A tensor that stands for logits nobody stores: the formula it holds, and what torch's functions do to it."""
+"""The Logits tensor, which holds a formula instead of stored logits, and one rule per torch function."""

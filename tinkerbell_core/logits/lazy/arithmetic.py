@@ -1,4 +1,4 @@
-"""Adding and multiplying: a number, a number a row, a constant as wide as the vocabulary, or probabilities."""
+"""Rules for arithmetic with a number, a number per row, a constant `[..., V]`, or probabilities."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.lazy.form import Form, PerRow, a_form, broadcast, is_one, is_zero, same_rows
-from tinkerbell_core.logits.lazy.rule import NotLazy, need
-from tinkerbell_core.logits.lazy.weighted import Lazy, Weighted, a_lazy
+from tinkerbell_core.logits.lazy.form import Form, PerRow, as_form, broadcast, is_one, is_zero, same_rows
+from tinkerbell_core.logits.lazy.rule import NotLazy, require
+from tinkerbell_core.logits.lazy.weighted import Lazy, Weighted, as_lazy
 
 
 @dataclass(frozen=True, slots=True)
-class _Given:
-    """A constant as wide as the vocabulary."""
+class _Constant:
+    """A constant `[..., V]`."""
 
     tensor: Tensor
 
@@ -23,38 +23,40 @@ class _Given:
 def mul(input: object, other: object) -> Lazy:
     if isinstance(input, Form) and isinstance(other, Form):
         return _product(input, other)
-    lazy, other = (input, other) if isinstance(input, Form | Weighted) else (a_lazy(other), input)
+    lazy, other = (input, other) if isinstance(input, Form | Weighted) else (as_lazy(other), input)
     lazy, factor = _operands(lazy, other)
-    if not isinstance(factor, _Given):
+    if not isinstance(factor, _Constant):
         return lazy.times(factor)
-    form = a_form(lazy)
-    need(form.last, not factor.tensor.requires_grad)
+    form = as_form(lazy)
+    require(form.vocab_last, not factor.tensor.requires_grad)
     return Weighted(factor.tensor, form)
 
 
 def div(input: object, other: object, rounding_mode: str | None = None) -> Lazy:
-    need(rounding_mode is None)
-    lazy, divisor = _operands(a_lazy(input), other)
-    if isinstance(divisor, _Given) or (not isinstance(divisor, Tensor) and divisor == 0):
+    require(rounding_mode is None)
+    lazy, divisor = _operands(as_lazy(input), other)
+    if isinstance(divisor, _Constant) or (not isinstance(divisor, Tensor) and divisor == 0):
         raise NotLazy
     return lazy.times(1 / divisor)
 
 
 def add(input: object, other: object, alpha: float = 1) -> Form:
-    need(alpha == 1)
-    form, other = (input, other) if isinstance(input, Form) else (a_form(other), input)
-    lazy, more = _operands(form, other)
-    form = a_form(lazy)
-    return form.plus_given(more.tensor) if isinstance(more, _Given) else form.plus(more)
+    require(alpha == 1)
+    form, other = (input, other) if isinstance(input, Form) else (as_form(other), input)
+    lazy, addend = _operands(form, other)
+    form = as_form(lazy)
+    return form.plus_constant(addend.tensor) if isinstance(addend, _Constant) else form.plus(addend)
 
 
 def sub(input: object, other: object, alpha: float = 1) -> Form:
-    need(alpha == 1)
+    require(alpha == 1)
     if not isinstance(input, Form):
-        return add(a_form(other).times(-1.0), input)
-    lazy, less = _operands(input, other)
-    form = a_form(lazy)
-    return replace(form.plus_given(less.tensor), share=-1.0) if isinstance(less, _Given) else form.plus(-less)
+        return add(as_form(other).times(-1.0), input)
+    lazy, subtrahend = _operands(input, other)
+    form = as_form(lazy)
+    if isinstance(subtrahend, _Constant):
+        return replace(form.plus_constant(subtrahend.tensor), constant_scale=-1.0)
+    return form.plus(-subtrahend)
 
 
 def rsub(input: object, other: object, alpha: float = 1) -> Form:
@@ -62,33 +64,33 @@ def rsub(input: object, other: object, alpha: float = 1) -> Form:
 
 
 def neg(input: object) -> Lazy:
-    return a_lazy(input).times(-1.0)
+    return as_lazy(input).times(-1.0)
 
 
 def entr(input: object) -> Weighted:
     """-p log p of probabilities."""
-    form = a_form(input)
-    need(form.kind == "probs", is_one(form.coefficient))
+    form = as_form(input)
+    require(form.kind == "probs", is_one(form.coefficient))
     return _product(form, replace(form, kind="logprobs")).times(-1.0)
 
 
 def masked_fill(input: object, mask: object, value: object) -> Lazy:
-    """Of whole rows."""
-    lazy, fill = a_lazy(input), value
+    """Supported for a mask of whole rows."""
+    lazy, fill = as_lazy(input), value
     if not isinstance(mask, Tensor) or not isinstance(fill, numbers.Real) or mask.dtype != torch.bool:
         raise NotLazy
     form = lazy if isinstance(lazy, Form) else lazy.value
-    need(form.last, mask.device == form.device, 0 < mask.dim() <= len(form.shape), mask.shape[-1] == 1)
-    need(broadcast(mask.shape[:-1], form.rows.shape) == form.rows.shape)
+    require(form.vocab_last, mask.device == form.device, 0 < mask.dim() <= len(form.shape), mask.shape[-1] == 1)
+    require(broadcast(mask.shape[:-1], form.rows.shape) == form.rows.shape)
     rows = mask[..., 0].expand(form.rows.shape)
     if isinstance(lazy, Form):
         return lazy.masked(rows, float(fill))
-    need(fill == 0)
+    require(fill == 0)
     return lazy.masked(rows)
 
 
 def where(condition: object, input: object, other: object) -> Lazy:
-    """A form in some rows, a number in the others."""
+    """Supported for a form in some rows and a number in the others."""
     if not isinstance(condition, Tensor) or condition.dtype != torch.bool:
         raise NotLazy
     if isinstance(other, Form | Weighted):
@@ -98,14 +100,14 @@ def where(condition: object, input: object, other: object) -> Lazy:
 
 def _product(one: Form, other: Form) -> Weighted:
     weight, value = (one, other) if one.kind == "probs" else (other, one)
-    need(weight.kind == "probs", value.kind != "probs", weight.last, value.last)
-    need(is_zero(weight.offset), weight.given is None)
-    need(weight.attached == value.attached, same_rows(weight, value))
+    require(weight.kind == "probs", value.kind != "probs", weight.vocab_last, value.vocab_last)
+    require(is_zero(weight.offset), weight.constant is None)
+    require(weight.attached == value.attached, same_rows(weight, value))
     return Weighted(weight, value)
 
 
-def _operands(lazy: Lazy, other: object) -> tuple[Lazy, PerRow | _Given]:
-    """The lazy side, its rows expanded where the other has more, and what the other is to it."""
+def _operands(lazy: Lazy, other: object) -> tuple[Lazy, PerRow | _Constant]:
+    """The lazy operand, with rows expanded to broadcast, and the other operand per row or as a constant `[..., V]`."""
     if isinstance(other, numbers.Real):
         return lazy, float(other)
     if not isinstance(other, Tensor) or other.is_complex():
@@ -113,15 +115,15 @@ def _operands(lazy: Lazy, other: object) -> tuple[Lazy, PerRow | _Given]:
     form = lazy if isinstance(lazy, Form) else lazy.value
     if other.dim() == 0:
         return lazy, other.to(form.device, form.dtype).expand(form.rows.shape) if other.requires_grad else float(other)
-    # otherwise the result would be of another dtype, or an error
-    need(form.last, torch.promote_types(form.dtype, other.dtype) == form.dtype, other.device == form.device)
+    # otherwise the result would have another dtype, or torch would raise an error
+    require(form.vocab_last, torch.promote_types(form.dtype, other.dtype) == form.dtype, other.device == form.device)
     other = other.to(form.dtype)
     lead = broadcast(form.rows.shape, other.shape[:-1])
     if lead != form.rows.shape:
-        lazy = a_form(lazy).moved(lambda part: part.expand(lead))
+        lazy = as_form(lazy).reindexed(lambda part: part.expand(lead))
     if other.shape[-1] == form.vocab and form.vocab > 1:
-        return lazy, _Given(other)
-    need(other.shape[-1] == 1)
+        return lazy, _Constant(other)
+    require(other.shape[-1] == 1)
     return lazy, other[..., 0].expand(lead)
 
 

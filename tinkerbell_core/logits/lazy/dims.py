@@ -1,35 +1,36 @@
-"""Dimensions as a caller names them, seen from the one of the vocabulary."""
+"""Converts a dimension argument of torch into the vocabulary dimension or a row dimension."""
 
 from __future__ import annotations
 
-from tinkerbell_core.logits.lazy.rule import NotLazy, need
+from tinkerbell_core.logits.lazy.rule import NotLazy, require
 from tinkerbell_core.logits.lazy.weighted import Lazy
 
 
-def positive(form: Lazy, dim: object) -> int:
-    """The dimension counted from the front; torch itself says what is wrong with one out of range."""
+def normalize_dim(form: Lazy, dim: object) -> int:
+    """The dimension as a non-negative number. NotLazy if it is out of range, so that torch raises its own error."""
     count = len(form.shape)
     if not isinstance(dim, int) or isinstance(dim, bool) or not -count <= dim < count:
         raise NotLazy
     return dim % count
 
 
-def along_vocab(form: Lazy, dim: object) -> bool:
-    return positive(form, dim) == form.axis
+def is_vocab_dim(form: Lazy, dim: object) -> bool:
+    """Whether this is the dimension of the vocabulary."""
+    return normalize_dim(form, dim) == form.axis
 
 
-def leading(form: Lazy, dim: object) -> int:
-    """The dimension of the rows that this is; NotLazy for the vocabulary's."""
-    found = positive(form, dim)
-    need(found != form.axis)
-    return found - (found > form.axis)
+def row_dim(form: Lazy, dim: object) -> int:
+    """The dimension of `form.rows` that this dimension is; NotLazy for the vocabulary."""
+    at = normalize_dim(form, dim)
+    require(at != form.axis)
+    return at - (at > form.axis)
 
 
-def besides_vocab(form: Lazy, dim: object) -> list[int]:
-    """What is reduced besides the vocabulary; NotLazy where that is not reduced. None is all."""
+def other_dims(form: Lazy, dim: object) -> list[int]:
+    """The reduced dimensions other than the vocabulary; NotLazy if the vocabulary is not reduced. None means all."""
     if dim is None or dim == () or dim == []:
         dims = list(range(len(form.shape)))
     else:
-        dims = [positive(form, one) for one in (dim if isinstance(dim, tuple | list) else [dim])]
-    need(form.axis in dims, len(set(dims)) == len(dims))
+        dims = [normalize_dim(form, one) for one in (dim if isinstance(dim, tuple | list) else [dim])]
+    require(form.axis in dims, len(set(dims)) == len(dims))
     return [one for one in dims if one != form.axis]

@@ -1,4 +1,4 @@
-"""Which torch function has which rule, which ones speak of shapes alone, and which ones no lazy tensor can honour."""
+"""Tables of torch functions: those with a rule, those that read only metadata, and those that need plain logits."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Rule = Callable[..., Any]
 _NAMESPACES = (torch, Tensor, F, torch.special, torch.linalg)
 
 
-def _functions(name: str) -> Iterable[Any]:  # Any: functions, methods and getters of properties
-    """All that torch offers under this name, whether as a function, a method or a property."""
+def _functions(name: str) -> Iterable[Any]:  # Any: functions, methods and property getters
+    """All functions, methods and properties of torch with this name."""
     for namespace in _NAMESPACES:
         found = getattr(namespace, name, None)
         if inspect.isgetsetdescriptor(found) or isinstance(found, property):
@@ -38,7 +38,7 @@ RULES = {
     for function in _functions(name)
 }
 
-AS_THEY_ARE = _all(
+UNCHANGED = _all(
     """shape dtype device layout ndim requires_grad is_leaf itemsize nbytes is_cpu is_cuda is_meta is_mps is_quantized
     is_sparse is_complex is_floating_point is_signed is_inference is_contiguous is_nested is_tensor is_same_size size
     dim ndimension numel nelement stride storage_offset element_size get_device __len__ __hash__ __repr__ output_nr"""
@@ -57,9 +57,9 @@ _IN_PLACE = _all(
 
 
 def refused(func: Any, is_first: bool, kwargs: dict[str, Any]) -> str:  # Any: any torch function
-    """What the loss does to its logits where lazy ones cannot honour it, else an empty string.
+    """Why a function needs plain logits; an empty string if it works on lazy ones.
 
-    is_first: whether the logits are the function's first argument.
+    is_first: whether the logits are the first argument of the function.
     """
     name = name_of(func)
     if func in _REFUSED:
@@ -74,7 +74,7 @@ def refused(func: Any, is_first: bool, kwargs: dict[str, Any]) -> str:  # Any: a
 
 
 def name_of(func: Any) -> str:  # Any: as above
-    """The name a user knows this function by."""
+    """The name of this function for users."""
     name = str(getattr(func, "__name__", func))
     if name in ("__get__", "__set__", "__delete__"):
         return str(getattr(func.__self__, "__name__", name))

@@ -1,4 +1,4 @@
-"""Ordinary tensors made after the dtype, device and shape of lazy ones."""
+"""Rules for functions that create an ordinary tensor with the dtype, device or shape of a lazy one."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.logits.lazy.form import Form
-from tinkerbell_core.logits.lazy.rule import need
+from tinkerbell_core.logits.lazy.rule import require
 
 
 def like(name: str, input: Any, *args: Any, **named: Any) -> Tensor:
-    """zeros_like and its kin."""
-    need(isinstance(input, Form), "memory_format" not in named)
-    made: Tensor = getattr(torch, name)(input.shape, *args, **{"dtype": input.dtype, "device": input.device, **named})
-    return made
+    """zeros_like, ones_like and so on."""
+    require(isinstance(input, Form), "memory_format" not in named)
+    result: Tensor = getattr(torch, name)(input.shape, *args, **{"dtype": input.dtype, "device": input.device, **named})
+    return result
 
 
-def new(make: Any, input: Any, *args: Any, **named: Any) -> Tensor:
-    """new_zeros and its kin."""
-    need(isinstance(input, Form))
-    made: Tensor = make(torch.empty(0, dtype=input.dtype, device=input.device), *args, **named)
-    return made
+def new(method: Any, input: Any, *args: Any, **named: Any) -> Tensor:
+    """new_zeros, new_ones and so on."""
+    require(isinstance(input, Form))
+    result: Tensor = method(torch.empty(0, dtype=input.dtype, device=input.device), *args, **named)
+    return result
 
 
 RULES = {

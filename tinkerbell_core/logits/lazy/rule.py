@@ -1,13 +1,13 @@
-"""When an operation can stay lazy: a rule says what it does to a form, or that it cannot."""
+"""The exception by which a rule reports that an operation cannot stay lazy."""
 
 from __future__ import annotations
 
 
 class NotLazy(Exception):
-    """This use of an operation is outside its rule: it runs on the stored logits."""
+    """The rule of an operation does not support this use, so the operation runs on stored logits."""
 
 
-def need(*conditions: bool) -> None:
-    """Raise NotLazy unless all hold."""
+def require(*conditions: bool) -> None:
+    """Raise NotLazy unless all conditions are true."""
     if not all(conditions):
         raise NotLazy

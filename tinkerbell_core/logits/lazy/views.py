@@ -1,4 +1,4 @@
-"""Shapes: views and copies of leading dimensions act on row numbers, so torch itself says what they do."""
+"""Rules for shapes and indexing. A view or copy of row dimensions is applied to the tensor of row numbers."""
 
 from __future__ import annotations
 
@@ -10,49 +10,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.lazy.dims import along_vocab, leading, positive
-from tinkerbell_core.logits.lazy.form import Form, a_form, broadcast
+from tinkerbell_core.logits.lazy.dims import is_vocab_dim, normalize_dim, row_dim
+from tinkerbell_core.logits.lazy.form import Form, as_form, broadcast
 from tinkerbell_core.logits.lazy.gather_topk import columns, select_columns
-from tinkerbell_core.logits.lazy.rule import need
-from tinkerbell_core.logits.lazy.weighted import Lazy, Weighted, a_lazy
+from tinkerbell_core.logits.lazy.rule import require
+from tinkerbell_core.logits.lazy.weighted import Lazy, Weighted, as_lazy
 
 
 def reshaped(by: Callable[..., Tensor], input: Any, *shape: Any, **named: Any) -> Form:
-    """Any change of shape that keeps the order of the elements and leaves the vocabulary last."""
-    form = a_form(input)
-    need(form.last, not any(isinstance(one, torch.dtype) for one in (*shape, *named.values())))
+    """A change of shape that keeps the order of the elements and the vocabulary as the last dimension."""
+    form = as_form(input)
+    require(form.vocab_last, not any(isinstance(one, torch.dtype) for one in (*shape, *named.values())))
     target = by(torch.empty(form.shape, device="meta"), *shape, **named).shape
-    need(len(target) > 0 and target[-1] == form.vocab)
+    require(len(target) > 0 and target[-1] == form.vocab)
     reshape = Tensor.view if by is Tensor.view else Tensor.reshape
-    return form.moved(lambda part: reshape(part, target[:-1]))
+    return form.reindexed(lambda part: reshape(part, target[:-1]))
 
 
 def as_shaped(by: Callable[..., Tensor], input: Any, other: Any) -> Form:
-    """view_as and reshape_as, like another tensor or form."""
+    """view_as and reshape_as, with the shape of another tensor or form."""
     return reshaped(by, input, other.shape)
 
 
 def permuted(by: Callable[..., Tensor], input: Any, *dims: Any, **named: Any) -> Form:
-    """Any change of the order of dimensions, found by doing it to sizes that tell them apart."""
-    form = a_form(input)
+    """A permutation of dimensions, found by applying it to a tensor with distinct sizes."""
+    form = as_form(input)
     sizes = range(2, 2 + len(form.shape))
     order = [size - 2 for size in by(torch.empty(*sizes, device="meta"), *dims, **named).shape]
     axis = order.index(form.axis)
     rows = [one - (one > form.axis) for one in order if one != form.axis]
-    return form.moved(lambda part: part.permute(rows), axis)
+    return form.reindexed(lambda part: part.permute(rows), axis)
 
 
 def expand(input: Any, *shape: Any, **named: Any) -> Form | Tensor:
-    """Also of an ordinary tensor to the shape of a form."""
+    """Also supports an ordinary tensor and the shape of a form."""
     sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
     if isinstance(sizes, Form | Weighted | Tensor):
         sizes = sizes.shape
     if isinstance(input, Tensor):
         return input.expand(*sizes)
-    form = a_form(input)
-    need(form.last)
+    form = as_form(input)
+    require(form.vocab_last)
     target = torch.empty(form.shape, device="meta").expand(*sizes).shape
-    return form.moved(lambda part: part.expand(target[:-1]))
+    return form.reindexed(lambda part: part.expand(target[:-1]))
 
 
 def broadcast_tensors(*tensors: Any) -> tuple[Form | Tensor, ...]:
@@ -61,64 +61,64 @@ def broadcast_tensors(*tensors: Any) -> tuple[Form | Tensor, ...]:
 
 
 def unsqueeze(input: Any, dim: int) -> Form:
-    form = a_form(input)
+    form = as_form(input)
     count = len(form.shape) + 1
-    need(-count <= dim < count)
+    require(-count <= dim < count)
     at, before = dim % count, dim % count <= form.axis
-    return form.moved(lambda part: part.unsqueeze(at - (not before)), form.axis + before)
+    return form.reindexed(lambda part: part.unsqueeze(at - (not before)), form.axis + before)
 
 
 def squeeze(input: Any, dim: Any = None) -> Form:
-    form = a_form(input)
+    form = as_form(input)
     named = range(len(form.shape)) if dim is None else dim if isinstance(dim, tuple | list) else [dim]
-    gone = [one for one in {positive(form, one) for one in named} if form.shape[one] == 1]
-    rows = tuple(leading(form, one) for one in gone)
-    return form.moved(lambda part: part.squeeze(rows), form.axis - sum(one < form.axis for one in gone))
+    removed = [one for one in {normalize_dim(form, one) for one in named} if form.shape[one] == 1]
+    rows = tuple(row_dim(form, one) for one in removed)
+    return form.reindexed(lambda part: part.squeeze(rows), form.axis - sum(one < form.axis for one in removed))
 
 
-def parts(by: Callable[..., Any], input: Any, sections: Any, dim: int = 0) -> tuple[Form, ...]:
-    """The pieces of one leading dimension."""
-    form = a_form(input)
-    rows_dim = leading(form, dim)
+def split(by: Callable[..., Any], input: Any, sections: Any, dim: int = 0) -> tuple[Form, ...]:
+    """The pieces of a split of one row dimension."""
+    form = as_form(input)
+    rows_dim = row_dim(form, dim)
 
     def piece(part: Tensor, at: int) -> Tensor:
         return by(part, sections, rows_dim)[at]  # type: ignore[no-any-return]
 
     count = len(by(form.rows, sections, rows_dim))
-    return tuple(form.moved(functools.partial(piece, at=at), form.axis) for at in range(count))
+    return tuple(form.reindexed(functools.partial(piece, at=at), form.axis) for at in range(count))
 
 
 def unbind(input: Any, dim: int = 0) -> tuple[Form | Tensor, ...]:
-    form = a_form(input)
-    need(not along_vocab(form, dim))
+    form = as_form(input)
+    require(not is_vocab_dim(form, dim))
     return tuple(select(form, dim, at) for at in range(form.shape[dim]))
 
 
 def select(input: Any, dim: int, index: int) -> Form | Tensor:
-    form = a_form(input)
-    if along_vocab(form, dim):
+    form = as_form(input)
+    if is_vocab_dim(form, dim):
         return select_columns(form, index)
-    rows_dim = leading(form, dim)
-    return form.moved(lambda part: part.select(rows_dim, index), form.axis - (rows_dim < form.axis))
+    rows_dim = row_dim(form, dim)
+    return form.reindexed(lambda part: part.select(rows_dim, index), form.axis - (rows_dim < form.axis))
 
 
 def narrow(input: Any, dim: int, start: Any, length: int) -> Form | Tensor:
-    form = a_form(input)
-    need(isinstance(start, int))
-    if along_vocab(form, dim):
-        need(start >= 0, start + length <= form.vocab)
+    form = as_form(input)
+    require(isinstance(start, int))
+    if is_vocab_dim(form, dim):
+        require(start >= 0, start + length <= form.vocab)
         return select_columns(form, slice(start, start + length))
-    rows_dim = leading(form, dim)
-    return form.moved(lambda part: part.narrow(rows_dim, start, length), form.axis)
+    rows_dim = row_dim(form, dim)
+    return form.reindexed(lambda part: part.narrow(rows_dim, start, length), form.axis)
 
 
 def cat(tensors: Any, dim: int = 0) -> Form:
-    """Of parts of one family, done the same to."""
-    forms = [a_form(one) for one in tensors]
-    need(len(forms) > 0)
+    """Supported for forms that differ only in their rows and numbers per row."""
+    forms = [as_form(one) for one in tensors]
+    require(len(forms) > 0)
     first = forms[0]
-    need(first.last, not along_vocab(first, dim), all(_alike(first, one) for one in forms))
-    at = positive(first, dim)
+    require(first.vocab_last, not is_vocab_dim(first, dim), all(_compatible(first, one) for one in forms))
+    at = normalize_dim(first, dim)
     joined = {name: _joined([getattr(one, name) for one in forms], forms, at) for name in _PER_ROW}
     return replace(first, **joined)
 
@@ -128,48 +128,48 @@ def stack(tensors: Any, dim: int = 0) -> Form:
 
 
 def getitem(input: Any, key: Any) -> Lazy | Tensor:
-    """`x[key]`. A key that leaves the vocabulary alone acts on the rows; one that ends in columns reads those."""
-    lazy = a_lazy(input)
-    need(lazy.axis == len(lazy.shape) - 1)
-    keys = _spelled_out(key, len(lazy.shape))
+    """`x[key]`. A key without the vocabulary dimension acts on the rows; one that ends in columns reads those."""
+    lazy = as_lazy(input)
+    require(lazy.axis == len(lazy.shape) - 1)
+    keys = _expanded_key(key, len(lazy.shape))
     taken = 0
     for at, one in enumerate(keys):
         if taken == lazy.axis and one is not None:
-            need(at == len(keys) - 1)
+            require(at == len(keys) - 1)
             if isinstance(one, slice) and one == slice(None):
                 return _indexed(lazy, tuple(keys[:at]))
-            return _with_columns(a_form(lazy), tuple(keys[:at]), one)
+            return _with_columns(as_form(lazy), tuple(keys[:at]), one)
         taken += _width(one)
-    need(taken <= lazy.axis)
+    require(taken <= lazy.axis)
     return _indexed(lazy, tuple(keys))
 
 
 def _indexed(lazy: Lazy, key: tuple[Any, ...]) -> Lazy:
-    """A key that leaves the vocabulary alone means the same with and without it."""
-    return (
-        lazy.moved(lambda part: part[key], wide=True) if isinstance(lazy, Form) else lazy.moved(lambda part: part[key])
-    )
+    """Apply a key that does not touch the vocabulary to the rows."""
+    if isinstance(lazy, Form):
+        return lazy.reindexed(lambda part: part[key], keeps_vocab=True)
+    return lazy.reindexed(lambda part: part[key])
 
 
 def _with_columns(form: Form, lead: tuple[Any, ...], last: Any) -> Form | Tensor:
     if not any(isinstance(one, Tensor) for one in lead) or not isinstance(last, Tensor):
-        return select_columns(form.moved(lambda part: part[lead]), last)
-    # rows and columns are indexed together: do so to the numbers of both
-    need(last.dtype in (torch.int64, torch.int32))
+        return select_columns(form.reindexed(lambda part: part[lead]), last)
+    # tensors index rows and columns together: apply the key to the row numbers and the column numbers
+    require(last.dtype in (torch.int64, torch.int32))
     column = torch.arange(form.vocab, device=form.device).expand(*form.rows.shape, -1)
-    seen = form.moved(lambda part: part[..., None].expand(column.shape)[(*lead, last)])
-    return columns(seen, column[(*lead, last)][..., None])[0][..., 0]
+    indexed = form.reindexed(lambda part: part[..., None].expand(column.shape)[(*lead, last)])
+    return columns(indexed, column[(*lead, last)][..., None])[0][..., 0]
 
 
-def _spelled_out(key: Any, count: int) -> list[Any]:
-    """The key as a list without Ellipsis, its lists and arrays as tensors."""
+def _expanded_key(key: Any, count: int) -> list[Any]:
+    """The key as a list without Ellipsis, with its lists and arrays as tensors."""
     keys = list(key) if isinstance(key, tuple) else [key]
     keys = [torch.as_tensor(one) if _is_array(one) else one for one in keys]
-    need(all(one is None or one is Ellipsis or isinstance(one, int | slice | Tensor) for one in keys))
-    need(not any(isinstance(one, bool) or (isinstance(one, Tensor) and one.dim() == 0) for one in keys))
+    require(all(one is None or one is Ellipsis or isinstance(one, int | slice | Tensor) for one in keys))
+    require(not any(isinstance(one, bool) or (isinstance(one, Tensor) and one.dim() == 0) for one in keys))
     if any(one is Ellipsis for one in keys):
         at = next(index for index, one in enumerate(keys) if one is Ellipsis)
-        need(sum(one is Ellipsis for one in keys) == 1)
+        require(sum(one is Ellipsis for one in keys) == 1)
         keys[at : at + 1] = [slice(None)] * (count - sum(_width(one) for one in keys if one is not Ellipsis))
     return keys
 
@@ -179,7 +179,7 @@ def _is_array(key: Any) -> bool:
 
 
 def _width(key: Any) -> int:
-    """How many dimensions this part of a key takes."""
+    """The number of dimensions that this element of a key indexes."""
     if isinstance(key, Tensor) and key.dtype in (torch.bool, torch.uint8):
         return key.dim()
     return 0 if key is None else 1
@@ -188,12 +188,12 @@ def _width(key: Any) -> int:
 _PER_ROW = ("rows", "scale", "coefficient", "offset")
 
 
-def _alike(one: Form, other: Form) -> bool:
+def _compatible(one: Form, other: Form) -> bool:
     return (
-        one.family is other.family
+        one.origin is other.origin
         and (one.kind, one.attached, one.axis) == (other.kind, other.attached, other.axis)
-        and one.given is None
-        and other.given is None
+        and one.constant is None
+        and other.constant is None
     )
 
 
@@ -220,7 +220,7 @@ RULES = {
     "broadcast_tensors": broadcast_tensors,
     "unsqueeze": unsqueeze,
     "squeeze": squeeze,
-    **{name: functools.partial(parts, getattr(Tensor, name)) for name in ("split", "chunk", "tensor_split")},
+    **{name: functools.partial(split, getattr(Tensor, name)) for name in ("split", "chunk", "tensor_split")},
     "unbind": unbind,
     "select": select,
     "narrow": narrow,

@@ -1,4 +1,4 @@
-"""What is as wide as the vocabulary and only waits to be summed over it: a weight times a form."""
+"""A weight times a form, `[..., V]`, which stays lazy until it is summed over the vocabulary."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.lazy.family import Family
-from tinkerbell_core.logits.lazy.form import Form, PerRow, detached, wide
-from tinkerbell_core.logits.lazy.rule import NotLazy, need
+from tinkerbell_core.logits.lazy.form import Form, PerRow, as_column, detached
+from tinkerbell_core.logits.lazy.origin import Origin
+from tinkerbell_core.logits.lazy.rule import NotLazy, require
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weighted:
-    """coefficient * weight * value + given `[..., V]`, whose only lazy use is its sum over V; V is the last dimension.
+    """coefficient * weight * value + constant, `[..., V]`. Its only lazy use is its sum over V, the last dimension.
 
-    weight: probabilities, or a constant that broadcasts. coefficient may have a gradient. given: a constant.
-    kept: bool, shaped like rows; the others are 0, whatever the numbers there.
+    weight: probabilities, or a constant that broadcasts. coefficient: may have a gradient. keep: bool, shaped like the
+    rows; the other rows are 0.
     """
 
     weight: Form | Tensor
     value: Form
     coefficient: PerRow = 1.0
-    given: Tensor | None = None
-    kept: Tensor | None = None
+    constant: Tensor | None = None
+    keep: Tensor | None = None
 
     @property
-    def family(self) -> Family:
-        return self.value.family
+    def origin(self) -> Origin:
+        return self.value.origin
 
     @property
     def axis(self) -> int:
@@ -43,12 +43,12 @@ class Weighted:
     def shape(self) -> torch.Size:
         return self.value.shape
 
-    def parts(self) -> Iterator[Tensor]:
+    def tensors(self) -> Iterator[Tensor]:
         if isinstance(self.coefficient, Tensor):
             yield self.coefficient
         if isinstance(self.weight, Form):
-            yield from self.weight.parts()
-        yield from self.value.parts()
+            yield from self.weight.tensors()
+        yield from self.value.tensors()
 
     def without_gradient(self) -> Weighted:
         return replace(
@@ -58,34 +58,34 @@ class Weighted:
             coefficient=detached(self.coefficient),
         )
 
-    def moved(self, act: Callable[[Tensor], Tensor]) -> Weighted:
-        """The same numbers where `act` puts them; it is done to tensors `[...]` and `[..., V]`."""
-        weight, given = self.weight, self.given
+    def reindexed(self, act: Callable[[Tensor], Tensor]) -> Weighted:
+        """The same numbers after `act`, a view or copy of row dimensions that accepts `[...]` and `[..., V]`."""
+        weight, constant = self.weight, self.constant
         return Weighted(
-            weight.moved(act, wide=True) if isinstance(weight, Form) else act(weight.expand(self.shape)),
-            self.value.moved(act, wide=True),
+            weight.reindexed(act, keeps_vocab=True) if isinstance(weight, Form) else act(weight.expand(self.shape)),
+            self.value.reindexed(act, keeps_vocab=True),
             act(self.coefficient) if isinstance(self.coefficient, Tensor) else self.coefficient,
-            act(given.expand(self.shape)) if given is not None else None,
-            act(self.kept) if self.kept is not None else None,
+            act(constant.expand(self.shape)) if constant is not None else None,
+            act(self.keep) if self.keep is not None else None,
         )
 
     def masked(self, mask: Tensor) -> Weighted:
-        """With 0 in the rows of the mask."""
-        return replace(self, kept=~mask if self.kept is None else self.kept & ~mask)
+        """With 0 in the rows where the mask is true."""
+        return replace(self, keep=~mask if self.keep is None else self.keep & ~mask)
 
     def times(self, factor: PerRow) -> Weighted:
-        given = self.given
-        if given is not None:
-            need(not (isinstance(factor, Tensor) and factor.requires_grad))
-            given = given * wide(factor)
-        return replace(self, coefficient=self.coefficient * factor, given=given)
+        constant = self.constant
+        if constant is not None:
+            require(not (isinstance(factor, Tensor) and factor.requires_grad))
+            constant = constant * as_column(factor)
+        return replace(self, coefficient=self.coefficient * factor, constant=constant)
 
 
 Lazy = Form | Weighted
 
 
-def a_lazy(thing: object) -> Lazy:
-    """The thing, which is a form, weighted or not; NotLazy for any other."""
-    if isinstance(thing, Form | Weighted):
-        return thing
+def as_lazy(value: object) -> Lazy:
+    """The argument if it is a form or weighted; NotLazy for anything else."""
+    if isinstance(value, Form | Weighted):
+        return value
     raise NotLazy

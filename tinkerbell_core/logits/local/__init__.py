@@ -1,1 +1,1 @@
-"""Answers about rows from hidden states and a head in this process, a chunk of logits at a time."""
+"""A LogitsSource for hidden states and a head in this process. It computes logits one chunk at a time."""

@@ -1,4 +1,4 @@
-"""Reads of a few columns of rows, from those rows of the head's weight alone: no logits are computed but these."""
+"""Reads a few columns of rows. It computes only these logits, from the matching rows of the weight of the head."""
 
 from __future__ import annotations
 
@@ -7,35 +7,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.local.chunks import live_rows, outputs, slices, upstream
+from tinkerbell_core.logits.local.chunks import active_rows, outputs, slices, upstream_grads
 from tinkerbell_core.logits.local.linear import LinearProduct
-from tinkerbell_core.logits.local.moments import Question
+from tinkerbell_core.logits.local.moments import Query
 
 
 class ColumnReads(torch.autograd.Function):
-    """(token, product, question that picks columns, rows a chunk) -> the answers in the order of ANSWERS."""
+    """(token, product, query that picks columns, rows per chunk) -> the results in the order of RESULTS."""
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, product: LinearProduct, asked: Question, width: int) -> Any:  # Any: autograd's own
-        ctx.product, ctx.asked, ctx.width = product, asked, width
+    # Any: as autograd declares it
+    def forward(ctx: Any, _: Tensor, product: LinearProduct, query: Query, width: int) -> Any:
+        ctx.product, ctx.query, ctx.width = product, query, width
         dtype = torch.promote_types(product.dtype, torch.float32)
-        parts, slopes = [], []
-        for at in slices(len(asked.rows), width):
-            part = asked.part(at)
+        parts, derivatives = [], []
+        for at in slices(len(query.rows), width):
+            part = query.part(at)
             assert isinstance(part.pick, Tensor)
             logits = product.at_columns(part.rows, part.pick)  # [c, K]
             parts.append({"columns": part.pick, "values": logits.to(dtype) * part.factor()})
-            slopes.append(torch.ones_like(logits, dtype=dtype) * product.bend(logits) * part.factor())
-        ctx.slope = torch.cat(slopes)
-        return outputs(ctx, asked, parts)
+            derivatives.append(torch.ones_like(logits, dtype=dtype) * product.head_derivative(logits) * part.factor())
+        ctx.grad = torch.cat(derivatives)
+        return outputs(ctx, query, parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        came = upstream(gradients)
+        upstream = upstream_grads(gradients)
         product: LinearProduct = ctx.product
-        live = live_rows(came, len(ctx.slope), ctx.slope.device)
-        for at in slices(len(live), ctx.width):
-            rows = live[at]
-            slope = came["values"][rows] * ctx.slope[rows]
-            product.pull_columns(slope, ctx.asked.rows[rows], ctx.known["columns"][rows])
+        active = active_rows(upstream, len(ctx.grad), ctx.grad.device)
+        for at in slices(len(active), ctx.width):
+            rows = active[at]
+            grad = upstream["values"][rows] * ctx.grad[rows]
+            product.backward_columns(grad, ctx.query.rows[rows], ctx.results["columns"][rows])
         return product.hidden.new_zeros(()), None, None, None

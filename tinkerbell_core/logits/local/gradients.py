@@ -1,4 +1,4 @@
-"""One gradient buffer for each tensor behind the rows, shared by every read of a backward pass."""
+"""One gradient buffer per tensor from which the rows are computed, shared by all reads in a backward pass."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 
 
 class Gradients:
-    """What reads add to in backward, in float32 or better; the tensors get it when the last of them is done.
+    """Gradient buffers in float32 or better. Reads add to them, and the tensors get them after the last read.
 
-    A loss may read rows many times: a gradient of its own for each read would be `[N, H]`, and `[V, H]`, that often.
+    A loss may read rows many times. Without a shared buffer, each read would allocate gradients `[N, H]` and `[V, H]`.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.tensors = [tensor for tensor in tensors if tensor.requires_grad]
         self._token: Tensor | None = None
-        # by backward pass: one that failed halfway leaves buffers that are none of the next one's
+        # by backward pass, because a pass that fails leaves its buffers behind
         self._buffers: dict[int, dict[int, Tensor]] = defaultdict(dict)
 
     def token(self) -> Tensor:
-        """A scalar every read takes as its input, so that backward comes by the tensors after all reads."""
+        """A scalar that is an input of every read, so that autograd visits the tensors after all reads."""
         if self._token is None:
             with torch.enable_grad():
-                self._token = _Deliver.apply(self, *self.tensors)  # type: ignore[no-untyped-call]
+                self._token = _Accumulate.apply(self, *self.tensors)  # type: ignore[no-untyped-call]
         return self._token
 
-    def of(self, tensor: Tensor) -> Tensor | None:
-        """The buffer to add to in the backward pass now running; None for a tensor that takes no gradient."""
+    def buffer(self, tensor: Tensor) -> Tensor | None:
+        """The buffer of a tensor in the current backward pass; None if the tensor does not require a gradient."""
         if not tensor.requires_grad:
             return None
         buffers = self._buffers[torch._C._current_graph_task_id()]
@@ -40,14 +40,14 @@ class Gradients:
         return buffers[id(tensor)]
 
     def take(self) -> list[Tensor | None]:
-        """The gradient of each tensor from the backward pass now running; kept here no longer."""
+        """Remove and return the gradient of each tensor in the current backward pass."""
         buffers = self._buffers.pop(torch._C._current_graph_task_id(), {})
         return [buffers[id(t)].to(t.dtype) if id(t) in buffers else None for t in self.tensors]
 
 
-class _Deliver(torch.autograd.Function):
+class _Accumulate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gradients: Gradients, *tensors: Tensor) -> Tensor:  # Any: autograd gives it no type
+    def forward(ctx: Any, gradients: Gradients, *tensors: Tensor) -> Tensor:  # Any: autograd declares no type
         ctx.gradients = gradients
         return tensors[0].new_zeros(())
 

@@ -1,4 +1,4 @@
-"""Chunks of logits under a `Head`: products in one buffer, gradients added in place, never a tensor [c, V] more."""
+"""Chunks of logits of a `Head`: one buffer `[c, V]` per chunk, and gradients that are accumulated in place."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from tinkerbell_core.logits.head import Head
 from tinkerbell_core.logits.local.gradients import Gradients
 from tinkerbell_core.logits.local.matrix import Matrix
-from tinkerbell_core.logits.local.products import Pull
+from tinkerbell_core.logits.local.products import Backward
 
 
 class LinearProduct:
-    """A `Product` whose way back is written by hand.
+    """A `Product` with an explicit backward pass.
 
-    frozen: no gradient goes to the head itself; plain: nor is it soft-capped.
+    frozen: the head does not require a gradient. plain: it is also not soft-capped.
     """
 
     copies = 1
@@ -43,26 +43,28 @@ class LinearProduct:
             self._b.add(self._low(states), out)
         return self._finish(out)
 
-    def chunk(self, rows: Tensor, out: Tensor) -> tuple[Tensor, Pull]:
-        """The same, with the way back."""
-        return self.logits(rows, out), functools.partial(self._pull, rows)
+    def chunk(self, rows: Tensor, out: Tensor) -> tuple[Tensor, Backward]:
+        """The same, and the backward function of the chunk."""
+        return self.logits(rows, out), functools.partial(self._backward, rows)
 
-    def bend(self, logits: Tensor) -> float | Tensor:
-        """d logits / d products, elementwise, float32 or better."""
+    def head_derivative(self, logits: Tensor) -> float | Tensor:
+        """d logits / d products, elementwise, in float32 or better."""
         head = self.head
         if head.softcap is None:
             return head.multiplier
         capped = logits.to(torch.promote_types(logits.dtype, torch.float32)) / head.softcap
         return capped.square_().neg_().add_(1).mul_(head.multiplier)
 
-    def states_slope(self, slope: Tensor, rows: Tensor) -> Tensor:
-        """The gradient `[c, H]` of the states from that of the products `[c, V]`; the head's go to its buffers."""
+    def states_grad(self, grad: Tensor, rows: Tensor) -> Tensor:
+        """The gradient `[c, H]` of the states from that of the products `[c, V]`. Adds those of the head to buffers."""
         states = self._states(rows)
-        down = self._weight.pull(slope, states)
-        return down if self._b is None else down + self._pull_low(self._b.pull(slope, self._low(states)), states)
+        total = self._weight.backward(grad, states)
+        if self._b is not None:
+            total = total + self._backward_low(self._b.backward(grad, self._low(states)), states)
+        return total
 
     def at_columns(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Logits `[c, K]` at columns, int64 `[c, K]`, without a graph, from those rows of the head alone."""
+        """Logits `[c, K]` at columns, int64 `[c, K]`, without a graph, from the matching rows of the weight."""
         states = self._states(rows)
         logits = self._weight.at(states, columns)
         if self._bias is not None:
@@ -71,43 +73,44 @@ class LinearProduct:
             logits += self._b.at(self._low(states), columns).to(logits.dtype)
         return self._finish(logits)
 
-    def pull_columns(self, slope: Tensor, rows: Tensor, columns: Tensor) -> None:
-        """Add the gradient `[c, K]` of the products at columns to all that is behind them."""
+    def backward_columns(self, grad: Tensor, rows: Tensor, columns: Tensor) -> None:
+        """Add the gradient `[c, K]` of the products at columns to all buffers."""
         states = self._states(rows)
-        down = self._weight.pull_at(slope, states, columns)
+        total = self._weight.backward_at(grad, states, columns)
         if self._b is not None:
-            down = down + self._pull_low(self._b.pull_at(slope, self._low(states), columns), states)
-        self.add_to_rows(down, rows)
-        into = None if self.head.bias is None else self.gradients.of(self.head.bias)
+            total = total + self._backward_low(self._b.backward_at(grad, self._low(states), columns), states)
+        self.add_to_rows(total, rows)
+        into = None if self.head.bias is None else self.gradients.buffer(self.head.bias)
         if into is not None:
-            into.index_add_(0, columns.flatten(), slope.flatten().to(into.dtype))
+            into.index_add_(0, columns.flatten(), grad.flatten().to(into.dtype))
 
     def sums(self, weights: Tensor | None) -> tuple[Tensor, Tensor | float]:
-        """What gives `sum weights * logits` of states without softcap: `states @ [H] + scalar`, float32 or better."""
-        down = self._weight.sums(weights)
+        """(vector `[H]`, constant): states @ vector + constant is the sum of weights * logits, if not soft-capped."""
+        vector = self._weight.sums(weights)
         if self._b is not None:
-            down = down + (self._b.sums(weights) @ self._a).to(down.dtype)
+            vector = vector + (self._b.sums(weights) @ self._a).to(vector.dtype)
+        vector = vector * self.head.multiplier
         if self._bias is None:
-            return down * self.head.multiplier, 0.0
-        bias = self._bias.to(down.dtype)
-        return down * self.head.multiplier, (bias.sum() if weights is None else weights @ bias) * self.head.multiplier
+            return vector, 0.0
+        bias = self._bias.to(vector.dtype)
+        return vector, (bias.sum() if weights is None else weights @ bias) * self.head.multiplier
 
     def add_to_rows(self, gradient: Tensor, rows: Tensor) -> None:
         """Add a gradient `[c, H]` to those rows of the states."""
-        into = self.gradients.of(self.hidden)
+        into = self.gradients.buffer(self.hidden)
         if into is not None:
             into.index_add_(0, rows, gradient.to(into.dtype))
 
-    def _pull(self, rows: Tensor, slope: Tensor) -> None:
-        into = None if self.head.bias is None else self.gradients.of(self.head.bias)
+    def _backward(self, rows: Tensor, grad: Tensor) -> None:
+        into = None if self.head.bias is None else self.gradients.buffer(self.head.bias)
         if into is not None:
-            into.add_(slope.sum(0, dtype=into.dtype))
-        self.add_to_rows(self.states_slope(slope, rows), rows)
+            into.add_(grad.sum(0, dtype=into.dtype))
+        self.add_to_rows(self.states_grad(grad, rows), rows)
 
-    def _pull_low(self, d_low: Tensor, states: Tensor) -> Tensor:
-        """The gradient `[c, r]` of the low-rank states -> its share `[c, H]` of the states'; a's is added."""
+    def _backward_low(self, d_low: Tensor, states: Tensor) -> Tensor:
+        """The gradient `[c, H]` of the states from that of the low-rank states `[c, r]`. Adds that of a to a buffer."""
         assert self.head.lora is not None
-        into = self.gradients.of(self.head.lora.a)
+        into = self.gradients.buffer(self.head.lora.a)
         if into is not None:
             into.addmm_(d_low.t().to(into.dtype), states.to(into.dtype))
         return (d_low @ self._a).to(states.dtype)

@@ -1,4 +1,4 @@
-"""What a loss asks of rows of scaled logits z [m, V] that are all there: the answers, and their slopes."""
+"""Computes the results of a query on a block of scaled logits z `[m, V]`, and their derivatives."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 from tinkerbell_core.logits.source import Statistic
 
-ANSWERS = ("columns", "values", "logsumexp", "entropy", "total", "dot", "expectation")
+RESULTS = ("columns", "values", "logsumexp", "entropy", "total", "dot", "expectation")
 SOFTMAX: frozenset[Statistic] = frozenset({"logsumexp", "entropy", "expectation"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Question:
-    """One read of n rows, as `LogitsSource.read` takes it. sloped: the statistics that want a gradient."""
+class Query:
+    """The arguments of one `LogitsSource.read` of n rows. with_grad: the statistics that need a gradient."""
 
     rows: Tensor
     scale: float | Tensor = 1.0
     pick: Tensor | int | None = None
     want: frozenset[Statistic] = frozenset()
     weights: Tensor | None = None
-    sloped: frozenset[Statistic] = frozenset()
+    with_grad: frozenset[Statistic] = frozenset()
 
-    def part(self, at: slice | Tensor) -> Question:
-        """The same, asked of some of the rows."""
+    def part(self, at: slice | Tensor) -> Query:
+        """The same query for some of the rows."""
         return replace(
             self,
             rows=self.rows[at],
@@ -36,69 +36,69 @@ class Question:
         )
 
     def factor(self) -> float | Tensor:
-        """The scale, to multiply `[n, anything]` by."""
+        """The scale, in a shape that broadcasts against `[n, V]`."""
         return self.scale[:, None] if isinstance(self.scale, Tensor) else self.scale
 
 
-def answer(z: Tensor, asked: Question) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Answers by name about z, which is overwritten, and d answer / d z `[m, V]` of those that are sloped.
+def evaluate(z: Tensor, query: Query) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The results by name, and d result / d z `[m, V]` for those in with_grad. Overwrites z.
 
-    The logsumexp is there whenever a softmax was taken. One of the slopes may lie in z's memory.
+    The results include logsumexp if any of them needs a softmax. One of the derivatives may use the memory of z.
     """
     found: dict[str, Tensor] = {}
-    slopes: dict[str, Tensor] = {}
-    weights = z.new_zeros(()) if asked.weights is None else asked.weights.to(z.dtype)
-    if isinstance(asked.pick, int):
-        found["values"], found["columns"] = z.topk(asked.pick)
-    elif asked.pick is not None:
-        found["columns"], found["values"] = asked.pick, z.gather(1, asked.pick)
-    if "total" in asked.want:
+    derivatives: dict[str, Tensor] = {}
+    weights = z.new_zeros(()) if query.weights is None else query.weights.to(z.dtype)
+    if isinstance(query.pick, int):
+        found["values"], found["columns"] = z.topk(query.pick)
+    elif query.pick is not None:
+        found["columns"], found["values"] = query.pick, z.gather(1, query.pick)
+    if "total" in query.want:
         found["total"] = z.sum(1)
-        if "total" in asked.sloped:
-            slopes["total"] = torch.ones_like(z)
-    if "dot" in asked.want:
+        if "total" in query.with_grad:
+            derivatives["total"] = torch.ones_like(z)
+    if "dot" in query.want:
         found["dot"] = _row_dots(z, weights)
-        slopes["dot"] = weights.expand_as(z)
-    if asked.want & SOFTMAX:
-        _softmax_answers(z, weights, asked, found, slopes)
-    return found, {name: slope for name, slope in slopes.items() if name in asked.sloped}
+        derivatives["dot"] = weights.expand_as(z)
+    if query.want & SOFTMAX:
+        _softmax_results(z, weights, query, found, derivatives)
+    return found, {name: grad for name, grad in derivatives.items() if name in query.with_grad}
 
 
-def _softmax_answers(
-    z: Tensor, weights: Tensor, asked: Question, found: dict[str, Tensor], slopes: dict[str, Tensor]
+def _softmax_results(
+    z: Tensor, weights: Tensor, query: Query, found: dict[str, Tensor], derivatives: dict[str, Tensor]
 ) -> None:
-    top = z.amax(1)
-    # torch has no softmax_, but every kernel of it reads a row before it writes it; half the time of sub_, exp_, sum
-    p = torch.softmax(z, 1) if "entropy" in asked.want else torch.softmax(z, 1, out=z)
-    found["logsumexp"] = top - p.amax(1).log_()  # never below the largest logit
-    slopes["logsumexp"] = p
-    if "entropy" in asked.want:
+    largest = z.amax(1)
+    # out=z works because the kernels of softmax read a row before they write it; twice as fast as sub_, exp_ and sum
+    p = torch.softmax(z, 1) if "entropy" in query.want else torch.softmax(z, 1, out=z)
+    found["logsumexp"] = largest - p.amax(1).log_()  # never below the largest logit
+    derivatives["logsumexp"] = p
+    if "entropy" in query.want:
         mean = torch.linalg.vecdot(p, z.sub_(found["logsumexp"][:, None]))
         found["entropy"] = -mean
-        if "entropy" in asked.sloped:
-            slopes["entropy"] = torch.sub(mean[:, None], z, out=z).mul_(p)
-    if "expectation" in asked.want:
+        if "entropy" in query.with_grad:
+            derivatives["entropy"] = torch.sub(mean[:, None], z, out=z).mul_(p)
+    if "expectation" in query.want:
         found["expectation"] = _row_dots(p, weights)
-        if "expectation" in asked.sloped:
-            slopes["expectation"] = (weights - found["expectation"][:, None]).mul_(p)
+        if "expectation" in query.with_grad:
+            derivatives["expectation"] = (weights - found["expectation"][:, None]).mul_(p)
 
 
-def slope(z: Tensor, asked: Question, known: Mapping[str, Tensor], upstream: Mapping[str, Tensor]) -> Tensor:
-    """d loss / d z, over z's memory, from d loss / d answer by name."""
-    weights = z.new_zeros(()) if asked.weights is None else asked.weights.to(z.dtype)
+def logits_grad(z: Tensor, query: Query, results: Mapping[str, Tensor], upstream: Mapping[str, Tensor]) -> Tensor:
+    """d loss / d z, in the memory of z, from d loss / d result by name."""
+    weights = z.new_zeros(()) if query.weights is None else query.weights.to(z.dtype)
     g = {name: gradient[:, None] for name, gradient in upstream.items() if name != "values"}
     if g.keys() & SOFTMAX == {"logsumexp"}:
         torch.softmax(z, 1, out=z).mul_(g["logsumexp"])
     elif g.keys() & SOFTMAX:
         p = torch.softmax(z, 1)
         if "entropy" in g:
-            z.sub_((known["logsumexp"] - known["entropy"])[:, None]).mul_(-g["entropy"])
+            z.sub_((results["logsumexp"] - results["entropy"])[:, None]).mul_(-g["entropy"])
         else:
             z.zero_()
         if "logsumexp" in g:
             z.add_(g["logsumexp"])
         if "expectation" in g:
-            z.addcmul_(weights - known["expectation"][:, None], g["expectation"])
+            z.addcmul_(weights - results["expectation"][:, None], g["expectation"])
         z.mul_(p)
     else:
         z.zero_()
@@ -107,7 +107,7 @@ def slope(z: Tensor, asked: Question, known: Mapping[str, Tensor], upstream: Map
     if "dot" in g:
         z.addcmul_(weights.expand_as(z), g["dot"])
     if "values" in upstream:
-        z.scatter_add_(1, known["columns"], upstream["values"])
+        z.scatter_add_(1, results["columns"], upstream["values"])
     return z
 
 

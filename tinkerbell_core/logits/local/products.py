@@ -1,4 +1,4 @@
-"""Chunks of logits [c, V] from rows of hidden states, and the way back for a gradient."""
+"""The interface that computes chunks of logits `[c, V]` from hidden states, and its version for any head."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tinkerbell_core.logits.head import Head
 from tinkerbell_core.logits.local.gradients import Gradients
 
-# Takes the gradient [c, V] of what makes a chunk of logits, in their dtype, back to the tensors behind it.
-Pull = Callable[[Tensor], None]
+# takes the gradient [c, V] of a chunk, in the dtype of the logits, and adds the gradients of the tensors to buffers
+Backward = Callable[[Tensor], None]
 
 
 class Product(Protocol):
-    """Logits of rows. copies: how many `[c, V]` tensors of its dtype a chunk holds, forward or backward."""
+    """Computes logits of rows. copies: the number of `[c, V]` tensors that a chunk needs at once."""
 
     hidden: Tensor
     gradients: Gradients
@@ -28,17 +28,17 @@ class Product(Protocol):
         """`[c]` -> `[c, V]` in `out`, without a graph."""
         ...
 
-    def chunk(self, rows: Tensor, out: Tensor) -> tuple[Tensor, Pull]:
-        """The same, with the way back; `out` may be overwritten before it is taken."""
+    def chunk(self, rows: Tensor, out: Tensor) -> tuple[Tensor, Backward]:
+        """The same, and the backward function of the chunk, which may be called after `out` is overwritten."""
         ...
 
-    def bend(self, logits: Tensor) -> float | Tensor:
-        """d logits / d what a pull takes the gradient of, elementwise, float32 or better."""
+    def head_derivative(self, logits: Tensor) -> float | Tensor:
+        """d logits / d (the tensor whose gradient the backward function takes), elementwise, in float32 or better."""
         ...
 
 
 class AnyProduct:
-    """Of a head of any kind, differentiated by autograd."""
+    """For any callable head, differentiated by autograd."""
 
     copies = 4
 
@@ -56,17 +56,17 @@ class AnyProduct:
         with torch.no_grad():
             return out.copy_(self._head(self.hidden[rows]))
 
-    def chunk(self, rows: Tensor, out: Tensor) -> tuple[Tensor, Pull]:
-        """The same, with the way back."""
+    def chunk(self, rows: Tensor, out: Tensor) -> tuple[Tensor, Backward]:
+        """The same, and the backward function of the chunk."""
         states = self.hidden.detach()[rows].requires_grad_(self.hidden.requires_grad)  # [c, H]
         with torch.enable_grad():
             logits = self._head(states)  # [c, V]
 
-        def pull(slope: Tensor) -> None:
-            leaves: list[Any] = [t for t in (states, *self._parameters) if t.requires_grad]  # Any: torch's own type
-            found = torch.autograd.grad(logits, leaves, slope, allow_unused=True)
+        def backward(grad: Tensor) -> None:
+            leaves: list[Any] = [t for t in (states, *self._parameters) if t.requires_grad]  # Any: as torch declares it
+            found = torch.autograd.grad(logits, leaves, grad, allow_unused=True)
             for leaf, gradient in zip(leaves, found, strict=True):
-                into = self.gradients.of(self.hidden if leaf is states else leaf)
+                into = self.gradients.buffer(self.hidden if leaf is states else leaf)
                 if into is None or gradient is None:
                     continue
                 if leaf is states:
@@ -74,8 +74,8 @@ class AnyProduct:
                 else:
                     into.add_(gradient)
 
-        return out.copy_(logits.detach()), pull
+        return out.copy_(logits.detach()), backward
 
-    def bend(self, logits: Tensor) -> float | Tensor:
-        """Autograd goes through all of the head."""
+    def head_derivative(self, logits: Tensor) -> float | Tensor:
+        """1, because autograd differentiates the whole head."""
         return 1.0

@@ -1,4 +1,4 @@
-"""Reads of rows under any head: logits by chunks forward; in backward those that were kept, and the others again."""
+"""Reads rows of any head. The backward pass uses the logits of kept chunks, and computes the other chunks again."""
 
 from __future__ import annotations
 
@@ -8,85 +8,84 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.local.chunks import blocks, live_rows, outputs, slices, times, upstream
-from tinkerbell_core.logits.local.moments import Question, answer, slope
-from tinkerbell_core.logits.local.products import Product, Pull
+from tinkerbell_core.logits.local.chunks import active_rows, blocks, outputs, slices, times, upstream_grads
+from tinkerbell_core.logits.local.moments import Query, evaluate, logits_grad
+from tinkerbell_core.logits.local.products import Backward, Product
 
 
 class Recompute(torch.autograd.Function):
-    """(token, product, question, rows a chunk, rows to keep) -> the answers in the order of ANSWERS."""
+    """(token, product, query, rows per chunk, rows to keep) -> the results in the order of RESULTS."""
 
     @staticmethod
-    def forward(
-        ctx: Any, _: Tensor, product: Product, asked: Question, width: int, keep: int
-    ) -> Any:  # Any: autograd's
-        ctx.product, ctx.asked, ctx.width, ctx.first_kept = product, asked, width, len(asked.rows) - keep
+    # Any: as autograd declares it
+    def forward(ctx: Any, _: Tensor, product: Product, query: Query, width: int, keep: int) -> Any:
+        ctx.product, ctx.query, ctx.width, ctx.first_kept = product, query, width, len(query.rows) - keep
         ctx.kept = []
         parts: list[dict[str, Tensor]] = []
         buffer = _buffer(product, min(ctx.first_kept, width))
         for at in slices(ctx.first_kept, width):
-            logits = product.logits(asked.rows[at], buffer[: at.stop - at.start])  # [c, V]
-            parts += _answers(asked.part(at), logits, overwrite=True)
+            logits = product.logits(query.rows[at], buffer[: at.stop - at.start])  # [c, V]
+            parts += _results(query.part(at), logits, overwrite=True)
         del buffer
         for inner in slices(keep, width) if keep else ():
             at = slice(ctx.first_kept + inner.start, ctx.first_kept + inner.stop)
-            logits, pull = product.chunk(asked.rows[at], _buffer(product, at.stop - at.start))
-            parts += _answers(asked.part(at), logits, overwrite=False)
-            ctx.kept.append((at, logits, pull))
-        return outputs(ctx, asked, parts)
+            logits, backward = product.chunk(query.rows[at], _buffer(product, at.stop - at.start))
+            parts += _results(query.part(at), logits, overwrite=False)
+            ctx.kept.append((at, logits, backward))
+        return outputs(ctx, query, parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        came = upstream(gradients)
-        asked: Question = ctx.asked
+        upstream = upstream_grads(gradients)
+        query: Query = ctx.query
         product: Product = ctx.product
-        kept: list[tuple[slice, Tensor, Pull]] = ctx.kept
-        live = live_rows(came, len(asked.rows), asked.rows.device)
-        again = live[live < ctx.first_kept] if kept else live  # a second pass over this graph finds nothing kept
+        kept: list[tuple[slice, Tensor, Backward]] = ctx.kept
+        active = active_rows(upstream, len(query.rows), query.rows.device)
+        again = active[active < ctx.first_kept] if kept else active  # in a second pass over this graph, nothing is kept
         while kept:
-            at, logits, pull = kept.pop()
-            rows = torch.arange(at.start, at.stop, device=live.device)
-            if torch.isin(rows, live).any():
-                pull(_slopes(product, asked, ctx.known, came, logits, rows))
-            del logits, pull
+            at, logits, backward = kept.pop()
+            rows = torch.arange(at.start, at.stop, device=active.device)
+            if torch.isin(rows, active).any():
+                backward(_logits_grads(product, query, ctx.results, upstream, logits, rows))
+            del logits, backward
         buffer = _buffer(product, min(len(again), ctx.width))
         for at in slices(len(again), ctx.width):
             rows = again[at]
-            logits, pull = product.chunk(asked.rows[rows], buffer[: len(rows)])  # [c, V]
-            pull(_slopes(product, asked, ctx.known, came, logits, rows))
+            logits, backward = product.chunk(query.rows[rows], buffer[: len(rows)])  # [c, V]
+            backward(_logits_grads(product, query, ctx.results, upstream, logits, rows))
         return product.hidden.new_zeros(()), None, None, None, None
 
 
-def _answers(asked: Question, logits: Tensor, *, overwrite: bool) -> list[dict[str, Tensor]]:
-    """Of each block of unscaled logits `[c, V]`."""
+def _results(query: Query, logits: Tensor, *, overwrite: bool) -> list[dict[str, Tensor]]:
+    """The results of each block of unscaled logits `[c, V]`."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     parts = []
     for block in blocks(logits):
-        inner = asked.part(block)
-        parts.append(answer(times(logits[block].to(dtype, copy=not overwrite), inner.factor()), inner)[0])
+        inner = query.part(block)
+        parts.append(evaluate(times(logits[block].to(dtype, copy=not overwrite), inner.factor()), inner)[0])
     return parts
 
 
-def _slopes(
+def _logits_grads(
     product: Product,
-    asked: Question,
-    known: Mapping[str, Tensor],
-    came: Mapping[str, Tensor],
+    query: Query,
+    results: Mapping[str, Tensor],
+    upstream: Mapping[str, Tensor],
     logits: Tensor,
     rows: Tensor,
 ) -> Tensor:
-    """The gradient `[c, V]` of the products behind unscaled logits, in their place. rows: which of asked they are."""
+    """The gradient `[c, V]` of the products, in the memory of the unscaled logits. rows: their indices in the query."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     for block in blocks(logits):
         these = rows[block]
-        inner = asked.part(these)
-        bend = product.bend(logits[block])
+        inner = query.part(these)
+        head_derivative = product.head_derivative(logits[block])
         z = times(logits[block].to(dtype), inner.factor())
-        here = {name: tensor[these] for name, tensor in known.items()}
-        bent = slope(z, inner, here, {name: gradient[these] for name, gradient in came.items()})
-        bent = times(times(bent, inner.factor()), bend)
-        if bent.dtype != logits.dtype:
-            logits[block] = bent
+        here = {name: tensor[these] for name, tensor in results.items()}
+        grad = logits_grad(z, inner, here, {name: gradient[these] for name, gradient in upstream.items()})
+        grad = times(times(grad, inner.factor()), head_derivative)
+        if grad.dtype != logits.dtype:
+            logits[block] = grad
     return logits
 
 

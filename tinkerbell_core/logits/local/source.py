@@ -1,4 +1,4 @@
-"""Logits of a head in this process, computed a chunk of rows at a time, as each question needs."""
+"""Reads logits of a head in this process, one chunk of rows at a time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from tinkerbell_core.errors import PlainLogitsNeeded
 from tinkerbell_core.logits.head import Head
-from tinkerbell_core.logits.local.cache import REMEMBERED, Cache, Memory
+from tinkerbell_core.logits.local.cache import CACHED, Cache, RecentCaches
 from tinkerbell_core.logits.local.chunks import block_bytes
 from tinkerbell_core.logits.local.columns import ColumnReads
 from tinkerbell_core.logits.local.linear import LinearProduct
-from tinkerbell_core.logits.local.moments import ANSWERS, Question
+from tinkerbell_core.logits.local.moments import RESULTS, Query
 from tinkerbell_core.logits.local.products import AnyProduct
 from tinkerbell_core.logits.local.recompute import Recompute
 from tinkerbell_core.logits.local.sweep import Sweep
@@ -21,21 +21,21 @@ from tinkerbell_core.logits.source import Reading, Statistic
 
 CHUNK_BYTES = 256 << 20
 
-# Chunks that are kept. Backward under a trained head, and that of two statistics, needs logits again: a product more.
-# A trained adapter has a second buffer [c, V] at work, so that three would take it over a quarter of plain logits'
-# memory (2048 rows of 152k: 0.39 with three).
-KEEP, KEEP_UNDER_ADAPTER = 3, 1
+# Chunks whose logits are kept. The backward pass of a trained head, or of two statistics, needs the logits again, which
+# costs one more product. A trained adapter uses a second buffer [c, V]: with three kept chunks its memory would be 0.39
+# of that of plain logits (2048 rows, V = 152k), and the goal is a quarter.
+KEPT_CHUNKS, KEPT_CHUNKS_WITH_ADAPTER = 3, 1
 
-# Columns of a row read one by one, as a share of the vocabulary: more of them cost more than a whole matrix product.
-_FEW = 1 / 64
+# The share of the columns up to which they are read one by one. More of them cost more than a whole matrix product.
+_COLUMN_SHARE = 1 / 64
 
 
 class LocalSource:
-    """head(hidden) of hidden `[N, H]`, never much more than chunk_bytes of logits at once.
+    """The logits head(hidden) for hidden `[N, H]`, with about chunk_bytes of logits in memory at a time.
 
-    head: a `Head`, an nn.Linear, or anything callable; a module's parameters take gradients. together: statistics the
-    loss is known to ask of the rows it reads, so that one sweep answers them all; beside: those it asks under no_grad.
-    keep_bytes: of logits that backward needs again, so much is kept, the rest is computed again.
+    head: a `Head`, an nn.Linear, or any callable; the parameters of a module get gradients. prefetch: statistics that
+    the loss reads of the same rows, computed in one sweep. prefetch_detached: those that it reads under no_grad.
+    keep_bytes: limit on the logits kept for the backward pass, which computes the others again.
     """
 
     def __init__(
@@ -45,19 +45,19 @@ class LocalSource:
         *,
         chunk_bytes: int = CHUNK_BYTES,
         keep_bytes: int | None = None,
-        together: frozenset[Statistic] = frozenset(),
-        beside: frozenset[Statistic] = frozenset(),
+        prefetch: frozenset[Statistic] = frozenset(),
+        prefetch_detached: frozenset[Statistic] = frozenset(),
     ) -> None:
         if type(head) is nn.Linear:
             head = Head(head.weight, head.bias)
         self._head = head
         self._product = LinearProduct(hidden, head) if isinstance(head, Head) else AnyProduct(hidden, head)
-        self._together = (together & REMEMBERED) - self._sums_of(None)
-        self._beside = (beside & REMEMBERED) - self._sums_of(None)
+        self._prefetch = (prefetch & CACHED) - self._linear_statistics(None)
+        self._prefetch_detached = (prefetch_detached & CACHED) - self._linear_statistics(None)
         self._chunk_bytes = chunk_bytes
-        keep = KEEP_UNDER_ADAPTER if self._adapted else KEEP
+        keep = KEPT_CHUNKS_WITH_ADAPTER if self._adapted else KEPT_CHUNKS
         self._keep_bytes = keep * chunk_bytes if keep_bytes is None else keep_bytes
-        self._memory = Memory()
+        self._caches = RecentCaches()
         self.count, self.vocab, self.device = hidden.shape[0], self._product.vocab, hidden.device
         self.dtype = torch.promote_types(self._product.dtype, torch.float32)
 
@@ -69,93 +69,93 @@ class LocalSource:
         want: frozenset[Statistic] = frozenset(),
         weights: Tensor | None = None,
     ) -> Reading:
-        """As `LogitsSource.read` says. Raises PlainLogitsNeeded for a scale or weights that take a gradient."""
-        scale = _constant(scale, "scales logits by") if isinstance(scale, Tensor) else float(scale)
-        weights = None if weights is None else _constant(weights, "weighs logits with")
+        """See `LogitsSource.read`. Raises PlainLogitsNeeded for a scale or weights that require a gradient."""
+        scale = _constant(scale, "scales the logits by") if isinstance(scale, Tensor) else float(scale)
+        weights = None if weights is None else _constant(weights, "weights the logits by")
         differentiable = torch.is_grad_enabled() and bool(self.anchors())
-        known = self._memory.of(rows, scale)
+        cache = self._caches.get(rows, scale)
         found: dict[str, Tensor] = {}
-        for name in want & self._sums_of(weights):
-            found[name] = self._sum(known, weights if name == "dot" else None)
-        missing = frozenset(name for name in want - found.keys() if not known.has(name, differentiable))
+        for name in want & self._linear_statistics(weights):
+            found[name] = self._linear(cache, weights if name == "dot" else None)
+        missing = frozenset(name for name in want - found.keys() if not cache.has(name, differentiable))
         if missing or pick is not None:
-            asked = self._question(known, pick, missing, weights, differentiable)
-            found |= known.add(self._ask(asked, differentiable), asked.sloped)
-        for name in want & REMEMBERED - self._sums_of(None):
-            found[name] = known.get(name, differentiable)
+            query = self._query(cache, pick, missing, weights, differentiable)
+            found |= cache.add(self._run(query, differentiable), query.with_grad)
+        for name in want & CACHED - self._linear_statistics(None):
+            found[name] = cache.get(name, differentiable)
         return Reading(**{name: found[name] for name in found.keys() & want | found.keys() & {"columns", "values"}})
 
     def full(self, rows: Tensor) -> Tensor:
-        """The rows themselves, unscaled: `[n]` -> `[n, V]`."""
+        """The logits of rows, unscaled: `[n]` -> `[n, V]`."""
         return self._head(self._product.hidden[rows]).to(self.dtype)
 
     def hidden(self, rows: Tensor) -> Tensor:
-        """The hidden states of rows, after the final norm: `[n]` -> `[n, H]`."""
+        """The hidden states of rows after the final norm: `[n]` -> `[n, H]`."""
         return self._product.hidden[rows]
 
     def anchors(self) -> list[Tensor]:
-        """The tensors a gradient may flow to; empty under a frozen model without a leaf."""
+        """The tensors to which a gradient may flow; empty if the hidden states and the head are all constants."""
         return list(self._product.gradients.tensors)
 
-    def _sums_of(self, weights: Tensor | None) -> frozenset[Statistic]:
-        """The statistics that are one vector times the states, if these are the weights: no logits are needed."""
+    def _linear_statistics(self, weights: Tensor | None) -> frozenset[Statistic]:
+        """The statistics that are linear in the states for these weights, so that no logits are needed."""
         if not isinstance(self._product, LinearProduct) or not self._product.plain:
             return frozenset()
         return frozenset({"total", "dot"}) if weights is not None and weights.dim() == 1 else frozenset({"total"})
 
-    def _sum(self, known: Cache, weights: Tensor | None) -> Tensor:
+    def _linear(self, cache: Cache, weights: Tensor | None) -> Tensor:
         assert isinstance(self._product, LinearProduct)
         vector, constant = self._product.sums(weights)  # [H]
-        return (self.hidden(known.rows).to(self.dtype) @ vector + constant) * known.scale
+        return (self.hidden(cache.rows).to(self.dtype) @ vector + constant) * cache.scale
 
-    def _question(
+    def _query(
         self,
-        known: Cache,
+        cache: Cache,
         pick: Tensor | int | None,
         missing: frozenset[Statistic],
         weights: Tensor | None,
         differentiable: bool,
-    ) -> Question:
-        """What to ask: what is missing, and with it what the loss will ask later."""
+    ) -> Query:
+        """The query for the missing statistics and for those to prefetch."""
         if not missing:
-            return Question(known.rows, known.scale, pick)
-        later = frozenset(name for name in self._together if not known.has(name, differentiable))
-        aside = frozenset(name for name in self._beside if not known.has(name, sloped=False))
-        sloped = missing | later if differentiable else frozenset()
-        return Question(known.rows, known.scale, pick, missing | later | aside, weights, sloped)
+            return Query(cache.rows, cache.scale, pick)
+        upcoming = frozenset(name for name in self._prefetch if not cache.has(name, differentiable))
+        detached = frozenset(name for name in self._prefetch_detached if not cache.has(name, with_grad=False))
+        with_grad = missing | upcoming if differentiable else frozenset()
+        return Query(cache.rows, cache.scale, pick, missing | upcoming | detached, weights, with_grad)
 
-    def _ask(self, asked: Question, differentiable: bool) -> dict[str, Tensor]:
-        """Answers by name, by the cheapest way there is to them."""
-        product, pick, products = self._product, asked.pick, 1 + len(asked.sloped)
-        few = _count(pick) <= max(1, self.vocab * _FEW)
+    def _run(self, query: Query, differentiable: bool) -> dict[str, Tensor]:
+        """Run a query by the cheapest method; the results by name."""
+        product, pick, products = self._product, query.pick, 1 + len(query.with_grad)
+        few = _count(pick) <= max(1, self.vocab * _COLUMN_SHARE)
         token = product.gradients.token() if differentiable else product.hidden.new_zeros(())
-        if isinstance(product, LinearProduct) and few and not asked.want and isinstance(pick, Tensor):
+        if isinstance(product, LinearProduct) and few and not query.want and isinstance(pick, Tensor):
             row_bytes = _count(pick) * product.hidden.shape[1] * product.dtype.itemsize
             width = max(1, block_bytes(self.device) // max(1, row_bytes))
-            answers = ColumnReads.apply(token, product, asked, width)  # type: ignore[no-untyped-call]
+            results = ColumnReads.apply(token, product, query, width)  # type: ignore[no-untyped-call]
         elif isinstance(product, LinearProduct) and few and product.frozen and products <= 2 + (self._keep_bytes <= 0):
-            answers = Sweep.apply(token, product, asked, self._width(products - 1))  # type: ignore[no-untyped-call]
+            results = Sweep.apply(token, product, query, self._width(products - 1))  # type: ignore[no-untyped-call]
         else:
-            keep = self._keep(len(asked.rows)) if differentiable else 0
+            keep = self._keep(len(query.rows)) if differentiable else 0
             width = self._width(product.copies)
-            answers = Recompute.apply(token, product, asked, width, keep)  # type: ignore[no-untyped-call]
-        return {name: tensor for name, tensor in zip(ANSWERS, answers, strict=True) if tensor is not None}
+            results = Recompute.apply(token, product, query, width, keep)  # type: ignore[no-untyped-call]
+        return {name: tensor for name, tensor in zip(RESULTS, results, strict=True) if tensor is not None}
 
     @property
     def _adapted(self) -> bool:
-        """Whether what is trained of the head is its adapter."""
+        """Whether the adapter is the only trained part of the head."""
         product = self._product
         return isinstance(product, LinearProduct) and not product.frozen and not product.head.weight.requires_grad
 
     def _keep(self, count: int) -> int:
-        """How many of so many rows keep their logits for backward; what they take is no longer there for others."""
+        """The number of rows whose logits are kept for the backward pass. Reduces the bytes left for later reads."""
         row_bytes = self.vocab * self._product.dtype.itemsize * self._product.copies
         keep = min(count, self._keep_bytes // row_bytes)
         self._keep_bytes -= keep * row_bytes
         return keep
 
     def _width(self, copies: int) -> int:
-        """Rows of a chunk that holds so many tensors."""
+        """Rows per chunk, for so many `[c, V]` tensors at once."""
         return max(1, self._chunk_bytes // (self.vocab * self._product.dtype.itemsize * max(1, copies)))
 
 
@@ -165,5 +165,5 @@ def _count(pick: Tensor | int | None) -> int:
 
 def _constant(x: Tensor, use: str) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
-        raise PlainLogitsNeeded(f"the loss {use} a tensor that takes a gradient itself")
+        raise PlainLogitsNeeded(f"the loss {use} a tensor that requires a gradient")
     return x.detach()

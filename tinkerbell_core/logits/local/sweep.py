@@ -1,7 +1,7 @@
-"""Reads of rows under a frozen head: one sweep over the logits gives the answers and their gradients alike.
+"""Reads rows of a frozen head. One sweep over the logits computes both the results and their gradients.
 
-For one statistic that is two matrix products in all, the logits and the hidden states' gradient from them, and a
-backward pass that is elementwise on [n, H].
+One statistic costs two matrix products in total: the logits, and the gradient of the hidden states. The backward pass
+is elementwise on `[n, H]`.
 """
 
 from __future__ import annotations
@@ -11,74 +11,76 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.local.chunks import blocks, live_rows, outputs, slices, times, upstream
+from tinkerbell_core.logits.local.chunks import active_rows, blocks, outputs, slices, times, upstream_grads
 from tinkerbell_core.logits.local.linear import LinearProduct
-from tinkerbell_core.logits.local.moments import Question, answer
+from tinkerbell_core.logits.local.moments import Query, evaluate
 
 
 class Sweep(torch.autograd.Function):
-    """(token, product of a frozen head, question, rows a chunk) -> the answers in the order of ANSWERS."""
+    """(token, product of a frozen head, query, rows per chunk) -> the results in the order of RESULTS."""
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, product: LinearProduct, asked: Question, width: int) -> Any:  # Any: autograd's own
-        ctx.product, ctx.asked = product, asked
-        like = product.hidden.new_empty(len(asked.rows), product.hidden.shape[1], dtype=product.dtype)
-        ctx.down = {name: torch.empty_like(like) for name in asked.sloped}  # each [n, H]
-        # The first buffer holds the logits, then a slope in their place; each further slope has a buffer of its own.
-        shape = (max(1, len(asked.sloped)), min(len(asked.rows), width), product.vocab)
+    # Any: as autograd declares it
+    def forward(ctx: Any, _: Tensor, product: LinearProduct, query: Query, width: int) -> Any:
+        ctx.product, ctx.query = product, query
+        like = product.hidden.new_empty(len(query.rows), product.hidden.shape[1], dtype=product.dtype)
+        ctx.states_grads = {name: torch.empty_like(like) for name in query.with_grad}  # each [n, H]
+        # the first buffer holds the logits and then a derivative; each further derivative has another buffer
+        shape = (max(1, len(query.with_grad)), min(len(query.rows), width), product.vocab)
         buffers = torch.empty(shape, dtype=product.dtype, device=product.hidden.device)
-        parts, bends = [], []
-        for at in slices(len(asked.rows), width):
-            part = asked.part(at)
-            chunk = buffers[:, : len(part.rows)]  # [slopes, c, V]
+        parts, head_derivatives = [], []
+        for at in slices(len(query.rows), width):
+            part = query.part(at)
+            chunk = buffers[:, : len(part.rows)]  # [derivatives, c, V]
             product.logits(part.rows, chunk[0])
             order: list[str] = []
             for block in blocks(chunk[0]):
-                found, order, bend = _answer_in_place(product, part.part(block), chunk[:, block])
+                found, order, head_derivative = _evaluate_in_place(product, part.part(block), chunk[:, block])
                 parts.append(found)
-                if isinstance(bend, Tensor) and "columns" in found:
-                    bends.append(bend.gather(1, found["columns"]))
-            for name, slope in zip(order, chunk, strict=False):
-                ctx.down[name][at] = product.states_slope(slope, part.rows)
-        ctx.bend = torch.cat(bends) if bends else product.head.multiplier
-        return outputs(ctx, asked, parts)
+                if isinstance(head_derivative, Tensor) and "columns" in found:
+                    head_derivatives.append(head_derivative.gather(1, found["columns"]))
+            for name, grad in zip(order, chunk, strict=False):
+                ctx.states_grads[name][at] = product.states_grad(grad, part.rows)
+        ctx.head_derivative = torch.cat(head_derivatives) if head_derivatives else product.head.multiplier
+        return outputs(ctx, query, parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        came = upstream(gradients)
-        asked: Question = ctx.asked
+        upstream = upstream_grads(gradients)
+        query: Query = ctx.query
         product: LinearProduct = ctx.product
-        live = live_rows(came, len(asked.rows), asked.rows.device)
-        part = asked.part(live)
+        active = active_rows(upstream, len(query.rows), query.rows.device)
+        part = query.part(active)
         total: Tensor | None = None
-        for name, down in ctx.down.items():
-            if name in came:
-                share = came[name][live, None] * part.factor() * down[live]  # [n, H]
+        for name, states_grad in ctx.states_grads.items():
+            if name in upstream:
+                share = upstream[name][active, None] * part.factor() * states_grad[active]  # [n, H]
                 total = share if total is None else total.add_(share)
         if total is not None:
             product.add_to_rows(total, part.rows)
-        if "values" in came:
-            bend = ctx.bend[live] if isinstance(ctx.bend, Tensor) else ctx.bend
-            slope = came["values"][live] * part.factor() * bend  # [n, K]
-            product.pull_columns(slope, part.rows, ctx.known["columns"][live])
+        if "values" in upstream:
+            at_head = ctx.head_derivative[active] if isinstance(ctx.head_derivative, Tensor) else ctx.head_derivative
+            grad = upstream["values"][active] * part.factor() * at_head  # [n, K]
+            product.backward_columns(grad, part.rows, ctx.results["columns"][active])
         return product.hidden.new_zeros(()), None, None, None
 
 
-def _answer_in_place(
-    product: LinearProduct, asked: Question, buffers: Tensor
+def _evaluate_in_place(
+    product: LinearProduct, query: Query, buffers: Tensor
 ) -> tuple[dict[str, Tensor], list[str], float | Tensor]:
-    """Answers about the logits in the first of buffers `[slopes, m, V]`, which then hold the slopes, in that order.
+    """(results, names of the derivatives, derivative of the head) for the logits in the first of the buffers.
 
-    The last of the three is the head's own slope at those logits.
+    buffers: `[derivatives, m, V]`. They then hold the derivatives, in the order of the names.
     """
     logits = buffers[0]
-    bend = product.bend(logits)
-    z = times(logits.to(torch.promote_types(logits.dtype, torch.float32)), asked.factor())
-    found, slopes = answer(z, asked)
-    order = sorted(slopes, key=lambda name: slopes[name] is not z)  # what lies in the logits' place stays there
+    head_derivative = product.head_derivative(logits)
+    z = times(logits.to(torch.promote_types(logits.dtype, torch.float32)), query.factor())
+    found, derivatives = evaluate(z, query)
+    # a derivative in the memory of the logits stays there
+    order = sorted(derivatives, key=lambda name: derivatives[name] is not z)
     for name, buffer in zip(order, buffers, strict=False):
-        if isinstance(bend, Tensor) or bend != 1:
-            torch.mul(slopes[name], bend, out=buffer)
-        elif slopes[name] is not z or z.dtype != buffer.dtype:
-            buffer.copy_(slopes[name])
-    return found, order, bend
+        if isinstance(head_derivative, Tensor) or head_derivative != 1:
+            torch.mul(derivatives[name], head_derivative, out=buffer)
+        elif derivatives[name] is not z or z.dtype != buffer.dtype:
+            buffer.copy_(derivatives[name])
+    return found, order, head_derivative

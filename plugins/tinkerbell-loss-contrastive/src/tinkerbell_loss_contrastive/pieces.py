@@ -23,7 +23,7 @@ def embeddings(model_outputs: Tensor, mask: Tensor, pooling: str, normalize: boo
     """
     if pooling not in get_args(Pooling):
         known = get_args(Pooling)
-        raise BadHyperparameter(f"no pooling {pooling!r}{did_you_mean(pooling, known)} (there is: {', '.join(known)})")
+        raise BadHyperparameter(f"no pooling {pooling!r}{did_you_mean(pooling, known)} (available: {', '.join(known)})")
     hidden = hidden_states(model_outputs)  # [B, T, H]
     counts = mask != 0  # [B, T]
     if pooling == "last":

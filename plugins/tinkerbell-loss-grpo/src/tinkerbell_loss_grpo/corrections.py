@@ -98,7 +98,7 @@ def corrected(
         return per_token, {}
     if name not in CORRECTIONS:
         raise BadHyperparameter(
-            f"no correction {name!r}{did_you_mean(name, CORRECTIONS)} (there is: none, {', '.join(CORRECTIONS)})"
+            f"no correction {name!r}{did_you_mean(name, CORRECTIONS)} (available: none, {', '.join(CORRECTIONS)})"
         )
     engine = loss_fn_inputs.get("rollout_logprobs")
     if engine is None:

@@ -1,4 +1,4 @@
-"""Rules on hyperparameters: at its limits each is computed with, or refused by name."""
+"""The check of hyperparameters: each extreme value gives a finite loss or an error that names it."""
 
 from __future__ import annotations
 
@@ -8,36 +8,34 @@ from typing import Any
 
 from tinkerbell_core.errors import BadData, BadHyperparameter, TinkerbellError
 from tinkerbell_core.hyperparameters import Hyperparameter
-from tinkerbell_core.testing.case import Case, Failed, Ran, require
+from tinkerbell_core.testing.case import Case, Failed, Outcome, require
 
-_NO_SUCH_WORD = "no-such-word"
-
-
-def hyperparameters(case: Case, whole: Ran) -> str:
-    """Zero, negative, small and large numbers, and the ends of its range, give a finite loss, or BadHyperparameter."""
-    wrong = [line for hyper in case.spec.hyperparameters for line in _wrong(case, hyper)]
-    require(not wrong, "; ".join(wrong))
-    return "" if case.spec.hyperparameters else "has none"
+_UNKNOWN_WORD = "no-such-word"
 
 
-def _wrong(case: Case, hyper: Hyperparameter) -> list[str]:
-    told = []
-    for value in _limits(hyper):
+def hyperparameters(case: Case, whole: Outcome) -> str:
+    """Zero, negative, small and large numbers and the ends of the range give a finite loss or BadHyperparameter."""
+    problems = [problem for hyper in case.spec.hyperparameters for problem in _problems(case, hyper)]
+    require(not problems, "; ".join(problems))
+    return "" if case.spec.hyperparameters else "has no hyperparameters"
+
+
+def _problems(case: Case, hyper: Hyperparameter) -> list[str]:
+    problems = []
+    for value in _extremes(hyper):
         tried = replace(case, settings=case.settings | {hyper.name: value})
         try:
             tried.attempt(f"{hyper.name}={value!r}")
         except Failed as failed:
             if not isinstance(failed.__cause__, BadHyperparameter | BadData):
-                told.append(
-                    f"{_brief(failed)} (say which numbers it may be, @loss(allowed={{{hyper.name!r}: above(0)}}), or "
-                    "raise BadHyperparameter naming the limit)"
+                problems.append(
+                    f"{_brief(failed)} (declare its range, for example @loss(allowed={{{hyper.name!r}: above(0)}}), or "
+                    "raise BadHyperparameter that names the limit)"
                 )
             continue
-        if value == _NO_SUCH_WORD:
-            told.append(
-                f"{hyper.name}={value!r} is taken without a word: raise BadHyperparameter naming the words there are"
-            )
-    return told
+        if value == _UNKNOWN_WORD:
+            problems.append(f"{hyper.name}={value!r} is accepted: raise BadHyperparameter that lists the valid words")
+    return problems
 
 
 def _brief(failed: Failed) -> str:
@@ -45,9 +43,9 @@ def _brief(failed: Failed) -> str:
     return f"{str(failed).partition(':')[0]}: {cause.message}" if isinstance(cause, TinkerbellError) else str(failed)
 
 
-def _limits(hyper: Hyperparameter) -> list[Any]:  # Any: a number, a word or None
+def _extremes(hyper: Hyperparameter) -> list[Any]:  # Any: a number, a word or None
     if words := re.findall(r"['\"]([^'\"]*)['\"]", hyper.type):
-        return [*words, _NO_SUCH_WORD]
+        return [*words, _UNKNOWN_WORD]
     kinds = {word.strip() for word in hyper.type.split("|")}
     values: list[Any] = [None] if "None" in kinds else []
     if "bool" in kinds:
@@ -57,6 +55,6 @@ def _limits(hyper: Hyperparameter) -> list[Any]:  # Any: a number, a word or Non
     if "int" in kinds:
         values += [0, 1, 10_000, -1]
     if "str" in kinds:
-        values.append(_NO_SUCH_WORD)
+        values.append(_UNKNOWN_WORD)
     ends = (hyper.allowed.low, hyper.allowed.high) if hyper.allowed else ()
     return values + [end for end in ends if end is not None and end not in values]
