@@ -7,6 +7,6 @@ from tinkerbell_core.plugins import hookimpl
 from tinkerbell_core.registry import LossRegistry
 from tinkerbell_core.spec import LossSpec
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["LossFnOutput", "LossRegistry", "LossSpec", "TinkerbellError", "__version__", "hookimpl", "loss"]
