@@ -115,7 +115,7 @@ def kill(losses: SandboxedLosses, spec: LossSpec, pairs: int) -> dict[str, Any]:
         start = time.perf_counter()
         with contextlib.suppress(LossKilled):
             spec(torch.zeros(1, 4, 16, requires_grad=True), {}, torch.ones(1, 4))
-        late.append(time.perf_counter() - start - losses._patience.call - 4 * losses._patience.per_token)
+        late.append(time.perf_counter() - start - losses._time_limits.call - 4 * losses._time_limits.per_token)
         start = time.perf_counter()
         spec(torch.zeros(2, 4, 16, requires_grad=True), {}, torch.ones(2, 4))
         again.append(time.perf_counter() - start)
@@ -137,7 +137,7 @@ def decorate(times: int) -> list[float]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     sandbox = Sandbox(memory=8 << 30)
     losses = SandboxedLosses(sandbox, TimeLimits(dry_run=60, call=120, per_token=0), 2 << 30, contextlib.nullcontext)
-    sandbox.prove()
+    sandbox.check_confinement()
     try:
         found: dict[str, Any] = {"mechanisms": list(sandbox.mechanisms), "threads": torch.get_num_threads()}
         asks = losses.spec(upload(likelihood), 512, {})
@@ -146,7 +146,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         shape = (options.batch, options.length, options.vocab)
         found["full logits"] = pair(takes, whole, shape, options.hidden, False, options.pairs)
         hanging = losses.spec(upload(hangs), 16, {})
-        losses._patience = TimeLimits(dry_run=60, call=0.5, per_token=0)
+        losses._time_limits = TimeLimits(dry_run=60, call=0.5, per_token=0)
         found["kill"] = kill(losses, hanging, options.pairs)
     finally:
         losses.close()

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 def pytest_tinkerbell_sandbox(config: pytest.Config) -> Sandboxed | None:
     """The sandbox; None if the dependencies of the [server] extra are not installed."""
     try:
-        from tinkerbell_server.sandbox.conformance import KitSandbox
+        from tinkerbell_server.sandbox.conformance import ConformanceSandbox
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("tinkerbell"):
             raise
         return None
-    sandbox = KitSandbox()
+    sandbox = ConformanceSandbox()
     config.add_cleanup(sandbox.close)
     return sandbox

@@ -1,4 +1,4 @@
-"""What confines a worker holds, by whichever means this machine has; and where it has none, uploads are off."""
+"""A worker is confined by each mechanism that this machine has; without any, uploads are off."""
 
 from __future__ import annotations
 
@@ -24,37 +24,43 @@ from tinkerbell_core.types import RegisterLossRequest
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines.torch.device_lock import DeviceLock
 from tinkerbell_server.engines.torch.uploaded_losses import UploadedLosses
+from tinkerbell_server.sandbox.errors import SandboxUnavailable
 from tinkerbell_server.sandbox.isolation import mechanisms
-from tinkerbell_server.sandbox.isolation.mechanisms import Mechanism, enough, examine
-from tinkerbell_server.sandbox.isolation.readable_paths import readable
+from tinkerbell_server.sandbox.isolation.mechanisms import Mechanism, detect, sufficient
+from tinkerbell_server.sandbox.isolation.readable_paths import find_readable_paths
 from tinkerbell_server.sandbox.losses import RunContext, SandboxedLosses, TimeLimits, in_context
-from tinkerbell_server.sandbox.processes import NoSandbox, Sandbox
+from tinkerbell_server.sandbox.processes import Sandbox
 
-FOUND = {each.name: each.works for each in examine(readable())}
+MECHANISMS = detect(find_readable_paths())
+WORKS = {each.name: each.works for each in MECHANISMS}
 
-pytestmark = pytest.mark.skipif(not enough(examine(readable())), reason="nothing here can confine a process")
-
-
-def tiers() -> list[Any]:
-    without = pytest.mark.skipif(not FOUND["landlock"], reason="this kernel has no Landlock")
-    with_ = pytest.mark.skipif(not FOUND["bubblewrap"], reason="bubblewrap does not work here")
-    return [pytest.param(True, id="bubblewrap", marks=with_), pytest.param(False, id="landlock", marks=without)]
+pytestmark = pytest.mark.skipif(not sufficient(MECHANISMS), reason="this machine cannot confine a process")
 
 
-@pytest.fixture(scope="module", params=tiers())
+def with_and_without_bubblewrap() -> list[Any]:
+    bubblewrap = pytest.mark.skipif(not WORKS["bubblewrap"], reason="bubblewrap does not work here")
+    landlock = pytest.mark.skipif(not WORKS["landlock"], reason="this kernel has no Landlock")
+    return [pytest.param(True, id="bubblewrap", marks=bubblewrap), pytest.param(False, id="landlock", marks=landlock)]
+
+
+@pytest.fixture(scope="module", params=with_and_without_bubblewrap())
 def sandbox(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
     hidden = tmp_path_factory.mktemp("hidden")
     (hidden / "secret").write_text("secret")
-    made = Sandbox(hidden=[str(hidden)], memory=1 << 30, threads=1, bubblewrapped=request.param)
-    yield made
-    made.close()
+    sandbox = Sandbox(hidden=[str(hidden)], memory=1 << 30, threads=1, use_bubblewrap=request.param)
+    yield sandbox
+    sandbox.close()
 
 
 @pytest.fixture
 def losses(sandbox: Sandbox) -> Iterator[SandboxedLosses]:
-    made = SandboxedLosses(sandbox, TimeLimits(dry_run=20, call=20, per_token=0), 1 << 28, contextlib.nullcontext)
-    yield made
-    made.rest()
+    losses = sandboxed_losses(sandbox)
+    yield losses
+    losses.kill_idle_workers()
+
+
+def sandboxed_losses(sandbox: Sandbox) -> SandboxedLosses:
+    return SandboxedLosses(sandbox, TimeLimits(dry_run=20, call=20, per_token=0), 1 << 28, contextlib.nullcontext)
 
 
 def uploaded(fn: Any, name: str = "mine") -> RegisterLossRequest:
@@ -86,14 +92,42 @@ def counts(model_outputs: Tensor, loss_fn_inputs: dict[str, Tensor], attention_m
     return LossFnOutput(model_outputs.logsumexp(-1).sum(), None, {"calls": float(builtins.calls)})  # type: ignore[attr-defined]
 
 
-def test_a_worker_cannot_do_what_it_must_not(sandbox: Sandbox) -> None:
-    """Sockets, processes, signals, files, memory, limits: each is tried in it."""
-    sandbox.prove()
+def reads_beside_data(model_outputs: Tensor, loss_fn_inputs: dict[str, Tensor], attention_mask: Tensor) -> LossFnOutput:
+    import os
+
+    import module_beside_the_data
+
+    folder = bytes(loss_fn_inputs["folder"].tolist()).decode()
+    with contextlib.suppress(OSError):
+        raise AssertionError(os.listdir(f"{folder}/data"))
+    return LossFnOutput(model_outputs.logsumexp(-1).sum() * module_beside_the_data.WEIGHT)
+
+
+def test_a_worker_cannot_escape(sandbox: Sandbox) -> None:
+    """It attempts to use sockets, processes, signals, files, memory and limits."""
+    sandbox.check_confinement()
     assert "seccomp" in sandbox.mechanisms
     assert {"bubblewrap", "landlock"} & set(sandbox.mechanisms)
 
 
-def test_workers_are_not_shared_between_two_who_ask(losses: SandboxedLosses) -> None:
+@pytest.mark.parametrize("use_bubblewrap", with_and_without_bubblewrap())
+def test_a_hidden_folder_on_the_import_path_cannot_be_read_and_the_modules_beside_it_can(
+    use_bubblewrap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "secret").write_text("secret")
+    (tmp_path / "module_beside_the_data.py").write_text("WEIGHT = 3.0")
+    monkeypatch.syspath_prepend(tmp_path)
+    sandbox = Sandbox(hidden=[str(data)], memory=1 << 30, threads=1, use_bubblewrap=use_bubblewrap)
+    with contextlib.closing(sandboxed_losses(sandbox)) as losses:
+        sandbox.check_confinement()
+        spec = losses.spec(uploaded(reads_beside_data), 16, {"folder": torch.tensor(list(str(tmp_path).encode()))})
+        assert spec
+    assert f"{tmp_path} is on the import path" in caplog.text
+
+
+def test_two_owners_do_not_share_a_worker(losses: SandboxedLosses) -> None:
     spec = losses.spec(uploaded(counts), 16, {})
     seen = []
     for owner in ("a", "a", "b"):
@@ -101,7 +135,7 @@ def test_workers_are_not_shared_between_two_who_ask(losses: SandboxedLosses) -> 
     assert seen == [1.0, 2.0, 1.0]
 
 
-def test_a_worker_that_is_idle_takes_no_time(losses: SandboxedLosses) -> None:
+def test_a_worker_is_paused_between_calls(losses: SandboxedLosses) -> None:
     def leaves_a_thread(
         model_outputs: Tensor, loss_fn_inputs: dict[str, Tensor], attention_mask: Tensor
     ) -> LossFnOutput:
@@ -117,7 +151,7 @@ def test_a_worker_that_is_idle_takes_no_time(losses: SandboxedLosses) -> None:
     (worker,) = losses._idle.values()
     pid = next(
         line.split()[1]
-        for line in Path(f"/proc/self/fdinfo/{worker._handle}").read_text().splitlines()
+        for line in Path(f"/proc/self/fdinfo/{worker._pidfd}").read_text().splitlines()
         if "Pid:" in line
     )
     time.sleep(0.2)
@@ -126,7 +160,7 @@ def test_a_worker_that_is_idle_takes_no_time(losses: SandboxedLosses) -> None:
     assert set(states) == {"T"}
 
 
-def test_memory_has_a_limit(losses: SandboxedLosses) -> None:
+def test_a_worker_cannot_exceed_its_memory_limit(losses: SandboxedLosses) -> None:
     def greedy(model_outputs: Tensor, loss_fn_inputs: dict[str, Tensor], attention_mask: Tensor) -> LossFnOutput:
         if len(attention_mask) == 2:
             torch.ones(3 << 30, dtype=torch.uint8)
@@ -137,7 +171,7 @@ def test_memory_has_a_limit(losses: SandboxedLosses) -> None:
         call(spec)
 
 
-def test_the_first_process_is_started_again_when_it_is_gone(sandbox: Sandbox, losses: SandboxedLosses) -> None:
+def test_a_killed_zygote_is_started_again(sandbox: Sandbox, losses: SandboxedLosses) -> None:
     spec = losses.spec(uploaded(counts, "again"), 16, {})
     assert call(spec).diagnostics["calls"] == 1.0
     assert sandbox._zygote is not None
@@ -146,12 +180,12 @@ def test_the_first_process_is_started_again_when_it_is_gone(sandbox: Sandbox, lo
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     sandbox._zygote.wait()
-    with pytest.raises(LossKilled):  # its worker has gone with it
+    with pytest.raises(LossKilled):  # its worker was killed too
         call(spec)
     assert call(spec).diagnostics["calls"] == 1.0
 
 
-def test_a_loss_that_asks_for_too_many_logits_is_told_the_limit(losses: SandboxedLosses) -> None:
+def test_a_loss_that_stores_more_logits_than_the_budget_fails(losses: SandboxedLosses) -> None:
     def whole(model_outputs: Tensor, loss_fn_inputs: dict[str, Tensor], attention_mask: Tensor) -> LossFnOutput:
         return LossFnOutput((model_outputs**3).sum())
 
@@ -165,11 +199,11 @@ def test_a_loss_that_asks_for_too_many_logits_is_told_the_limit(losses: Sandboxe
         spec(logits, {}, torch.ones(2, 12))
 
 
-def test_where_nothing_confines_uploads_are_off_and_the_log_says_so(
+def test_uploads_are_off_and_the_log_gives_the_reason_if_no_mechanism_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     none = [Mechanism(name, False, "not here") for name in ("bubblewrap", "landlock", "seccomp")]
-    monkeypatch.setattr(mechanisms, "examine", lambda _: none)
+    monkeypatch.setattr(mechanisms, "detect", lambda _: none)
     with caplog.at_level(logging.ERROR):
         uploads = UploadedLosses(Settings(data_dir=str(tmp_path), uploads="sandboxed"), DeviceLock())
         uploads.prove()
@@ -180,21 +214,21 @@ def test_where_nothing_confines_uploads_are_off_and_the_log_says_so(
         uploads.spec(uploaded(counts), 16, torch.device("cpu"))
 
 
-def test_a_sandbox_that_does_not_hold_turns_uploads_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uploads_are_off_if_the_check_of_the_confinement_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uploads = UploadedLosses(Settings(data_dir=str(tmp_path), uploads="sandboxed"), DeviceLock())
 
     def fails() -> None:
-        raise NoSandbox("a confined process can still write to /tmp")
+        raise SandboxUnavailable("a confined process can still write to /tmp")
 
-    monkeypatch.setattr(uploads._sandbox, "prove", fails)
+    monkeypatch.setattr(uploads._sandbox, "check_confinement", fails)
     uploads.prove()
     assert (uploads.mode, uploads.problem) == ("off", "a confined process can still write to /tmp")
 
 
 @pytest.mark.parametrize(
-    ("works", "is_enough"),
+    ("works", "expected"),
     [("111", True), ("101", True), ("011", True), ("110", False), ("001", False), ("000", False)],
 )
-def test_seccomp_and_one_of_the_others_are_enough(works: str, is_enough: bool) -> None:
+def test_seccomp_and_one_of_the_others_are_sufficient(works: str, expected: bool) -> None:
     names = ("bubblewrap", "landlock", "seccomp")
-    assert enough([Mechanism(name, one == "1", "") for name, one in zip(names, works, strict=True)]) is is_enough
+    assert sufficient([Mechanism(name, one == "1", "") for name, one in zip(names, works, strict=True)]) is expected

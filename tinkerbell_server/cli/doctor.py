@@ -80,16 +80,20 @@ def data_dir() -> Check:
 
 def sandbox() -> Iterator[Check]:
     """The mechanisms that can confine uploaded losses. A missing one is ok if the others are sufficient."""
-    from tinkerbell_server.sandbox.isolation.mechanisms import enough, examine
-    from tinkerbell_server.sandbox.isolation.readable_paths import readable
+    from tinkerbell_server.sandbox.isolation.mechanisms import detect, sufficient
+    from tinkerbell_server.sandbox.isolation.readable_paths import find_readable_paths
 
-    mechanisms = examine(readable([str(Settings().data_path)]))
-    sufficient = enough(mechanisms)
+    paths = find_readable_paths([str(Settings().data_path)])
+    mechanisms = detect(paths)
     for each in mechanisms:
-        yield Check(each.name, each.works or sufficient, each.found)
+        yield Check(each.name, each.works or sufficient(mechanisms), each.found)
     works = ", ".join(each.name for each in mechanisms if each.works)
-    missing = "not possible on this machine: `serve` starts with uploads off"
-    yield Check("sandboxed uploads", sufficient, f"by {works}" if sufficient else missing)
+    problem = paths.exposed
+    if not sufficient(mechanisms):
+        problem = "not possible on this machine"
+    yield Check(
+        "sandboxed uploads", not problem, f"{problem}: `serve` starts with uploads off" if problem else f"by {works}"
+    )
 
 
 def broken_plugins() -> Iterator[Check]:

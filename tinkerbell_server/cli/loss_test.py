@@ -23,9 +23,9 @@ def check(target: str, as_json: bool) -> None:
     """
     from tinkerbell_core.testing import run_checks
     from tinkerbell_server.calls.local_losses import find_specs
-    from tinkerbell_server.sandbox.conformance import KitSandbox
+    from tinkerbell_server.sandbox.conformance import ConformanceSandbox
 
-    with contextlib.closing(KitSandbox()) as sandbox:
+    with contextlib.closing(ConformanceSandbox()) as sandbox:
         results = {spec.name: run_checks(spec, sandboxed=sandbox) for spec in find_specs(target)}
     failed = sum(not each.ok for checks in results.values() for each in checks)
     if as_json:

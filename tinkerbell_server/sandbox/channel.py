@@ -1,12 +1,14 @@
-"""Messages and tensors over a socket: a msgpack header, then raw bytes. Nothing here is ever unpickled.
+"""Sends messages and tensors over a socket, without pickle: a msgpack header, then the bytes of the tensors.
 
-The receiver allocates: it sees dtypes and shapes first and may refuse them. Large tensors go through sealed memory,
-whose descriptor comes along; only the engine sends descriptors, and it takes none from a worker.
+The receiver learns dtypes and shapes first, may refuse them, and then allocates the tensors itself. Large tensors
+travel in sealed shared memory, whose file descriptor is sent with the message. Only the engine sends descriptors; it
+accepts none from a worker.
 """
 
 from __future__ import annotations
 
 import array
+import os
 import socket
 import struct
 import time
@@ -19,29 +21,24 @@ from torch import Tensor
 
 from tinkerbell_core.tensors import buffer_of, dtype_name, torch_dtype
 from tinkerbell_core.types import DTYPES
-from tinkerbell_server.sandbox import shared_memory
+from tinkerbell_server.sandbox.errors import BadMessage, DeadlineExceeded
+from tinkerbell_server.sandbox.shared_memory import Arena, map_tensors
 
 _DTYPES = {name: torch_dtype(name) for name in DTYPES}
 
-HEADER_LIMIT = 1 << 20
-"""The most bytes of a message that a worker may send: its names, numbers and texts."""
+MAX_HEADER = 1 << 20
+"""The maximum bytes of the header of a message from a worker: its names, numbers and texts."""
 
-SHARED_FROM = 1 << 20
-"""Bytes of tensors from which a mapping is faster than a socket."""
+MIN_SHARED = 1 << 20
+"""The bytes of tensors from which shared memory is faster than the socket."""
+
+_MAX_JOINED = 1 << 18  # bytes
 
 T = TypeVar("T")
 
 
-class BadMessage(Exception):
-    """The other side broke the protocol."""
-
-
-class Late(Exception):
-    """The other side did not answer in time."""
-
-
-class Info(msgspec.Struct, frozen=True, array_like=True):
-    """A tensor to come: a key of DTYPES, and its shape."""
+class TensorInfo(msgspec.Struct, frozen=True, array_like=True):
+    """The dtype, a key of DTYPES, and the shape of a tensor that follows a header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -58,71 +55,80 @@ class Info(msgspec.Struct, frozen=True, array_like=True):
         return self.numel * DTYPES[self.dtype]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Info:
+    def of(cls, tensor: Tensor) -> TensorInfo:
         return cls(dtype_name(tensor), tuple(tensor.shape))
 
 
-_AT_ONCE = 1 << 18  # bytes
-
-
 class Header(msgspec.Struct, frozen=True, array_like=True):
+    """A message and the tensors that follow it. shared: the tensors are in shared memory."""
+
     message: msgspec.Raw
-    tensors: list[Info | None]
+    tensors: list[TensorInfo | None]
     shared: bool
 
 
-Check = Callable[[object, Sequence[Info | None]], None]
-"""Raises BadMessage for tensors that may not follow a message."""
+CheckTensors = Callable[[object, Sequence[TensorInfo | None]], None]
+"""Raises BadMessage if these tensors may not follow the message."""
 
 
 class Channel(Generic[T]):
-    """One end of a socket. `receives`: the union of messages that may come in."""
+    """One end of a socket.
 
-    def __init__(self, sock: socket.socket, receives: object, limit: int = HEADER_LIMIT) -> None:
+    receives: the union of the messages that may arrive. deadline: on the monotonic clock, for everything sent and
+    received next; None to wait without limit.
+    """
+
+    def __init__(self, sock: socket.socket, receives: object, max_header: int = MAX_HEADER) -> None:
         self._sock = sock
-        self._limit = limit
+        self._max_header = max_header
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(receives)
         self._header = msgspec.msgpack.Decoder(Header)
         self.deadline: float | None = None
 
     def send(self, message: msgspec.Struct, tensors: Sequence[Tensor | None] = (), fds: Sequence[int] = ()) -> None:
-        """Raises Late, or OSError where nobody listens. fds are lent: they stay open here."""
-        infos = [None if tensor is None else Info.of(tensor) for tensor in tensors]
+        """Send a message with copies of the tensors and the descriptors, which stay open in this process.
+
+        Raises DeadlineExceeded, and OSError if the other end is closed.
+        """
+        infos = [None if tensor is None else TensorInfo.of(tensor) for tensor in tensors]
         present = [tensor for tensor in tensors if tensor is not None and tensor.numel()]
-        pieces = [buffer_of(tensor.detach().cpu().contiguous()) for tensor in present]
-        self._write(_head(message, infos, False), pieces, fds)
+        buffers = [buffer_of(tensor.detach().cpu().contiguous()) for tensor in present]
+        self._write(_frame(message, infos, shared=False), buffers, fds)
 
     def send_shared(
-        self,
-        message: msgspec.Struct,
-        tensors: Sequence[Tensor | None],
-        arena: shared_memory.Arena,
-        fds: Sequence[int] = (),
+        self, message: msgspec.Struct, tensors: Sequence[Tensor | None], arena: Arena, fds: Sequence[int] = ()
     ) -> None:
-        """As `send`, the tensors by way of an arena with room for them: what the engine does with large ones."""
+        """Like `send`, but with the tensors in an arena, which must be large enough. Only the engine does this."""
         arena.put([tensor for tensor in tensors if tensor is not None and tensor.numel()])
-        infos = [None if tensor is None else Info.of(tensor) for tensor in tensors]
-        self._write(_head(message, infos, True), (), [arena.fd, *fds])
+        infos = [None if tensor is None else TensorInfo.of(tensor) for tensor in tensors]
+        self._write(_frame(message, infos, shared=True), (), [arena.fd, *fds])
 
-    def receive(self, check: Check | None = None) -> tuple[T, list[Tensor | None]]:
-        """The next message, for one who takes no descriptors. Raises Late, BadMessage, EOFError."""
-        message, infos, shared = self._head(struct.unpack("<I", self._exactly(4))[0])
+    def receive(self, check: CheckTensors | None = None) -> tuple[T, list[Tensor | None]]:
+        """The next message and its tensors; descriptors are not accepted.
+
+        check: called before the tensors are allocated. Raises DeadlineExceeded, BadMessage, and EOFError if the other
+        end is closed.
+        """
+        message, infos, shared = self._receive_header(struct.unpack("<I", self._receive_bytes(4))[0])
         if shared:
-            raise BadMessage("memory that was not asked for")
+            raise BadMessage("it uses shared memory, which only the engine may send")
         if check is not None:
             check(message, infos)
-        return message, [None if info is None else self._tensor(info) for info in infos]
+        return message, [None if info is None else self._receive_tensor(info) for info in infos]
 
-    def receive_shared(self, most: int) -> tuple[T, list[Tensor | None], list[int]]:
-        """The next message with up to `most` descriptors, which are the caller's; mapped tensors are private copies."""
-        data, fds = self._with_fds(most)
-        message, infos, shared = self._head(struct.unpack("<I", data)[0])
+    def receive_shared(self, max_fds: int) -> tuple[T, list[Tensor | None], list[int]]:
+        """The next message, its tensors, and up to `max_fds` descriptors, which the caller must close.
+
+        Tensors in shared memory are private copies. Raises DeadlineExceeded, BadMessage, EOFError.
+        """
+        data, fds = self._receive_with_fds(max_fds)
+        message, infos, shared = self._receive_header(struct.unpack("<I", data)[0])
         if not shared:
-            return message, [None if info is None else self._tensor(info) for info in infos], fds
-        wanted = [(_DTYPES[info.dtype], info.shape) for info in infos if info is not None and info.numel]
-        mapped = iter(shared_memory.mapped(fds[0], wanted)) if wanted else iter(())
-        if wanted:
-            shared_memory.close(fds.pop(0))
+            return message, [None if info is None else self._receive_tensor(info) for info in infos], fds
+        expected = [(_DTYPES[info.dtype], info.shape) for info in infos if info is not None and info.numel]
+        mapped = iter(map_tensors(fds[0], expected)) if expected else iter(())
+        if expected:
+            os.close(fds.pop(0))
         tensors = [
             None if info is None else next(mapped) if info.numel else torch.empty(info.shape, dtype=_DTYPES[info.dtype])
             for info in infos
@@ -132,27 +138,28 @@ class Channel(Generic[T]):
     def close(self) -> None:
         self._sock.close()
 
-    def _head(self, length: int) -> tuple[T, list[Info | None], bool]:
-        if length > self._limit:
-            raise BadMessage(f"a header of {length} bytes")
+    def _receive_header(self, length: int) -> tuple[T, list[TensorInfo | None], bool]:
+        if length > self._max_header:
+            raise BadMessage(f"its header has {length} bytes, but the limit is {self._max_header}")
         try:
-            header = self._header.decode(self._exactly(length))
+            header = self._header.decode(self._receive_bytes(length))
             message = self._decoder.decode(header.message)
         except (msgspec.DecodeError, RecursionError) as error:
             raise BadMessage(str(error)[:200]) from None
         for info in header.tensors:
             if info is not None and (info.dtype not in DTYPES or min(info.shape, default=0) < 0):
-                raise BadMessage("a tensor of no known kind")
+                raise BadMessage("a tensor has an unknown dtype or a negative size")
         return message, header.tensors, header.shared
 
-    def _tensor(self, info: Info) -> Tensor:
+    def _receive_tensor(self, info: TensorInfo) -> Tensor:
         tensor = torch.empty(info.shape, dtype=_DTYPES[info.dtype])
         if tensor.numel():
-            self._into(buffer_of(tensor))
+            self._receive_into(buffer_of(tensor))
         return tensor
 
-    def _with_fds(self, most: int) -> tuple[bytes, list[int]]:
-        space = socket.CMSG_SPACE(most * array.array("i").itemsize)
+    def _receive_with_fds(self, max_fds: int) -> tuple[bytes, list[int]]:
+        """The first four bytes of a frame, and the descriptors that come with them."""
+        space = socket.CMSG_SPACE(max_fds * array.array("i").itemsize)
         data, ancillary, _, _ = self._sock.recvmsg(4, space)
         fds = array.array("i")
         for level, kind, content in ancillary:
@@ -160,47 +167,47 @@ class Channel(Generic[T]):
                 fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
         if not data:
             raise EOFError
-        return data + bytes(self._exactly(4 - len(data))), list(fds)
+        return data + bytes(self._receive_bytes(4 - len(data))), list(fds)
 
-    def _exactly(self, count: int) -> bytearray:
+    def _receive_bytes(self, count: int) -> bytearray:
         buffer = bytearray(count)
-        self._into(memoryview(buffer))
+        self._receive_into(memoryview(buffer))
         return buffer
 
-    def _into(self, view: memoryview) -> None:
+    def _receive_into(self, view: memoryview) -> None:
         while view:
-            self._wait()
+            self._set_timeout()
             try:
-                got = self._sock.recv_into(view)
+                received = self._sock.recv_into(view)
             except TimeoutError:
-                raise Late from None
-            if got == 0:
+                raise DeadlineExceeded from None
+            if received == 0:
                 raise EOFError
-            view = view[got:]
+            view = view[received:]
 
-    def _write(self, head: bytes, pieces: Sequence[memoryview], fds: Sequence[int] = ()) -> None:
-        # in one go where that is not much to copy: each write wakes the reader, which costs more
-        if sum(map(len, pieces)) <= _AT_ONCE:
-            head, pieces = b"".join([head, *pieces]), ()
+    def _write(self, frame: bytes, buffers: Sequence[memoryview], fds: Sequence[int] = ()) -> None:
+        # each write wakes the reader, which costs more than the copy of a small buffer
+        if sum(map(len, buffers)) <= _MAX_JOINED:
+            frame, buffers = b"".join([frame, *buffers]), ()
         try:
-            for data in (memoryview(head), *pieces):
-                self._wait()
+            for data in (memoryview(frame), *buffers):
+                self._set_timeout()
                 if fds:
                     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
                     data, fds = data[self._sock.sendmsg([data], rights) :], ()
                 self._sock.sendall(data)
         except TimeoutError:
-            raise Late from None
+            raise DeadlineExceeded from None
 
-    def _wait(self) -> None:
-        if self.deadline is None:  # a worker's end, where to change a socket's mode is not allowed
+    def _set_timeout(self) -> None:
+        if self.deadline is None:  # seccomp does not let a worker change the mode of a socket
             return
         left = self.deadline - time.monotonic()
         if left <= 0:
-            raise Late
+            raise DeadlineExceeded
         self._sock.settimeout(left)
 
 
-def _head(message: msgspec.Struct, infos: list[Info | None], shared: bool) -> bytes:
+def _frame(message: msgspec.Struct, infos: list[TensorInfo | None], *, shared: bool) -> bytes:
     header = msgspec.msgpack.encode(Header(msgspec.Raw(msgspec.msgpack.encode(message)), infos, shared))
     return struct.pack("<I", len(header)) + header

@@ -1,4 +1,4 @@
-"""The sandbox that the conformance kit asks for: losses of this process, sent into one as an upload is."""
+"""The sandbox of the conformance kit: runs losses of this process as if they had been uploaded."""
 
 from __future__ import annotations
 
@@ -21,55 +21,60 @@ from tinkerbell_core.serialization import pack
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.testing import NotRun
 from tinkerbell_core.types import RegisterLossRequest
+from tinkerbell_server.sandbox.errors import SandboxUnavailable
 from tinkerbell_server.sandbox.losses import SandboxedLosses, TimeLimits
-from tinkerbell_server.sandbox.processes import NoSandbox, Sandbox
+from tinkerbell_server.sandbox.processes import Sandbox
 
-_MEMORY = 2 << 30
-_PATIENCE = TimeLimits(dry_run=60, call=60, per_token=0)  # a machine that runs tests may be busy with others
+_MEMORY = 2 << 30  # bytes
+# generous: a machine that runs tests may be slow
+_TIME_LIMITS = TimeLimits(dry_run=60, call=60, per_token=0)
 
 
-class KitSandbox:
-    """Started when it is first asked for a loss; to be closed."""
+class ConformanceSandbox:
+    """A sandbox that starts when the first loss needs it. The caller must close it."""
 
     def __init__(self) -> None:
         self._losses: SandboxedLosses | None = None
-        self._refusal = ""
+        self._problem = ""
 
     def __call__(self, spec: LossSpec, vocab_size: int, inputs: Mapping[str, Tensor]) -> LossSpec:
-        """The loss as it is once uploaded. Raises NotRun where nothing confines it here, or where it cannot travel."""
-        there = self._started().spec(_envelope(spec), vocab_size, dict(inputs))
-        return replace(spec, fn=there.fn)
+        """The loss, with a function that runs it in the sandbox.
+
+        Raises NotRun if this machine cannot confine a process, or if the loss cannot be uploaded.
+        """
+        sandboxed = self._started().spec(_upload_request(spec), vocab_size, dict(inputs))
+        return replace(spec, fn=sandboxed.fn)
 
     def close(self) -> None:
-        """End its processes."""
+        """End the processes of the sandbox."""
         if self._losses is not None:
             self._losses.close()
 
     def _started(self) -> SandboxedLosses:
-        if self._losses is None and not self._refusal:
+        if self._losses is None and not self._problem:
             try:
                 sandbox = Sandbox(memory=_MEMORY, threads=torch.get_num_threads())
-            except (NoSandbox, OSError) as error:
-                self._refusal = str(error)
+            except (SandboxUnavailable, OSError) as error:
+                self._problem = str(error)
             else:
-                self._prove(sandbox)
+                self._check(sandbox)
         if self._losses is None:
-            raise NotRun(f"{self._refusal}; `tinkerbell doctor` says what helps")
+            raise NotRun(f"{self._problem}; run `tinkerbell doctor` to find out what to change")
         return self._losses
 
-    def _prove(self, sandbox: Sandbox) -> None:
-        # as an engine does before it takes uploads: what fails here is this machine's fault, and no loss's
+    def _check(self, sandbox: Sandbox) -> None:
+        # an engine checks this too before it accepts uploads; a failure is a fault of the machine, not of a loss
         try:
-            sandbox.prove()
+            sandbox.check_confinement()
         except (TinkerbellError, OSError, EOFError) as error:
             sandbox.close()
-            self._refusal = str(error)
+            self._problem = str(error)
         else:
-            self._losses = SandboxedLosses(sandbox, _PATIENCE, _MEMORY // 4, contextlib.nullcontext)
+            self._losses = SandboxedLosses(sandbox, _TIME_LIMITS, _MEMORY // 4, contextlib.nullcontext)
 
 
-def _envelope(spec: LossSpec) -> RegisterLossRequest:
-    kind, payload = _packed(spec)
+def _upload_request(spec: LossSpec) -> RegisterLossRequest:
+    kind, payload = _pack(spec)
     return RegisterLossRequest(
         name=spec.name,
         kind=kind,
@@ -83,18 +88,18 @@ def _envelope(spec: LossSpec) -> RegisterLossRequest:
     )
 
 
-def _packed(spec: LossSpec) -> tuple[Literal["source", "cloudpickle"], bytes]:
-    """How the loss travels: as source where that is possible, as an uploader's would. Raises NotRun."""
+def _pack(spec: LossSpec) -> tuple[Literal["source", "cloudpickle"], bytes]:
+    """The kind and payload of an upload of this loss: source code if possible, as in the client. Raises NotRun."""
     with contextlib.suppress(BadUpload):
         return "source", pack(spec.fn)
     module = sys.modules.get(getattr(spec.fn, "__module__", None) or "")
-    own = module is not None and not is_installed(module.__name__)
+    by_value = module is not None and not is_installed(module.__name__)
     try:
-        if own:
+        if by_value:
             cloudpickle.register_pickle_by_value(module)
         return "cloudpickle", cloudpickle.dumps(spec.fn)
     except (TypeError, pickle.PicklingError, AttributeError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise NotRun(f"it cannot be uploaded ({error}), so there is nothing to compare") from None
+        raise NotRun(f"the loss cannot be uploaded ({error}), so it cannot run in a sandbox") from None
     finally:
-        if own:
+        if by_value:
             cloudpickle.unregister_pickle_by_value(module)

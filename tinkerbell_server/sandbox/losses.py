@@ -1,4 +1,4 @@
-"""Uploaded losses that run in the sandbox: tried there, and called like any other loss."""
+"""Makes LossSpecs of uploaded losses, whose functions run in workers of the sandbox."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tinkerbell_core.hyperparameters import Hyperparameter
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.spec import Coupling, LossSpec, Provenance
 from tinkerbell_core.types import RegisterLossRequest
-from tinkerbell_server.sandbox.channel import BadMessage, Late
-from tinkerbell_server.sandbox.logits import budget_of, record, source_of
-from tinkerbell_server.sandbox.messages import Described, Failed, Open, Opened, Run, Try
-from tinkerbell_server.sandbox.processes import Sandbox, Worker
-from tinkerbell_server.sandbox.rpc import Away, Call, names_and_tensors
-from tinkerbell_server.sandbox.trouble import error_of, shown
+from tinkerbell_server.sandbox.errors import BadMessage, DeadlineExceeded, printable, reported_error
+from tinkerbell_server.sandbox.logits_server import budget_of, record_materialised, source_of
+from tinkerbell_server.sandbox.messages import Described, DryRun, Failed, OpenUpload, Run, UploadOpened
+from tinkerbell_server.sandbox.processes import Sandbox, WorkerProcess
+from tinkerbell_server.sandbox.rpc import Call, ReleaseDevice, names_and_tensors
 
-_IDLE = 32  # workers that wait for their next call; each is little memory beyond the zygote's
+_MAX_IDLE = 32  # paused workers; each shares most of its memory with the zygote
+_MAX_NAMES, _MAX_NAME = 256, 256  # of inputs and hyperparameters, and characters of each
 
 
 @dataclass(frozen=True, slots=True)
 class TimeLimits:
-    """How long a loss may take, in seconds; a call has `per_token` more for each padded position."""
+    """The time limits of a loss in seconds; that of a call increases by `per_token` for each padded position."""
 
     dry_run: float
     call: float
@@ -40,13 +40,13 @@ class TimeLimits:
 class RunContext:
     """The call that a loss runs for.
 
-    owner: calls of different owners do not share a worker. backward: whether the call needs gradients.
-    away: entered while a worker computes, so that others can use the device.
+    owner: calls of different owners do not share a worker. backward: the call needs gradients. release_device: entered
+    while a worker computes, so that other threads can use the device.
     """
 
     owner: str = ""
     backward: bool = True
-    away: Away = contextlib.nullcontext
+    release_device: ReleaseDevice = contextlib.nullcontext
 
 
 def in_context(spec: LossSpec, context: RunContext) -> LossSpec:
@@ -57,29 +57,30 @@ def in_context(spec: LossSpec, context: RunContext) -> LossSpec:
 
 
 class SandboxedLosses:
-    """Makes LossSpecs of uploads, and keeps their workers, frozen, between calls."""
+    """Makes LossSpecs of uploads, and keeps their workers, paused, between calls."""
 
-    def __init__(self, sandbox: Sandbox, patience: TimeLimits, budget: int, away: Away) -> None:
-        """budget: bytes of logits a loss may have at once. away: that of calls without a RunContext of their own."""
-        self._sandbox, self._patience, self._budget, self._away = sandbox, patience, budget, away
-        self._idle: OrderedDict[tuple[str, str], Worker] = OrderedDict()
+    def __init__(self, sandbox: Sandbox, time_limits: TimeLimits, budget: int, release_device: ReleaseDevice) -> None:
+        """budget: bytes of logits that a loss may have at once. release_device: for calls without a RunContext."""
+        self._sandbox, self._time_limits, self._budget = sandbox, time_limits, budget
+        self._release_device = release_device
+        self._idle: OrderedDict[tuple[str, str], WorkerProcess] = OrderedDict()
         self._lock = threading.Lock()
 
     def spec(self, upload: RegisterLossRequest, vocab_size: int, examples: Mapping[str, Tensor]) -> LossSpec:
-        """The loss in an envelope, tried in a fresh worker. Raises BadUpload, BadLoss."""
-        with self._away(), self._sandbox.worker() as worker, _as_bad_loss(upload.name):
-            seconds = self._patience.dry_run
+        """The uploaded loss, after a dry run in a new worker. Raises BadUpload, BadLoss."""
+        with self._release_device(), self._sandbox.worker() as worker, _errors_of(upload.name):
+            seconds = self._time_limits.dry_run
             self._open(worker, upload, seconds)
             try:
-                ask = Try(vocab_size=vocab_size, examples=list(examples))
-                said, _ = worker.ask(ask, list(examples.values()), seconds=seconds)
-            except Late:
-                raise LossKilled(f"timed out: its trial on a tiny batch took over {seconds:g} seconds") from None
-            if isinstance(said, Failed):
-                raise error_of(said)
-            if not isinstance(said, Described):
-                raise BadMessage("it does not say what it was asked")
-            return self._spec_of(upload, said)
+                message = DryRun(vocab_size=vocab_size, examples=list(examples))
+                reply, _ = worker.request(message, list(examples.values()), seconds=seconds)
+            except DeadlineExceeded:
+                raise LossKilled(f"timed out: its dry run took more than {seconds:g} seconds") from None
+            if isinstance(reply, Failed):
+                raise reported_error(reply)
+            if not isinstance(reply, Described):
+                raise BadMessage(f"it sent {type(reply).__name__} as the result of its dry run")
+            return self._spec_of(upload, reply)
 
     def call(
         self,
@@ -89,19 +90,22 @@ class SandboxedLosses:
         run: Run,
         tensors: Sequence[Tensor],
     ) -> LossFnOutput:
-        """Run an opened loss, in the worker that the context's owner has for it."""
+        """Run the loss in the worker of the context's owner, or in a new one. Raises BadLoss, LogitsTooLarge.
+
+        tensors: the attention mask and the inputs, as the Run message describes.
+        """
         batch, length, _ = run.shape
-        seconds = self._patience.call + self._patience.per_token * batch * length
+        seconds = self._time_limits.call + self._time_limits.per_token * batch * length
         key = (context.owner, upload.digest)
-        with _as_bad_loss(upload.name):
-            worker = self._take(key, upload, context.away)
+        with _errors_of(upload.name):
+            worker = self._take(key, upload, context.release_device)
             try:
                 limit = run.budget if run.budget is not None else max(self._budget, model_outputs.nbytes)
-                call = Call(worker, source_of(model_outputs), seconds, limit, context.away)
+                call = Call(worker, source_of(model_outputs), seconds, limit, context.release_device)
                 output = call.run(run, tensors)
-                record(model_outputs, call.materialised)
+                record_materialised(model_outputs, call.materialised)
             except TinkerbellError as error:
-                # an error that the loss's own process has told leaves it as good as before
+                # a worker that has reported an error is still usable
                 if isinstance(error, LossKilled):
                     worker.kill()
                 else:
@@ -114,35 +118,40 @@ class SandboxedLosses:
             return output
 
     def forget(self, digest: str) -> None:
-        """End the workers of a loss that is no longer there."""
+        """Kill the workers of a deleted loss."""
         with self._lock:
             for key in [key for key in self._idle if key[1] == digest]:
                 self._idle.pop(key).kill()
 
-    def rest(self) -> None:
-        """End the workers that wait for a call; the next call makes new ones."""
+    def kill_idle_workers(self) -> None:
+        """Kill the workers between calls; the next call of a loss starts a new one."""
         with self._lock:
             while self._idle:
                 self._idle.popitem()[1].kill()
 
     def close(self) -> None:
-        """End every worker and the sandbox."""
-        self.rest()
+        """Kill every worker and close the sandbox."""
+        self.kill_idle_workers()
         self._sandbox.close()
 
-    def _spec_of(self, upload: RegisterLossRequest, said: Described) -> LossSpec:
-        names = [*said.inputs, *said.optional_inputs, *(hyper.name for hyper in said.hyperparameters)]
-        if len(names) > 256 or any(not name.isprintable() or len(name) > 256 for name in names):
-            raise BadLoss("it reads inputs whose names cannot be shown")
+    def _spec_of(self, upload: RegisterLossRequest, described: Described) -> LossSpec:
+        names = [*described.inputs, *described.optional_inputs, *(each.name for each in described.hyperparameters)]
+        if len(names) > _MAX_NAMES or any(not name.isprintable() or len(name) > _MAX_NAME for name in names):
+            raise BadLoss(
+                f"its inputs and hyperparameters may have at most {_MAX_NAMES} names, of at most {_MAX_NAME} printable "
+                "characters each"
+            )
         return LossSpec(
             name=upload.name,
-            fn=_SandboxedLoss(self, upload, bool(said.plain_logits), RunContext(away=self._away)),
-            summary=shown(said.summary),
-            inputs=tuple(said.inputs),
-            optional_inputs=tuple(said.optional_inputs),
+            fn=_SandboxedLoss(
+                self, upload, bool(described.plain_logits), RunContext(release_device=self._release_device)
+            ),
+            summary=printable(described.summary),
+            inputs=tuple(described.inputs),
+            optional_inputs=tuple(described.optional_inputs),
             hyperparameters=tuple(
-                Hyperparameter(each.name, shown(each.type)[:80], each.default, each.required)
-                for each in said.hyperparameters
+                Hyperparameter(each.name, printable(each.type)[:80], each.default, each.required)
+                for each in described.hyperparameters
             ),
             coupling=_coupling(upload),
             group_size=upload.group_size,
@@ -150,14 +159,14 @@ class SandboxedLosses:
             source=upload.source,
             digest=upload.digest,
             provenance=Provenance("upload"),
-            plain_logits=shown(said.plain_logits),
-            materialises=tuple(shown(name) for name in said.materialises[:64]),
-            reads=tuple(said.reads),
-            reads_detached=tuple(said.reads_detached),
+            plain_logits=printable(described.plain_logits),
+            materialises=tuple(printable(name) for name in described.materialises[:64]),
+            reads=tuple(described.reads),
+            reads_detached=tuple(described.reads_detached),
         )
 
-    def _open(self, worker: Worker, upload: RegisterLossRequest, seconds: float) -> None:
-        message = Open(
+    def _open(self, worker: WorkerProcess, upload: RegisterLossRequest, seconds: float) -> None:
+        message = OpenUpload(
             name=upload.name,
             kind=upload.kind,
             payload=upload.payload,
@@ -169,38 +178,38 @@ class SandboxedLosses:
             digest=upload.digest,
         )
         try:
-            said, _ = worker.ask(message, seconds=seconds)
-        except Late:
-            raise LossKilled(f"timed out: opening it took over {seconds:g} seconds") from None
-        if isinstance(said, Failed):
-            raise error_of(said)
-        if not isinstance(said, Opened):
-            raise BadMessage("it does not open")
+            reply, _ = worker.request(message, seconds=seconds)
+        except DeadlineExceeded:
+            raise LossKilled(f"timed out: opening the upload took more than {seconds:g} seconds") from None
+        if isinstance(reply, Failed):
+            raise reported_error(reply)
+        if not isinstance(reply, UploadOpened):
+            raise BadMessage(f"it sent {type(reply).__name__} when the upload was opened")
 
-    def _take(self, key: tuple[str, str], upload: RegisterLossRequest, away: Away) -> Worker:
+    def _take(self, key: tuple[str, str], upload: RegisterLossRequest, release_device: ReleaseDevice) -> WorkerProcess:
         with self._lock:
             worker = self._idle.pop(key, None)
         if worker is not None:
-            worker.thaw()
+            worker.resume()
             return worker
         worker = self._sandbox.fork()
         try:
-            with away():
-                self._open(worker, upload, self._patience.dry_run)
+            with release_device():
+                self._open(worker, upload, self._time_limits.dry_run)
         except BaseException:
             worker.kill()
             raise
         return worker
 
-    def _keep(self, key: tuple[str, str], worker: Worker) -> None:
-        worker.freeze()
+    def _keep(self, key: tuple[str, str], worker: WorkerProcess) -> None:
+        worker.pause()
         with self._lock:
             other = self._idle.pop(key, None)
             for idle in self._idle.values():
-                idle.give_back()
+                idle.close_arenas()
             self._idle[key] = worker
             surplus = [other] if other is not None else []
-            while len(self._idle) > _IDLE:
+            while len(self._idle) > _MAX_IDLE:
                 surplus.append(self._idle.popitem(last=False)[1])
         for each in surplus:
             each.kill()
@@ -208,7 +217,7 @@ class SandboxedLosses:
 
 @dataclass(frozen=True, slots=True)
 class _SandboxedLoss:
-    """The function of an uploaded loss, which runs in the sandbox. plain: it needs stored logits."""
+    """The function of an uploaded loss: calling it runs the loss in the sandbox. plain: it needs stored logits."""
 
     losses: SandboxedLosses
     upload: RegisterLossRequest
@@ -232,7 +241,7 @@ class _SandboxedLoss:
             hyperparameters=hyperparameters,
             plain=self.plain,
             backward=self.context.backward,
-            # the engine's own sequence of random numbers, so that a call that is replayed is the same again
+            # from the engine's random numbers, so that a replayed call draws the same numbers
             seed=int(torch.randint(2**62, ())),
             budget=budget_of(model_outputs),
         )
@@ -244,16 +253,14 @@ def _coupling(upload: RegisterLossRequest) -> Coupling:
 
 
 @contextlib.contextmanager
-def _as_bad_loss(name: str) -> Iterator[None]:
-    """What a worker does wrong, in a sentence about its loss."""
+def _errors_of(name: str) -> Iterator[None]:
+    """Turn errors of a worker into LossKilled or BadLoss, with the name of its loss in the message."""
     try:
         yield
     except BadMessage as error:
-        raise LossKilled(
-            f"loss {name!r} answered what no loss can ({str(error)[:200]}); its process was killed"
-        ) from None
+        raise LossKilled(f"loss {name!r} sent an invalid reply ({str(error)[:200]}); its process was killed") from None
     except OSError as error:
-        raise LossKilled(f"loss {name!r}: its process cannot be asked any more ({error})") from None
+        raise LossKilled(f"loss {name!r}: the connection to its process failed ({error})") from None
     except BadLoss as error:
         if repr(name) in error.message:
             raise

@@ -1,4 +1,7 @@
-"""What the engine and a worker say to each other. Tensors travel beside a message, in the order its docstring gives."""
+"""The messages between the engine, the zygote and the workers.
+
+Tensors follow a message in the order that its docstring gives.
+"""
 
 from __future__ import annotations
 
@@ -8,40 +11,39 @@ import msgspec
 
 Scalar = bool | int | float | str | None
 
-TEXT = 8000
-"""The most characters of a worker's text that the engine keeps."""
+MAX_TEXT = 8000
+"""The engine keeps at most this many characters of a text from a worker."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
-    """One message."""
-
-
-# ── the engine to the zygote, and back ──────────────────────────────────────────────────────────────────────────────
+    """The base of all messages."""
 
 
 class Ready(Message, frozen=True):
-    """The zygote can fork."""
+    """From the zygote: it can fork."""
 
 
 class Fork(Message, frozen=True):
-    """Make a worker on the socket that comes along as a file descriptor. Answered by Forked with the worker's pidfd."""
+    """To the zygote: fork a worker that serves the socket sent with this message. The reply is Forked."""
 
 
 class Forked(Message, frozen=True):
+    """From the zygote, with the pidfd of the new worker. pid: 0, without a pidfd, if the worker has already ended."""
+
     pid: int
 
 
-# ── the engine to a worker ──────────────────────────────────────────────────────────────────────────────────────────
+class CheckConfinement(Message, frozen=True):
+    """To a worker: try the operations that must be impossible. The reply is ConfinementChecked.
+
+    hidden: paths that the worker must not be able to read.
+    """
+
+    hidden: list[str]
 
 
-class Prove(Message, frozen=True):
-    """Try what must not be possible. Answered by Proved."""
-
-    outside: list[str]
-
-
-class Open(Message, frozen=True):
-    """Make a function of an uploaded loss. Answered by Opened or Failed."""
+class OpenUpload(Message, frozen=True):
+    """To a worker: make a function from an uploaded loss. The reply is UploadOpened or Failed."""
 
     name: str
     kind: str
@@ -54,18 +56,22 @@ class Open(Message, frozen=True):
     digest: str
 
 
-class Try(Message, frozen=True):
-    """Dry-run the loss that was opened. Tensors: the examples. Answered by Described or Failed."""
+class DryRun(Message, frozen=True):
+    """To a worker: dry-run the opened loss. The reply is Described or Failed.
+
+    Tensors: one for each name in `examples`.
+    """
 
     vocab_size: int
     examples: list[str]
 
 
 class Run(Message, frozen=True):
-    """Run the loss. Tensors: the attention mask, each input. Answered by Questions, then Done or Failed.
+    """To a worker: run the opened loss. The worker sends LogitsRequests, then Done or Failed.
 
-    shape: B, T and V. dtype: of the logits. plain: materialise them before the loss sees them. backward: whether
-    gradients are wanted. budget: bytes of materialised logits, None without a limit.
+    Tensors: the attention mask, then one for each name in `inputs`. shape: (B, T, V). dtype: of the logits. plain: the
+    loss needs an ordinary tensor of logits. backward: compute gradients. budget: bytes of logits that the worker may
+    store; None for no limit.
     """
 
     inputs: list[str]
@@ -78,28 +84,29 @@ class Run(Message, frozen=True):
     budget: int | None = None
 
 
-class Answer(Message, frozen=True):
-    """To a Question. Tensors: what was asked, None where it was not. error: why there is none; kind: of it."""
+class LogitsReply(Message, frozen=True):
+    """To a worker: the reply to a LogitsRequest.
+
+    Tensors: the requested ones, None for those not requested. error: why the request failed, if it did; kind: the name
+    of the error type.
+    """
 
     error: str | None = None
     kind: str = "BadLoss"
 
 
-# ── a worker to the engine ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Proved(Message, frozen=True):
-    """What was possible and should not have been."""
+class ConfinementChecked(Message, frozen=True):
+    """From a worker. escapes: the operations that succeeded although they must be impossible."""
 
     escapes: list[str]
 
 
-class Opened(Message, frozen=True):
-    pass
+class UploadOpened(Message, frozen=True):
+    """From a worker: it has a function for the uploaded loss."""
 
 
-class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A hyperparameter as the worker read it from the signature."""
+class HyperparameterInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A hyperparameter in the signature of the loss."""
 
     name: str
     type: str
@@ -108,22 +115,23 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Described(Message, frozen=True):
-    """What the dry run found."""
+    """From a worker: what its dry run found out about the loss."""
 
     summary: str
     inputs: list[str]
     optional_inputs: list[str]
-    hyperparameters: list[Setting]
+    hyperparameters: list[HyperparameterInfo]
     plain_logits: str = ""
     materialises: list[str] = []
     reads: list[Literal["logsumexp", "entropy", "total", "dot", "expectation"]] = []
     reads_detached: list[Literal["logsumexp", "entropy", "total", "dot", "expectation"]] = []
 
 
-class Question(Message, frozen=True):
-    """To the logits' rows. Tensors: rows (None: all, in order), pick, scale, weights; None where there is none.
+class LogitsRequest(Message, frozen=True):
+    """From a worker: compute something from rows of the logits. The reply is a LogitsReply.
 
-    keep: whether gradients of the answer will come.
+    Tensors: rows, pick, scale, weights, as in `LogitsSource.read`; None for those without a value, and rows None for
+    all rows in order. keep: the worker will return gradients of the results.
     """
 
     op: Literal["read", "full", "hidden"]
@@ -134,10 +142,12 @@ class Question(Message, frozen=True):
 
 
 class Done(Message, frozen=True):
-    """Tensors: logprobs or None; then, for each question that was kept, a gradient (or None) of each of its answers.
+    """From a worker: the result of a Run.
 
-    Gradients of `full` are in the memory that came with the answer, and are marked here: shared[i] for question i.
-    dropped: how many kept questions, the first ones, came to nothing, since the loss was begun again.
+    Tensors: logprobs or None; then, for each request with `keep`, a gradient or None for each tensor of its reply.
+    shared: for each of these requests, whether the worker has written its gradient to the shared memory that came with
+    the reply. dropped: how many of these requests, counted from the first, have no gradients because the loss was run
+    a second time.
     """
 
     loss: float
@@ -148,11 +158,13 @@ class Done(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
+    """From a worker: an error. kind: the name of its type. traceback: of the author's code."""
+
     kind: str
     message: str
     traceback: str | None = None
 
 
 ToZygote = Fork
-ToWorker = Prove | Open | Try | Run | Answer
-FromWorker = Proved | Opened | Described | Question | Done | Failed
+ToWorker = CheckConfinement | OpenUpload | DryRun | Run | LogitsReply
+FromWorker = ConfinementChecked | UploadOpened | Described | LogitsRequest | Done | Failed

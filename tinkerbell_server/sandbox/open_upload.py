@@ -1,4 +1,4 @@
-"""An uploaded loss becomes a LossSpec. Runs the uploader's code: in a worker, or where uploads are trusted."""
+"""Makes a LossSpec of an upload. Runs the author's code: in a worker, or in the engine if uploads are trusted."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tinkerbell_core.serialization import unpack
 from tinkerbell_core.spec import Coupling, LossSpec, Provenance
 
 
-class Envelope(Protocol):
-    """The part of an upload that says what the function is."""
+class Upload(Protocol):
+    """The part of an upload that describes its function: of a RegisterLossRequest or of an OpenUpload message."""
 
     @property
     def name(self) -> str: ...
@@ -42,39 +42,39 @@ class Envelope(Protocol):
     def digest(self) -> str: ...
 
 
-def opened(envelope: Envelope) -> LossSpec:
-    """The loss in an envelope, not tried yet. Raises BadUpload for one that cannot be opened, BadLoss for no loss."""
-    if envelope.kind == "graph":
-        return _of_graph(envelope)
+def open_upload(upload: Upload) -> LossSpec:
+    """The uploaded loss, before its dry run. Raises BadUpload for a bad payload, BadLoss for a bad signature."""
+    if upload.kind == "graph":
+        return _open_graph(upload)
     try:
-        fn = unpack(envelope.payload) if envelope.kind == "source" else pickle.loads(envelope.payload)
+        fn = unpack(upload.payload) if upload.kind == "source" else pickle.loads(upload.payload)
     except BadUpload:
         raise
-    # Broad: unpickling, and a module's own lines, are the uploader's code, and import what they name.
+    # Broad: unpickling, and the lines of a module, run the author's code, which may raise anything.
     except (Exception, SystemExit) as error:
-        verb = "cannot be rebuilt" if envelope.kind == "source" else "does not unpickle"
-        text = f"loss {envelope.name!r} {verb} here: {type(error).__name__}: {error}"
+        verb = "rebuilt" if upload.kind == "source" else "unpickled"
+        text = f"loss {upload.name!r} cannot be {verb} on the server: {type(error).__name__}: {error}"
         raise BadUpload(text, "".join(traceback.format_exception(error))) from error
     fn = fn.fn if isinstance(fn, LossSpec) else fn
     if not callable(fn):
-        raise BadUpload(f"the upload {envelope.name!r} is a {type(fn).__name__}, but must be a function")
-    if envelope.kind != "source":
-        show_source(envelope, getattr(fn, "__code__", None))
-    coupling = cast(Coupling, envelope.coupling)
-    made = loss(name=envelope.name, coupling=coupling, group_size=envelope.group_size)(fn)
-    return replace(made, source=envelope.source, digest=envelope.digest, provenance=Provenance("upload"))
+        raise BadUpload(f"the upload {upload.name!r} is a {type(fn).__name__}, but must be a function")
+    if upload.kind != "source":
+        _register_source(upload, getattr(fn, "__code__", None))
+    coupling = cast(Coupling, upload.coupling)
+    spec = loss(name=upload.name, coupling=coupling, group_size=upload.group_size)(fn)
+    return replace(spec, source=upload.source, digest=upload.digest, provenance=Provenance("upload"))
 
 
-def made_up(spec: LossSpec, vocab_size: int) -> dict[str, Tensor] | None:
-    """Inputs to try a loss on where its sender gave none; None where a dry run has to guess them."""
+def graph_examples(spec: LossSpec, vocab_size: int) -> dict[str, Tensor] | None:
+    """Example inputs for the dry run of a graph; None for another loss, whose inputs the dry run must guess."""
     return spec.fn.examples(vocab_size) if isinstance(spec.fn, GraphLoss) else None
 
 
-def _of_graph(envelope: Envelope) -> LossSpec:
-    """No code of the uploader's: operations of our own list, in the order that they sent."""
-    fn = load_graph(envelope.payload)
+def _open_graph(upload: Upload) -> LossSpec:
+    """A loss that runs no code of the author: it executes operations of our own list in the order of the upload."""
+    fn = load_graph(upload.payload)
     return LossSpec(
-        name=envelope.name,
+        name=upload.name,
         fn=fn,
         summary=fn.summary,
         inputs=fn.inputs,
@@ -83,38 +83,41 @@ def _of_graph(envelope: Envelope) -> LossSpec:
         coupling="sequence",
         group_size=1,
         finite=(),
-        source=envelope.source,
-        digest=envelope.digest,
+        source=upload.source,
+        digest=upload.digest,
         provenance=Provenance("upload"),
     )
 
 
-def show_source(envelope: Envelope, code: types.CodeType | None) -> None:
-    """Lay the author's lines where tracebacks look for them; a later upload from the same file lies over an earlier."""
-    if not envelope.source or not envelope.filename:
+def _register_source(upload: Upload, code: types.CodeType | None) -> None:
+    """Put the author's lines into linecache, so that tracebacks show them.
+
+    The lines of a later upload from the same file replace those of an earlier one.
+    """
+    if not upload.source or not upload.filename:
         return
-    first = _first_line(envelope, code)
-    known = linecache.cache.get(envelope.filename)
-    lines = list(known[2]) if known is not None and len(known) == 4 and known[1] is None else []
-    own = [f"{line}\n" for line in envelope.source.splitlines()]
-    lines += ["\n"] * (first - 1 + len(own) - len(lines))
-    lines[first - 1 : first - 1 + len(own)] = own
-    # a modification time of None: not looked for on this machine's disk
-    linecache.cache[envelope.filename] = (sum(map(len, lines)), None, lines, envelope.filename)
+    first = _first_line(upload, code)
+    cached = linecache.cache.get(upload.filename)
+    lines = list(cached[2]) if cached is not None and len(cached) == 4 and cached[1] is None else []
+    source = [f"{line}\n" for line in upload.source.splitlines()]
+    lines += ["\n"] * (first - 1 + len(source) - len(lines))
+    lines[first - 1 : first - 1 + len(source)] = source
+    # a modification time of None: linecache does not look for the file on this machine's disk
+    linecache.cache[upload.filename] = (sum(map(len, lines)), None, lines, upload.filename)
 
 
-def _first_line(envelope: Envelope, code: types.CodeType | None) -> int:
-    """Where the source text begins in its file: after the decorators, which the code counts and the text lacks."""
+def _first_line(upload: Upload, code: types.CodeType | None) -> int:
+    """The line of the file at which the source text starts: after the decorators, which only `code` counts."""
     try:
-        compiled = compile(ast.parse(envelope.source), envelope.filename, "exec")
+        compiled = compile(ast.parse(upload.source), upload.filename, "exec")
     except (SyntaxError, ValueError):
-        return envelope.first_line
+        return upload.first_line
     inner = [constant for constant in compiled.co_consts if isinstance(constant, types.CodeType)]
     if code is None or not inner:
-        return envelope.first_line
+        return upload.first_line
     return max(1, _last_line(code) - _last_line(inner[0]) + 1)
 
 
 def _last_line(code: types.CodeType) -> int:
-    lines: list[Any] = [line for _, _, line in code.co_lines() if line]  # Any: mypy's None, which is left out
+    lines: list[Any] = [line for _, _, line in code.co_lines() if line]  # Any: mypy includes None, which is left out
     return max(lines, default=code.co_firstlineno)

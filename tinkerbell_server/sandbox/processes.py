@@ -1,4 +1,4 @@
-"""The engine's hold on a zygote and the workers it forks: starts them, times them, kills them."""
+"""Starts and kills the zygote and the workers that it forks, and exchanges messages with them under a deadline."""
 
 from __future__ import annotations
 
@@ -18,32 +18,35 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.errors import LossKilled, TinkerbellError
-from tinkerbell_server.sandbox.channel import SHARED_FROM, BadMessage, Channel, Check, Late
+from tinkerbell_server.sandbox.channel import MIN_SHARED, Channel, CheckTensors
+from tinkerbell_server.sandbox.errors import BadMessage, DeadlineExceeded, SandboxUnavailable
 from tinkerbell_server.sandbox.isolation import bubblewrap, mechanisms
-from tinkerbell_server.sandbox.isolation.readable_paths import PROCESSORS, readable
-from tinkerbell_server.sandbox.messages import Failed, Fork, Forked, FromWorker, Prove, Proved, Ready
-from tinkerbell_server.sandbox.shared_memory import Arena, room
+from tinkerbell_server.sandbox.isolation.readable_paths import PROCESSORS, find_readable_paths
+from tinkerbell_server.sandbox.messages import (
+    CheckConfinement,
+    ConfinementChecked,
+    Failed,
+    Fork,
+    Forked,
+    FromWorker,
+    Ready,
+)
+from tinkerbell_server.sandbox.shared_memory import Arena, arena_size
 from tinkerbell_server.sandbox.worker import Limits
 from tinkerbell_server.sandbox.zygote import bootstrap
 
 log = logging.getLogger("tinkerbell.sandbox")
 
-# large buffers in huge pages: half the time of a loss that takes whole logits goes into page faults
+# huge pages for large buffers: a loss that stores all logits spends half of its time in page faults without them
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "USER": "sandbox", "THP_MEM_ALLOC_ENABLE": "1"}
-"""All that a sandbox is told of the world."""
+"""All environment variables of a sandbox."""
 
 _START_SECONDS = 60.0
 _FORK_SECONDS = 5.0
 
 
-class NoSandbox(TinkerbellError):
-    """This machine cannot confine a loss; the message says what is missing."""
-
-    status = 403
-
-
 class Sandbox:
-    """One zygote, started again when it dies. `mechanisms`: what confines its workers, each tried."""
+    """One zygote, which is started again if it ends. mechanisms: the names of those that confine its workers."""
 
     def __init__(
         self,
@@ -51,69 +54,81 @@ class Sandbox:
         hidden: Sequence[str] = (),
         memory: int = 4 << 30,
         threads: int | None = None,
-        bubblewrapped: bool = True,
+        use_bubblewrap: bool = True,
     ) -> None:
-        """hidden: directories no loss may read. memory: bytes a worker may have. Raises NoSandbox, without a wait."""
-        self._readable = readable(hidden)
-        found = mechanisms.examine(self._readable)
-        if not mechanisms.enough(found):
-            missing = "; ".join(f"{each.name}: {each.found}" for each in found if not each.works)
-            raise NoSandbox(f"no uploaded loss can be confined here ({missing})")
-        works = [each.name for each in found if each.works and (bubblewrapped or each.name != "bubblewrap")]
+        """Start the zygote, without waiting until it is ready.
+
+        hidden: directories that no loss may read. memory: bytes that a worker may allocate. use_bubblewrap: if False,
+        only Landlock and seccomp confine the workers. Raises SandboxUnavailable.
+        """
+        self._paths = find_readable_paths(hidden)
+        if self._paths.exposed:
+            raise SandboxUnavailable(self._paths.exposed)
+        detected = mechanisms.detect(self._paths)
+        if not mechanisms.sufficient(detected):
+            missing = "; ".join(f"{each.name}: {each.found}" for each in detected if not each.works)
+            raise SandboxUnavailable(f"this machine cannot confine uploaded losses ({missing})")
+        for warning in self._paths.warnings:
+            log.warning("%s", warning)
+        works = [each.name for each in detected if each.works and (use_bubblewrap or each.name != "bubblewrap")]
         self.mechanisms = tuple(works)
-        self._bubblewrapped = "bubblewrap" in works
+        self._use_bubblewrap = "bubblewrap" in works
+        # in a mount namespace the hidden directories do not exist, so the directories that contain them may be listed
+        unlistable = () if self._use_bubblewrap else self._paths.unlistable
         self._limits = Limits(
-            [*self._readable.files, PROCESSORS, "/dev/null", "/dev/urandom"],
-            list(self._readable.names),
-            memory,
-            threads or torch.get_num_threads(),
+            readable=[*self._paths.files, PROCESSORS, "/dev/null", "/dev/urandom"],
+            listable=[path for path in self._paths.partial if path not in unlistable],
+            unlistable=list(unlistable),
+            memory=memory,
+            threads=threads or torch.get_num_threads(),
         )
-        self._outside = [*hidden, "/etc/passwd", "/etc/hostname", "/proc/1/environ"]
+        self._hidden = [*hidden, "/etc/passwd", "/etc/hostname", "/proc/1/environ"]
         self._lock = threading.Lock()
         self._zygote: subprocess.Popen[bytes] | None = None
         self._channel: Channel[Ready | Forked] | None = None
         self._start()
 
-    def prove(self) -> None:
-        """Have a worker try to get out. Raises NoSandbox where it can."""
+    def check_confinement(self) -> None:
+        """Let a worker try to escape. Raises SandboxUnavailable if an attempt succeeds."""
         with self.worker() as worker:
-            message, _ = worker.ask(Prove(outside=self._outside), seconds=_START_SECONDS)
+            message, _ = worker.request(CheckConfinement(hidden=self._hidden), seconds=_START_SECONDS)
             if isinstance(message, Failed):
-                raise NoSandbox(f"a process could not be confined: {message.message}")
-            if not isinstance(message, Proved):
-                raise NoSandbox("the sandbox could not be tried")
+                raise SandboxUnavailable(f"a process could not be confined: {message.message}")
+            if not isinstance(message, ConfinementChecked):
+                raise SandboxUnavailable("a process sent an invalid reply to the check of its confinement")
             if message.escapes:
-                raise NoSandbox(f"a confined process can still {', '.join(message.escapes)}"[:500])
+                raise SandboxUnavailable(f"a confined process can still {', '.join(message.escapes)}"[:500])
 
     @contextlib.contextmanager
-    def worker(self) -> Iterator[Worker]:
-        """A fresh worker, killed at the end."""
+    def worker(self) -> Iterator[WorkerProcess]:
+        """A new worker, which is killed at the end of the context."""
         worker = self.fork()
         try:
             yield worker
         finally:
             worker.kill()
 
-    def fork(self) -> Worker:
-        """A fresh worker. Raises TinkerbellError where even a new zygote makes none."""
+    def fork(self) -> WorkerProcess:
+        """A new worker. Raises TinkerbellError if even a new zygote does not fork one."""
         with self._lock:
             for attempt in range(2):
                 try:
                     return self._fork()
-                except (EOFError, OSError, Late, BadMessage) as error:
+                except (EOFError, OSError, DeadlineExceeded, BadMessage) as error:
                     if attempt:
-                        raise TinkerbellError(f"no sandbox could be made ({type(error).__name__})") from error
-                    log.warning("the sandbox is started again: its first process is gone")
+                        text = f"the sandbox could not start a process ({type(error).__name__})"
+                        raise TinkerbellError("; ".join([text, *self._paths.warnings])) from error
+                    log.warning("the zygote of the sandbox has ended (%s); starting a new one", type(error).__name__)
                     self._stop()
                     self._start()
         raise AssertionError
 
     def close(self) -> None:
-        """End every worker and the zygote."""
+        """Kill the zygote and every worker."""
         with self._lock:
             self._stop()
 
-    def _fork(self) -> Worker:
+    def _fork(self) -> WorkerProcess:
         assert self._channel is not None
         self._await_ready()
         ours, theirs = socket.socketpair()
@@ -123,8 +138,8 @@ class Sandbox:
                 self._channel.send(Fork(), fds=[theirs.fileno()])
             message, _, fds = self._channel.receive_shared(1)
             if not isinstance(message, Forked) or not fds:
-                raise BadMessage("the zygote made no worker")
-            return Worker(ours, fds[0])
+                raise BadMessage("the zygote did not fork a worker")
+            return WorkerProcess(ours, fds[0])
         except BaseException:
             ours.close()
             raise
@@ -134,9 +149,9 @@ class Sandbox:
         limits = msgspec.json.encode(self._limits).decode()
         python = mechanisms.interpreter()
         with theirs:
-            program = [*python, "-c", bootstrap(self._readable.imports), str(theirs.fileno()), limits]
-            if self._bubblewrapped:
-                program = bubblewrap.command([*self._readable.files, python[0]], program, ENVIRONMENT)
+            program = [*python, "-c", bootstrap(self._paths.imports), str(theirs.fileno()), limits]
+            if self._use_bubblewrap:
+                program = bubblewrap.command([*self._paths.files, python[0]], program, ENVIRONMENT)
             self._zygote = subprocess.Popen(
                 program,
                 pass_fds=[theirs.fileno()],
@@ -165,47 +180,61 @@ class Sandbox:
             self._zygote.wait()
 
 
-class Worker:
-    """One worker, as the engine sees it: a channel, and a handle to kill it by. Nothing it says is believed."""
+class WorkerProcess:
+    """The engine's side of one worker: a channel, and a pidfd to signal it. Every message from it is checked.
 
-    def __init__(self, sock: socket.socket, handle: int) -> None:
-        self._channel: Channel[Any] = Channel(sock, FromWorker)  # Any: a union is no type to mypy
-        self._handle = handle
-        self._dead = False
+    After an exception of `request`, `send` or `receive`, the worker must be killed.
+    """
+
+    def __init__(self, sock: socket.socket, pidfd: int) -> None:
+        self._channel: Channel[Any] = Channel(sock, FromWorker)  # Any: mypy does not accept a union as a type
+        self._pidfd = pidfd
+        self._killed = False
         self._arenas: dict[str, Arena] = {}
 
-    def ask(
+    def request(
         self,
         message: msgspec.Struct,
         tensors: Sequence[Tensor | None] = (),
         *,
         seconds: float,
-        check: Check | None = None,
+        check: CheckTensors | None = None,
     ) -> tuple[FromWorker, list[Tensor | None]]:
-        """Its answer, with tensors where `check` allows them. Raises Late, LossKilled, BadMessage: then it must die."""
-        self.until(time.monotonic() + seconds)
-        self.tell(message, tensors)
-        return self.hear(check)
+        """Send a message and receive the reply within `seconds`. Raises DeadlineExceeded, LossKilled, BadMessage.
 
-    def until(self, deadline: float) -> None:
-        """When patience ends, on the monotonic clock, for whatever is sent or awaited next."""
+        check: as in `receive`.
+        """
+        self.set_deadline(time.monotonic() + seconds)
+        self.send(message, tensors)
+        return self.receive(check)
+
+    def set_deadline(self, deadline: float) -> None:
+        """Set the time, on the monotonic clock, at which `send` and `receive` raise DeadlineExceeded."""
         self._channel.deadline = deadline
 
-    def tell(self, message: msgspec.Struct, tensors: Sequence[Tensor | None] = (), fds: Sequence[int] = ()) -> None:
-        """Large tensors, and all that come with fds, go by way of an arena."""
+    def send(self, message: msgspec.Struct, tensors: Sequence[Tensor | None] = (), fds: Sequence[int] = ()) -> None:
+        """Send a message; large tensors, and those sent together with descriptors, in shared memory."""
         present = [tensor for tensor in tensors if tensor is not None]
-        size = room(present)
+        size = arena_size(present)
         try:
-            if fds or size >= SHARED_FROM:
+            if fds or size >= MIN_SHARED:
                 arena = self.arena(type(message).__name__ + (f" {fds[0]}" if fds else ""), size, writable=False)
                 self._channel.send_shared(message, tensors, arena, fds)
             else:
                 self._channel.send(message, tensors)
         except OSError:
-            raise LossKilled(_LOST) from None
+            raise LossKilled(_ENDED) from None
+
+    def receive(self, check: CheckTensors | None = None) -> tuple[FromWorker, list[Tensor | None]]:
+        """The next message and its tensors. Without `check`, a message with tensors raises BadMessage."""
+        try:
+            message, tensors = self._channel.receive(check or _refuse_tensors)
+        except (EOFError, OSError):
+            raise LossKilled(_ENDED) from None
+        return message, tensors
 
     def arena(self, use: str, size: int, *, writable: bool) -> Arena:
-        """Memory shared with this worker alone, the same for each use while it is large enough."""
+        """Memory that is shared with this worker only; the same arena for each `use` while it is large enough."""
         arena = self._arenas.get(use)
         if arena is None or arena.size < size:
             if arena is not None:
@@ -213,42 +242,34 @@ class Worker:
             arena = self._arenas[use] = Arena(size, writable=writable)
         return arena
 
-    def give_back(self) -> None:
-        """Let go of what is shared with it."""
+    def close_arenas(self) -> None:
         while self._arenas:
             self._arenas.popitem()[1].close()
 
-    def hear(self, check: Check | None = None) -> tuple[FromWorker, list[Tensor | None]]:
-        try:
-            message, tensors = self._channel.receive(check or _no_tensors)
-        except (EOFError, OSError):
-            raise LossKilled(_LOST) from None
-        return message, tensors
-
-    def freeze(self) -> None:
-        """Stop it from computing until it is thawed: threads that a loss has left behind take nobody's time."""
+    def pause(self) -> None:
+        """Stop the process until `resume`, so that threads that a loss has started use no CPU time between calls."""
         self._signal(signal.SIGSTOP)
 
-    def thaw(self) -> None:
+    def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        if self._dead:
+        if self._killed:
             return
-        self._dead = True
+        self._killed = True
         self._signal(signal.SIGKILL)
         self._channel.close()
-        os.close(self._handle)
-        self.give_back()
+        os.close(self._pidfd)
+        self.close_arenas()
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._handle, number)
+            signal.pidfd_send_signal(self._pidfd, number)
 
 
-_LOST = "its process ended without an answer: it crashed, was ended by its own code, or ran out of memory"
+_ENDED = "its process ended without a reply: it crashed, exited, or ran out of memory"
 
 
-def _no_tensors(message: object, tensors: Sequence[object]) -> None:
+def _refuse_tensors(message: object, tensors: Sequence[object]) -> None:
     if tensors:
-        raise BadMessage("tensors that were not asked for")
+        raise BadMessage("its message may not have tensors")

@@ -1,4 +1,4 @@
-"""One call of a loss in a worker, from the engine's side: questions answered, the reply checked, gradients tied in."""
+"""One call of a loss in a worker: replies to its requests, checks its result and attaches its gradients."""
 
 from __future__ import annotations
 
@@ -15,158 +15,180 @@ from torch import Tensor
 from tinkerbell_core.errors import BadLoss, LossKilled, TinkerbellError
 from tinkerbell_core.logits import LogitsSource
 from tinkerbell_core.output import LossFnOutput
-from tinkerbell_server.sandbox.channel import SHARED_FROM, BadMessage, Info, Late
-from tinkerbell_server.sandbox.logits_server import QUESTIONS, answer, check_question
-from tinkerbell_server.sandbox.messages import Answer, Done, Failed, FromWorker, Question, Run
-from tinkerbell_server.sandbox.processes import Worker
+from tinkerbell_server.sandbox.channel import MIN_SHARED, TensorInfo
+from tinkerbell_server.sandbox.errors import BadMessage, DeadlineExceeded, reported_error
+from tinkerbell_server.sandbox.logits_server import MAX_REQUESTS, check_request, compute_reply
+from tinkerbell_server.sandbox.messages import Done, Failed, FromWorker, LogitsReply, LogitsRequest, Run
+from tinkerbell_server.sandbox.processes import WorkerProcess
 from tinkerbell_server.sandbox.shared_memory import Arena
-from tinkerbell_server.sandbox.trouble import error_of
 
-Away = Callable[[], AbstractContextManager[None]]
-"""Lets others have the device while a worker computes."""
+ReleaseDevice = Callable[[], AbstractContextManager[None]]
+"""Makes a context in which other threads can use the device."""
+
+_MAX_DIAGNOSTICS = 64
 
 
 @dataclass(slots=True)
 class Call:
-    """Raises BadLoss for all that goes wrong; then the worker must be killed, unless the error is the loss's own."""
+    """A call of a loss.
 
-    worker: Worker
+    seconds: the time limit of the worker, without the time in which it waits for the device. budget: bytes of logits
+    that the worker may have at once. release_device: entered while the worker computes. materialised: after `run`, the
+    operations for which the worker stored logits, and their bytes.
+    """
+
+    worker: WorkerProcess
     source: LogitsSource
     seconds: float
     budget: int
-    away: Away
-    _kept: list[tuple[list[Tensor | None], Arena | None]] = field(default_factory=list)
+    release_device: ReleaseDevice
+    # the tensors of each reply whose gradients the worker will return, and the memory for a large gradient
+    _replies: list[tuple[list[Tensor | None], Arena | None]] = field(default_factory=list)
     materialised: list[tuple[str, int]] = field(default_factory=list)
-    _held: int = 0
+    _reply_bytes: int = 0
 
     def run(self, run: Run, tensors: Sequence[Tensor]) -> LossFnOutput:
-        """The loss's output, its loss attached to the source's graph where `run.backward` asks for it."""
+        """The output of the loss; if `run.backward`, its loss is attached to the graph of the source.
+
+        Raises the error that the worker reports: a BadLoss, BadHyperparameter, BadUpload or LogitsTooLarge. After a
+        LossKilled, a BadMessage, or any other exception, the caller must kill the worker.
+        """
         left = self.seconds
         try:
             message: FromWorker | None = None
-            for _ in range(QUESTIONS):
-                with self.away():
+            for _ in range(MAX_REQUESTS):
+                with self.release_device():
                     start = time.monotonic()
-                    self.worker.until(start + left)
+                    self.worker.set_deadline(start + left)
                     if message is None:
-                        self.worker.tell(run, tensors)
-                    message, found = self.worker.hear(lambda said, infos: self._check(said, infos, run))
+                        self.worker.send(run, tensors)
+                    message, received = self.worker.receive(lambda message, infos: self._check(message, infos, run))
                     left -= time.monotonic() - start
-                if not isinstance(message, Question):
+                if not isinstance(message, LogitsRequest):
                     break
                 start = time.monotonic()
-                self.worker.until(start + max(left, 0.0))
-                self._answer(message, found)
+                self.worker.set_deadline(start + max(left, 0.0))
+                self._reply(message, received)
                 left -= time.monotonic() - start
-            return self._output(message, found, run)
-        except Late:
+            return self._output(message, received, run)
+        except DeadlineExceeded:
             raise LossKilled(f"timed out after {self.seconds:g} seconds, and its process was killed") from None
 
-    def _check(self, message: object, infos: Sequence[Info | None], run: Run) -> None:
-        if isinstance(message, Question):
-            check_question(message, infos, self.source, self.budget)
+    def _check(self, message: object, infos: Sequence[TensorInfo | None], run: Run) -> None:
+        if isinstance(message, LogitsRequest):
+            check_request(message, infos, self.source, self.budget)
         elif isinstance(message, Done):
             self._check_done(message, infos, run)
         elif infos:
-            raise BadMessage("tensors that were not asked for")
+            raise BadMessage("its message may not have tensors")
 
-    def _check_done(self, done: Done, infos: Sequence[Info | None], run: Run) -> None:
-        kept = self._kept[max(0, done.dropped) :]
-        if len(done.shared) != len(kept) or len(done.diagnostics) > 64 or not infos:
-            raise BadMessage("a reply that fits no call")
+    def _check_done(self, done: Done, infos: Sequence[TensorInfo | None], run: Run) -> None:
+        replies = self._replies[max(0, done.dropped) :]
+        if len(done.shared) != len(replies):
+            raise BadMessage(f"its result has gradients of {len(done.shared)} replies instead of {len(replies)}")
+        if len(done.diagnostics) > _MAX_DIAGNOSTICS:
+            raise BadMessage(f"its result has {len(done.diagnostics)} diagnostics, but the limit is {_MAX_DIAGNOSTICS}")
+        if not infos:
+            raise BadMessage("its result has no tensors")
         expected = [
-            None if tensor is None or arena is not None else Info.of(tensor)
-            for values, arena in kept
+            None if tensor is None or arena is not None else TensorInfo.of(tensor)
+            for values, arena in replies
             for tensor in values
         ]
         if len(infos) != 1 + len(expected):
-            raise BadMessage("gradients that were not asked for")
-        for info, right in zip(infos[1:], expected, strict=True):
-            if info is not None and info != right:
-                raise BadMessage("a gradient of another shape than what it is of")
+            raise BadMessage(f"its result has {len(infos)} tensors instead of {1 + len(expected)}")
+        for info, expected_info in zip(infos[1:], expected, strict=True):
+            if info is not None and info != expected_info:
+                raise BadMessage("a gradient has another dtype or shape than its tensor")
         logprobs, (batch, length, vocab) = infos[0], run.shape
         if logprobs is not None:
-            whole = logprobs.shape == (batch, length)
-            many = len(logprobs.shape) == 3 and logprobs.shape[:2] == (batch, length) and logprobs.shape[2] <= vocab
-            if not (whole or many) or logprobs.dtype not in ("float32", "float64") or logprobs.nbytes > self.budget:
-                raise BadMessage("log-probabilities of another shape than the batch's")
+            is_2d = logprobs.shape == (batch, length)
+            is_3d = len(logprobs.shape) == 3 and logprobs.shape[:2] == (batch, length) and logprobs.shape[2] <= vocab
+            if not (is_2d or is_3d) or logprobs.dtype not in ("float32", "float64") or logprobs.nbytes > self.budget:
+                raise BadMessage("its logprobs do not have the shape of the batch, or have another dtype than floats")
 
-    def _answer(self, question: Question, tensors: Sequence[Tensor | None]) -> None:
+    def _reply(self, request: LogitsRequest, tensors: Sequence[Tensor | None]) -> None:
         try:
-            values = answer(question, tensors, self.source, self.budget)
+            values = compute_reply(request, tensors, self.source, self.budget)
         except (TinkerbellError, TypeError, ValueError) as error:
             kind = error.kind if isinstance(error, TinkerbellError) else "BadLoss"
-            self.worker.tell(Answer(error=str(error), kind=kind))
+            self.worker.send(LogitsReply(error=str(error), kind=kind))
             return
         except (IndexError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
                 raise
-            raise BadMessage(f"a question that cannot be answered ({type(error).__name__})") from None
+            raise BadMessage(f"a request for logits failed ({type(error).__name__})") from None
         size = sum(value.nbytes for value in values if value is not None)
-        self._held += size if question.keep else 0
-        if self._held > 4 * self.budget:
-            self.worker.tell(Answer(error="the loss has asked for more of the logits than it may hold", kind="BadLoss"))
+        self._reply_bytes += size if request.keep else 0
+        if self._reply_bytes > 4 * self.budget:
+            text = (
+                f"the loss has requested {self._reply_bytes:,} bytes of logits in this call, but the limit is "
+                f"{4 * self.budget:,}: send a smaller batch"
+            )
+            self.worker.send(LogitsReply(error=text, kind="BadLoss"))
             return
-        if not question.keep:
-            self.worker.tell(Answer(), [_detached(value) for value in values])
+        if not request.keep:
+            self.worker.send(LogitsReply(), [_detached(value) for value in values])
             return
-        if question.op == "read" or size < SHARED_FROM:
-            self._kept.append((values, None))
-            self.worker.tell(Answer(), [_detached(value) for value in values])
+        if request.op == "read" or size < MIN_SHARED:
+            self._replies.append((values, None))
+            self.worker.send(LogitsReply(), [_detached(value) for value in values])
             return
-        # a gradient may still change while it is used: what is checked is what comes of it, in the training step
-        arena = self.worker.arena(f"gradient {len(self._kept)}", size, writable=True)
-        self._kept.append((values, arena))
-        self.worker.tell(Answer(), [_detached(value) for value in values], [arena.fd])
+        # the worker can change this gradient while it is used; the training step checks what is computed from it
+        arena = self.worker.arena(f"gradient {len(self._replies)}", size, writable=True)
+        self._replies.append((values, arena))
+        self.worker.send(LogitsReply(), [_detached(value) for value in values], [arena.fd])
 
     def _output(self, message: FromWorker | None, tensors: Sequence[Tensor | None], run: Run) -> LossFnOutput:
         if isinstance(message, Failed):
-            raise error_of(message)
+            raise reported_error(message)
+        if isinstance(message, LogitsRequest):
+            raise BadMessage(f"it sent more than {MAX_REQUESTS} requests for logits")
         if not isinstance(message, Done):
-            raise BadMessage("it does not answer what it was asked")
+            raise BadMessage(f"it sent {type(message).__name__} as its result")
         if not math.isfinite(message.loss):
             raise BadLoss(f"loss is {message.loss}")
         for name in message.diagnostics:
             if not name.isprintable():
-                raise BadMessage("a diagnostic whose name cannot be shown")
-        logprobs, *flat = tensors
-        self._kept = self._kept[max(0, message.dropped) :]
+                raise BadMessage("the name of a diagnostic has unprintable characters")
+        logprobs, *sent = tensors
+        self._replies = self._replies[max(0, message.dropped) :]
         self.materialised = message.materialised
-        gradients = self._gradients(message, flat)
+        gradients = self._gradients(message, sent)
         device, dtype = self.source.device, self.source.dtype
         pairs = [
             (value, gradient.to(device))
-            for value, gradient in zip((v for values, _ in self._kept for v in values), gradients, strict=True)
+            for value, gradient in zip((v for values, _ in self._replies for v in values), gradients, strict=True)
             if value is not None and gradient is not None and value.requires_grad
         ]
         loss = torch.tensor(message.loss, dtype=dtype, device=device)
         if pairs:
             values, gradients = [value for value, _ in pairs], [gradient for _, gradient in pairs]
-            loss = _Returned.apply(loss, gradients, *values)  # type: ignore[no-untyped-call]
+            loss = _LossWithGradients.apply(loss, gradients, *values)  # type: ignore[no-untyped-call]
         elif not run.backward:
-            loss.requires_grad_()  # nobody asked for a gradient, so none was computed
+            loss.requires_grad_()  # the contract requires it, although no gradient is computed
         return LossFnOutput(loss, None if logprobs is None else logprobs.to(device), dict(message.diagnostics))
 
-    def _gradients(self, done: Done, flat: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """One for each value of each kept question, from the reply or from shared memory."""
-        found: list[Tensor | None] = []
-        own = iter(flat)
-        for (values, arena), shared in zip(self._kept, done.shared, strict=True):
-            of = [next(own) for _ in values]
+    def _gradients(self, done: Done, sent: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """One gradient for each tensor of each reply, from the message or from shared memory. Raises BadLoss."""
+        gradients: list[Tensor | None] = []
+        remaining = iter(sent)
+        for (values, arena), shared in zip(self._replies, done.shared, strict=True):
+            of_reply = [next(remaining) for _ in values]
             if arena is not None and shared and values[0] is not None:
-                of = [arena.view(values[0])]
-            found += of
-        for gradient in found:
-            if gradient is not None and gradient.nbytes < SHARED_FROM and not gradient.isfinite().all():
+                of_reply = [arena.view(values[0])]
+            gradients += of_reply
+        for gradient in gradients:
+            if gradient is not None and gradient.nbytes < MIN_SHARED and not gradient.isfinite().all():
                 raise BadLoss(
-                    "the gradient is not finite though the loss is: "
+                    "the loss is finite, but its gradient is not: "
                     "mask with torch.where(mask, x, 0) before an exp, a log or a square root"
                 )
-        return found
+        return gradients
 
 
-class _Returned(torch.autograd.Function):
-    """The loss of a worker, whose gradients with respect to what it was told are known already."""
+class _LossWithGradients(torch.autograd.Function):
+    """The loss of a worker as a function of the tensors that it received, with the gradients that it returned."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *values: Tensor) -> Tensor:  # Any: torch's own
@@ -177,7 +199,7 @@ class _Returned(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:  # Any: torch's own
         gradients, ctx.gradients = ctx.gradients, []
-        if upstream.item() == 1:  # as it is but for a loss in a sum of losses
+        if upstream.item() == 1:  # always, except for a loss that is part of a weighted sum
             return None, None, *gradients
         return None, None, *(gradient * upstream for gradient in gradients)
 
@@ -187,5 +209,5 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
 
 
 def names_and_tensors(attention_mask: Tensor, inputs: Mapping[str, Tensor]) -> tuple[list[str], list[Tensor]]:
-    """What goes to a worker besides the logits."""
+    """The names in a Run message, and the tensors that follow it."""
     return list(inputs), [attention_mask, *inputs.values()]

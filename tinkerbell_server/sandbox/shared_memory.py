@@ -1,4 +1,4 @@
-"""Tensors in memory that two processes share, sealed so that neither can pull it from under the other."""
+"""Shares tensors with another process through memory that is sealed, so that neither process can shrink it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from torch import Tensor
 
 _F_ADD_SEALS = 1033
 _SHRINK, _GROW, _FUTURE_WRITE = 0x2, 0x4, 0x10
-_ALIGN = 64
+_ALIGN = 64  # bytes
 
-Kind = tuple[torch.dtype, tuple[int, ...]]
-
-close = os.close
+DtypeAndShape = tuple[torch.dtype, tuple[int, ...]]
 
 
 class Arena:
-    """Memory of a fixed size, used again from call to call: fresh pages cost more than what is done with them.
+    """Shared memory of a fixed size in bytes, reused between calls because new pages cost more than the copy.
 
-    writable: whether who is given `fd` may write to it; else only this process can, through the mapping it has.
+    writable: whether a process that receives `fd` may write; if False, only this process can, through its own mapping.
     """
 
     def __init__(self, size: int, *, writable: bool) -> None:
@@ -37,45 +35,50 @@ class Arena:
             raise
 
     def put(self, tensors: Sequence[Tensor]) -> None:
-        """Copy the tensors in, from whatever device; `mapped` finds them again."""
-        for tensor, place in zip(tensors, _views(self._region, [kind(tensor) for tensor in tensors]), strict=True):
-            place.copy_(tensor.detach())
+        """Copy tensors from any device into the memory, one after another; `map_tensors` returns them."""
+        views = _views(self._region, [dtype_and_shape(tensor) for tensor in tensors])
+        for tensor, view in zip(tensors, views, strict=True):
+            view.copy_(tensor.detach())
 
     def view(self, like: Tensor) -> Tensor:
-        """What is at its beginning, as it is now and as it will be changed."""
-        return _views(self._region, [kind(like)])[0]
+        """The first tensor in the memory, which has the dtype and shape of `like`. It changes if the memory changes."""
+        return _views(self._region, [dtype_and_shape(like)])[0]
 
     def close(self) -> None:
-        """Give it back, once the last view of it is gone."""
+        """Close the descriptor; the memory is freed together with the last view of it."""
         os.close(self.fd)
 
 
-def mapped(fd: int, wanted: Sequence[Kind]) -> list[Tensor]:
-    """The tensors in a descriptor's memory; what is written to them stays in this process."""
-    return _views(mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE), wanted)
+def map_tensors(fd: int, expected: Sequence[DtypeAndShape]) -> list[Tensor]:
+    """The tensors in the memory of a descriptor. What this process writes to them, no other process sees."""
+    return _views(mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE), expected)
 
 
-def fill(fd: int, tensor: Tensor) -> None:
-    """Write a tensor to the beginning of a descriptor's memory."""
+def write_tensor(fd: int, tensor: Tensor) -> None:
+    """Write a tensor to the start of the memory of a descriptor."""
     with mmap.mmap(fd, 0) as region:
-        _views(region, [kind(tensor)])[0].copy_(tensor)
+        _views(region, [dtype_and_shape(tensor)])[0].copy_(tensor)
 
 
-def kind(tensor: Tensor) -> Kind:
+def arena_size(tensors: Sequence[Tensor]) -> int:
+    """The size in bytes of an arena that holds these tensors."""
+    return sum(_aligned(tensor.nbytes) for tensor in tensors)
+
+
+def dtype_and_shape(tensor: Tensor) -> DtypeAndShape:
     return tensor.dtype, tuple(tensor.shape)
 
 
-def room(tensors: Sequence[Tensor]) -> int:
-    """Bytes that an arena for these needs."""
-    return sum(-(-tensor.nbytes // _ALIGN) * _ALIGN for tensor in tensors)
-
-
-def _views(region: mmap.mmap, wanted: Sequence[Kind]) -> list[Tensor]:
-    found, at = [], 0
-    for dtype, shape in wanted:
+def _views(region: mmap.mmap, expected: Sequence[DtypeAndShape]) -> list[Tensor]:
+    views, offset = [], 0
+    for dtype, shape in expected:
         count = 1
         for size in shape:
             count *= size
-        found.append(torch.frombuffer(region, dtype=dtype, count=count, offset=at).reshape(shape))
-        at += -(-found[-1].nbytes // _ALIGN) * _ALIGN
-    return found
+        views.append(torch.frombuffer(region, dtype=dtype, count=count, offset=offset).reshape(shape))
+        offset += _aligned(views[-1].nbytes)
+    return views
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN

@@ -1,4 +1,4 @@
-"""One locked-down process that opens one uploaded loss and runs it when asked. The engine doubts its every word."""
+"""A process that opens one uploaded loss and runs it. It confines itself first; the engine checks all it sends."""
 
 from __future__ import annotations
 
@@ -19,45 +19,50 @@ from tinkerbell_core.logits.source import Statistic
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.run import run_loss
 from tinkerbell_core.spec import LossSpec
-from tinkerbell_server.sandbox import shared_memory
 from tinkerbell_server.sandbox.channel import Channel
-from tinkerbell_server.sandbox.isolation.lockdown import escapes, lock_down
-from tinkerbell_server.sandbox.logits import logits_over, materialised
-from tinkerbell_server.sandbox.logits_client import Kept, RemoteSource
+from tinkerbell_server.sandbox.isolation.lockdown import find_escapes, lock_down
+from tinkerbell_server.sandbox.logits_client import RemoteSource, ReplyGradients, materialised, remote_logits
 from tinkerbell_server.sandbox.messages import (
+    CheckConfinement,
+    ConfinementChecked,
     Described,
     Done,
+    DryRun,
     Failed,
-    Open,
-    Opened,
-    Prove,
-    Proved,
+    HyperparameterInfo,
+    OpenUpload,
     Run,
-    Setting,
     ToWorker,
-    Try,
+    UploadOpened,
 )
-from tinkerbell_server.sandbox.open_upload import made_up, opened
+from tinkerbell_server.sandbox.open_upload import graph_examples, open_upload
+from tinkerbell_server.sandbox.shared_memory import write_tensor
 
-_OPEN_LIMIT = 8 << 20  # an upload's payload and source, and room
+_MAX_HEADER = 8 << 20  # bytes: the payload and the source of an upload, and some more
+_MAX_MESSAGE, _MAX_TRACEBACK = 4000, 6000  # characters
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What a worker may have. memory: bytes beyond what it was forked with."""
+    """What a worker may use.
+
+    readable: files and directories that may be read with everything in them. listable: directories that may be listed.
+    unlistable: directories on the import path that may not. memory: bytes in addition to those at the fork.
+    """
 
     readable: list[str]
     listable: list[str]
+    unlistable: list[str]
     memory: int
     threads: int
 
 
-def work(sock: socket.socket, limits: Limits) -> NoReturn:
-    """Serve one engine until it hangs up. Called in a fresh fork; ends the process."""
-    # whatever happens here must not return into the zygote, whose stack this is
+def run_worker(sock: socket.socket, limits: Limits) -> NoReturn:
+    """Serve the engine until it closes the socket, then end this process, which must be a new fork."""
+    # no exception may return to the stack of the zygote, which this process has copied
     with contextlib.suppress(BaseException):
-        channel: Channel[ToWorker] = Channel(sock, ToWorker, _OPEN_LIMIT)
+        channel: Channel[ToWorker] = Channel(sock, ToWorker, _MAX_HEADER)
         try:
-            _be_quiet()
+            _discard_output()
             lock_down(limits.readable, limits.listable, limits.memory)
             torch.set_num_threads(limits.threads)
             Worker(channel).serve()
@@ -66,7 +71,7 @@ def work(sock: socket.socket, limits: Limits) -> NoReturn:
     os._exit(0)
 
 
-def _be_quiet() -> None:
+def _discard_output() -> None:
     null = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
@@ -74,7 +79,7 @@ def _be_quiet() -> None:
 
 
 class Worker:
-    """Holds the loss that was opened."""
+    """Executes the messages of the engine; it holds the opened loss."""
 
     def __init__(self, channel: Channel[ToWorker]) -> None:
         self._channel = channel
@@ -87,38 +92,37 @@ class Worker:
             except EOFError:
                 return
             try:
-                self._answer(message, tensors)
+                self._execute(message, tensors)
             except (EOFError, ConnectionError):
                 return
-            # Broad: whatever the loss did must be said, and this process ends nobody but itself.
+            # Broad: the loss may raise anything. The engine gets the error, and kills this process if it must end.
             except BaseException as error:
                 self._channel.send(_failed(error))
 
-    def _answer(self, message: ToWorker, tensors: Sequence[Tensor | None]) -> None:
+    def _execute(self, message: ToWorker, tensors: Sequence[Tensor | None]) -> None:
         match message:
-            case Prove():
-                self._channel.send(Proved(escapes=escapes(message.outside)))
-            case Open():
-                self._spec = opened(message)
-                self._channel.send(Opened())
-            case Try():
-                given = zip(message.examples, tensors, strict=True)
-                examples = {name: tensor for name, tensor in given if tensor is not None}
-                self._channel.send(self._described(message.vocab_size, examples))
+            case CheckConfinement():
+                self._channel.send(ConfinementChecked(escapes=find_escapes(message.hidden)))
+            case OpenUpload():
+                self._spec = open_upload(message)
+                self._channel.send(UploadOpened())
+            case DryRun():
+                pairs = zip(message.examples, tensors, strict=True)
+                examples = {name: tensor for name, tensor in pairs if tensor is not None}
+                self._channel.send(self._describe(message.vocab_size, examples))
             case Run():
                 self._run(message, tensors)
 
-    def _described(self, vocab_size: int, examples: dict[str, Tensor]) -> Described:
-        # discover runs it several times: one that works once only would fail in the first training step
+    def _describe(self, vocab_size: int, examples: dict[str, Tensor]) -> Described:
         assert self._spec is not None
-        examples = examples or made_up(self._spec, vocab_size) or {}
+        examples = examples or graph_examples(self._spec, vocab_size) or {}
         spec = self._spec = dry_run(self._spec, vocab_size, "cpu", examples or None)
         return Described(
             summary=spec.summary[:1000],
             inputs=list(spec.inputs or ()),
             optional_inputs=list(spec.optional_inputs),
             hyperparameters=[
-                Setting(hyper.name, hyper.type[:80], hyper.default, hyper.required)
+                HyperparameterInfo(hyper.name, hyper.type[:80], hyper.default, hyper.required)
                 for hyper in spec.hyperparameters
                 if isinstance(hyper.default, bool | int | float | str | None)
             ],
@@ -138,54 +142,59 @@ class Worker:
         source = RemoteSource(self._channel, batch * length, vocab, run.dtype)
         try:
             try:
-                output, stored = self._once(run, self._spec, source, inputs, mask, run.plain)
+                output, stored = self._run_once(run, self._spec, source, inputs, mask, run.plain)
                 dropped = 0
             except PlainLogitsNeeded:
-                dropped = len(source.kept)
+                dropped = len(source.reply_gradients)
                 torch.manual_seed(run.seed)
-                output, _ = self._once(run, self._spec, source, inputs, mask, True)
+                output, _ = self._run_once(run, self._spec, source, inputs, mask, True)
                 stored = [("run again", source.count * vocab * source.dtype.itemsize)]
-            self._done(output, source.kept[dropped:], stored, dropped)
+            self._send_result(output, source.reply_gradients[dropped:], stored, dropped)
         finally:
             source.close()
 
-    def _once(
+    def _run_once(
         self, run: Run, spec: LossSpec, source: RemoteSource, inputs: dict[str, Tensor], mask: Tensor, plain: bool
     ) -> tuple[LossFnOutput, list[tuple[str, int]]]:
         with torch.set_grad_enabled(run.backward):
-            logits = logits_over(source, run.shape[:2], plain, run.budget)
+            logits = remote_logits(source, run.shape[:2], plain, run.budget)
             output = run_loss(spec, logits, inputs, mask, run.hyperparameters)
         if run.backward:
             torch.autograd.backward(output.loss)
         return output, materialised(logits)
 
-    def _done(self, output: LossFnOutput, kept: list[Kept], stored: list[tuple[str, int]], dropped: int) -> None:
+    def _send_result(
+        self, output: LossFnOutput, replies: list[ReplyGradients], stored: list[tuple[str, int]], dropped: int
+    ) -> None:
         gradients: list[Tensor | None] = []
         shared = []
-        for each in kept:
-            (gradient,) = each.gradients if each.memory is not None else (None,)
+        for reply in replies:
+            (gradient,) = reply.gradients if reply.fd is not None else (None,)
             shared.append(gradient is not None)
-            if gradient is not None and each.memory is not None:
-                shared_memory.fill(each.memory, gradient)
+            if gradient is not None and reply.fd is not None:
+                write_tensor(reply.fd, gradient)
                 gradients.append(None)
             else:
-                gradients += each.gradients
-        names = {str(name): float(value) for name, value in output.diagnostics.items()}
+                gradients += reply.gradients
         done = Done(
-            loss=output.loss.item(), diagnostics=names, shared=shared, materialised=stored[:64], dropped=dropped
+            loss=output.loss.item(),
+            diagnostics={str(name): float(value) for name, value in output.diagnostics.items()},
+            shared=shared,
+            materialised=stored[:64],
+            dropped=dropped,
         )
-        logprobs = (
-            None if output.logprobs is None or output.logprobs.dtype == torch.float64 else output.logprobs.float()
-        )
-        self._channel.send(done, [output.logprobs if logprobs is None else logprobs, *gradients])
+        logprobs = output.logprobs
+        if logprobs is not None and logprobs.dtype != torch.float64:
+            logprobs = logprobs.float()
+        self._channel.send(done, [logprobs, *gradients])
 
 
 def _failed(error: BaseException) -> Failed:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return Failed(kind="BadLoss", message="the loss ran out of the memory that an uploaded loss may use")
     if isinstance(error, TinkerbellError):
-        return Failed(kind=error.kind, message=error.message[:4000], traceback=(error.traceback or "")[-6000:] or None)
-    text = "".join(traceback.format_exception(error))
-    return Failed(
-        kind=BadLoss.__name__, message=f"the loss raised {type(error).__name__}: {error}"[:4000], traceback=text[-6000:]
-    )
+        text = (error.traceback or "")[-_MAX_TRACEBACK:]
+        return Failed(kind=error.kind, message=error.message[:_MAX_MESSAGE], traceback=text or None)
+    text = "".join(traceback.format_exception(error))[-_MAX_TRACEBACK:]
+    message = f"the loss raised {type(error).__name__}: {error}"[:_MAX_MESSAGE]
+    return Failed(kind=BadLoss.__name__, message=message, traceback=text)

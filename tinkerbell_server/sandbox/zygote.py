@@ -1,11 +1,11 @@
-"""The process that workers are forked from: torch imported once, no environment, nothing else in its hands.
+"""The process that workers are forked from. It has imported torch, and has no environment and no file but its socket.
 
-Runs only our own code. `bootstrap` makes the program that starts it; it speaks on the socket it is given, and ends when
-the engine's end of it closes.
+It runs only code of this project. It ends when the engine closes the socket.
 """
 
 from __future__ import annotations
 
+import importlib.machinery
 import os
 import signal
 import socket
@@ -16,11 +16,11 @@ import msgspec
 
 from tinkerbell_server.sandbox.channel import Channel
 from tinkerbell_server.sandbox.messages import Forked, Ready, ToZygote
-from tinkerbell_server.sandbox.worker import Limits, work
+from tinkerbell_server.sandbox.worker import Limits, run_worker
 
 
 def bootstrap(imports: Sequence[str]) -> str:
-    """The program of `python -I -S -c PROGRAM FD LIMITS`."""
+    """The program of `python -I -S -c PROGRAM FD LIMITS`. imports: its sys.path in front of the standard library."""
     return f"import sys; sys.path[:0] = {list(imports)!r}; from tinkerbell_server.sandbox.zygote import main; main()"
 
 
@@ -29,10 +29,11 @@ def main() -> None:
 
     sock = socket.socket(fileno=int(sys.argv[1]))
     limits = msgspec.json.decode(sys.argv[2], type=Limits)
-    tempfile.tempdir = "/tmp"  # there is none; libraries that only name it work all the same
+    # it need not exist: some libraries only need the name, and the search for a directory would fail
+    tempfile.tempdir = "/tmp"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the dead are buried by the kernel
-    _warm_up()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel removes ended workers
+    _warm_up(limits)
     channel: Channel[ToZygote] = Channel(sock, ToZygote)
     channel.send(Ready())
     while True:
@@ -47,19 +48,19 @@ def _fork(control: socket.socket, channel: Channel[ToZygote], fd: int, limits: L
     pid = os.fork()
     if pid == 0:
         control.close()
-        work(socket.socket(fileno=fd), limits)
+        run_worker(socket.socket(fileno=fd), limits)
     os.close(fd)
     try:
-        handle = os.pidfd_open(pid)
+        pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         channel.send(Forked(pid=0))
         return
-    channel.send(Forked(pid=pid), fds=[handle])
-    os.close(handle)
+    channel.send(Forked(pid=pid), fds=[pidfd])
+    os.close(pidfd)
 
 
-def _warm_up() -> None:
-    """Import what losses use, and run torch once, on one thread: threads do not survive a fork."""
+def _warm_up(limits: Limits) -> None:
+    """Import what losses use, and run torch once, on one thread because threads do not survive a fork."""
     import cloudpickle  # noqa: F401
     import torch
     import torch.distributions
@@ -70,3 +71,6 @@ def _warm_up() -> None:
 
     torch.set_num_threads(1)
     dry_run(cross_entropy, vocab_size=16)
+    for directory in limits.unlistable:
+        # the import system lists a directory once and keeps the names, so a worker can still import from it
+        importlib.machinery.PathFinder.find_spec("tinkerbell_absent_module", [directory])

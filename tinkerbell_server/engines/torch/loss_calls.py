@@ -66,7 +66,7 @@ class LossCalls:
         context = RunContext(
             owner=f"{command.tenant or ''}/{model.id}",
             backward=command.backward,
-            away=partial(self._device_lock.away, partial(self._activate, model, train=command.backward)),
+            release_device=partial(self._device_lock.away, partial(self._activate, model, train=command.backward)),
         )
         if command.weights:
             return self._losses.sum(command.weights, context)

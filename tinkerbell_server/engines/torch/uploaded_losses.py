@@ -17,9 +17,10 @@ from tinkerbell_core.tensors import to_torch
 from tinkerbell_core.types import RegisterLossRequest
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines.torch.device_lock import DeviceLock
+from tinkerbell_server.sandbox.errors import SandboxUnavailable
 from tinkerbell_server.sandbox.losses import SandboxedLosses, TimeLimits
-from tinkerbell_server.sandbox.open_upload import made_up, opened
-from tinkerbell_server.sandbox.processes import NoSandbox, Sandbox
+from tinkerbell_server.sandbox.open_upload import graph_examples, open_upload
+from tinkerbell_server.sandbox.processes import Sandbox
 
 log = logging.getLogger("tinkerbell.engine")
 
@@ -45,7 +46,7 @@ class UploadedLosses:
         limits = TimeLimits(settings.dry_run_seconds, settings.sandbox_seconds, settings.sandbox_seconds_per_token)
         try:
             self._sandbox = Sandbox(hidden=[str(settings.data_path)], memory=memory)
-        except (NoSandbox, OSError) as error:
+        except (SandboxUnavailable, OSError) as error:
             self._turn_off(str(error))
             return
         # a quarter for logits: the loss also needs memory for their gradient and for its own tensors
@@ -56,7 +57,7 @@ class UploadedLosses:
         if self._sandbox is None:
             return
         try:
-            self._sandbox.prove()
+            self._sandbox.check_confinement()
         except Exception as error:  # whatever fails, no upload may run in this sandbox
             log.exception("the sandbox does not confine its processes")
             self._sandbox.close()
@@ -78,8 +79,8 @@ class UploadedLosses:
         if self.mode != "trusted":
             reason = f": {self.problem}" if self.problem else ""
             raise UploadsOff(f"this engine accepts no uploaded losses{reason}")
-        spec = opened(upload)
-        return dry_run(spec, vocab_size, device, examples or made_up(spec, vocab_size))
+        spec = open_upload(upload)
+        return dry_run(spec, vocab_size, device, examples or graph_examples(spec, vocab_size))
 
     def forget(self, spec: LossSpec) -> None:
         """End the processes of a loss."""

@@ -1,4 +1,4 @@
-"""Landlock: a process gives up the file system, but for reading below the paths it names. Linux 5.13 and later."""
+"""Landlock: restricts a process to reading the paths that it names. Needs Linux 5.13."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ import struct
 import sys
 from collections.abc import Iterable
 
-_CREATE, _ADD, _RESTRICT = 444, 445, 446  # the same on every architecture
+_CREATE, _ADD, _RESTRICT = 444, 445, 446  # system calls; the same numbers on every architecture
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
 _PATH_BENEATH = 1
-_SCOPES = 0b11  # abstract unix sockets, signals
+_SCOPES = 0b11  # abstract unix sockets and signals
 
 
 def abi() -> int:
-    """The version of Landlock in this kernel; 0 where there is none or it is off."""
+    """The version of Landlock in this kernel; 0 if it has none, or if it is disabled."""
     if sys.platform != "linux":
         return 0
-    found: int = _libc().syscall(_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
-    return max(0, found)
+    version: int = _libc().syscall(_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+    return max(0, version)
 
 
 def restrict(readable: Iterable[str], listable: Iterable[str] = ()) -> None:
-    """Nothing can be written, executed or connected to from here on, nothing read but what is beneath `readable`.
+    """Forbid to write, execute and connect, and to read anything except the paths `readable` and everything below them.
 
-    listable: directories whose names may be read as well. Binds the calling thread and its children, so it comes before
-    any other thread. Needs no_new_privs. Raises OSError where the kernel refuses.
+    listable: directories that may also be listed, with all directories below them. The restriction holds for the
+    calling thread and for threads and processes that it starts, so call this before any other thread starts, and after
+    no_new_privs is set. Raises OSError if the kernel refuses.
     """
     version = abi()
     files = (1 << 13) - 1
     files |= (1 << 13 if version >= 2 else 0) | (1 << 14 if version >= 3 else 0) | (1 << 15 if version >= 5 else 0)
-    network = 0b11 if version >= 4 else 0  # bind and connect by TCP
+    network = 0b11 if version >= 4 else 0  # bind and connect, with TCP
     scopes = _SCOPES if version >= 6 else 0
     size = 24 if version >= 6 else 16 if version >= 4 else 8
     attributes = struct.pack("<QQQ", files, network, scopes)[:size]

@@ -1,4 +1,4 @@
-"""Which means of confinement this machine has, found by trying them. Knows nothing of losses."""
+"""Detects which mechanisms can confine a process on this machine, by trying each of them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import cache
 
 from tinkerbell_server.sandbox.isolation import bubblewrap, landlock, seccomp
-from tinkerbell_server.sandbox.isolation.readable_paths import Readable
+from tinkerbell_server.sandbox.isolation.readable_paths import ReadablePaths
 
 
 @dataclass(frozen=True, slots=True)
 class Mechanism:
-    """One of them: whether it works here, and what was found."""
+    """The result for one mechanism. found: its version, or why it does not work."""
 
     name: str
     works: bool
@@ -21,38 +21,43 @@ class Mechanism:
 
 
 def interpreter() -> list[str]:
-    """The Python that runs here, alone: no environment, no site-packages, no current directory."""
+    """The command of this Python without environment variables, site-packages or the current directory."""
     return [os.path.realpath(sys.executable), "-I", "-S", "-B"]
 
 
-def examine(readable: Readable) -> list[Mechanism]:
-    """bubblewrap, Landlock and seccomp, in this order."""
-    return [_bubblewrap(readable), _landlock(), _seccomp()]
+def detect(paths: ReadablePaths) -> list[Mechanism]:
+    """The results for bubblewrap, Landlock and seccomp, in this order."""
+    return [_bubblewrap(paths), _landlock(), _seccomp()]
 
 
-def enough(found: list[Mechanism]) -> bool:
-    """Whether uploads can be confined: system calls, and the file system by one of two."""
-    works = {each.name: each.works for each in found}
+def sufficient(mechanisms: list[Mechanism]) -> bool:
+    """Whether they confine a process: seccomp its system calls, and bubblewrap or Landlock its access to files."""
+    works = {each.name: each.works for each in mechanisms}
     return works["seccomp"] and (works["bubblewrap"] or works["landlock"])
 
 
 @cache
-def _bubblewrap(readable: Readable) -> Mechanism:
+def _bubblewrap(paths: ReadablePaths) -> Mechanism:
     version = bubblewrap.version()
     if not version:
         return Mechanism("bubblewrap", False, "not installed: apt install bubblewrap")
     python = interpreter()
-    files = [*readable.files, python[0]]
-    refusal = bubblewrap.refusal(files, [*python, "-c", "pass"])
-    if refusal is not None:
-        return Mechanism("bubblewrap", False, f"{version}, but {refusal}; it needs user namespaces and its own /proc")
-    return Mechanism("bubblewrap", True, f"{version}: namespaces of its own (user, pid, network, ipc, mount)")
+    problem = bubblewrap.find_problem([*paths.files, python[0]], [*python, "-c", "pass"])
+    if problem is not None:
+        return Mechanism(
+            "bubblewrap", False, f"{version}, but {problem}; it needs user namespaces and must mount its own /proc"
+        )
+    return Mechanism("bubblewrap", True, f"{version}, with its own user, pid, network, ipc and mount namespaces")
 
 
 def _landlock() -> Mechanism:
     version = landlock.abi()
     if not version:
-        return Mechanism("landlock", False, "not in this kernel, or off: Linux 5.13 and later, lsm=landlock")
+        return Mechanism(
+            "landlock",
+            False,
+            "not available: it needs Linux 5.13 or later, with landlock in the list of the boot parameter lsm",
+        )
     return Mechanism("landlock", True, f"ABI {version}")
 
 

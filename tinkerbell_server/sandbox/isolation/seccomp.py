@@ -1,6 +1,6 @@
-"""seccomp: a process gives up every system call but those that arithmetic needs. Through libseccomp, if it is there.
+"""seccomp: restricts a process to the system calls that arithmetic needs. Uses the library libseccomp.
 
-Bound here by ctypes: pyseccomp had its last release in 2021 and starts a compiler to find the library when imported.
+It is called through ctypes because pyseccomp was last released in 2021 and starts a compiler when it is imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _EQ, _MASKED_EQ = 4, 7
 _CLONE_THREAD = 0x10000
 
 # fmt: off
-PLAIN = (
+ALLOWED = (
     "read", "write", "readv", "writev", "pread64", "preadv", "close", "fstat", "newfstatat", "stat", "lstat",
     "statx", "lseek", "getdents64", "getcwd", "open", "openat", "access", "faccessat", "faccessat2", "readlink",
     "readlinkat", "fadvise64", "mmap", "munmap", "mremap", "mprotect", "madvise", "brk", "futex", "set_robust_list",
@@ -25,7 +25,7 @@ PLAIN = (
     "geteuid", "getgid", "getegid", "getrusage", "getrlimit", "sysinfo", "uname", "getrandom", "recvfrom",
     "recvmsg", "poll", "ppoll", "select", "pselect6",
 )
-"""Allowed with any arguments. No call here makes a socket, a process, a file or a signal to another process."""
+"""Allowed with any arguments. None of these creates a socket, a process or a file, or signals another process."""
 # fmt: on
 
 
@@ -33,24 +33,24 @@ class _Argument(ctypes.Structure):
     _fields_ = (("arg", ctypes.c_uint), ("op", ctypes.c_int), ("a", ctypes.c_uint64), ("b", ctypes.c_uint64))
 
 
-_GUARDED: dict[str, list[tuple[_Argument, ...]]] = {
-    # threads, not processes
+_ALLOWED_WITH: dict[str, list[tuple[_Argument, ...]]] = {
+    # only to start a thread
     "clone": [(_Argument(0, _MASKED_EQ, _CLONE_THREAD, _CLONE_THREAD),)],
-    # send() is sendto without an address
+    # send() calls sendto without an address
     "sendto": [(_Argument(4, _EQ, 0, 0),)],
-    # getrlimit is prlimit64 of this process without a new limit
+    # getrlimit() calls prlimit64 for this process, without a new limit
     "prlimit64": [(_Argument(0, _EQ, 0, 0), _Argument(2, _EQ, 0, 0))],
-    "prctl": [(_Argument(0, _EQ, 15, 0),)],  # PR_SET_NAME, of a thread
-    # F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC, F_GET_SEALS: no F_SETOWN, which sends signals
+    "prctl": [(_Argument(0, _EQ, 15, 0),)],  # PR_SET_NAME
+    # F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC, F_GET_SEALS; not F_SETOWN, which can send signals
     "fcntl": [(_Argument(1, _EQ, command, 0),) for command in (1, 2, 3, 1030, 1034)],
 }
 
-# glibc falls back to a call whose flags a filter can see
-_NOT_HERE = ("clone3",)
+# these fail with ENOSYS, after which glibc uses a call whose flags a filter can check
+_ABSENT = ("clone3",)
 
 
 def version() -> str:
-    """libseccomp's version; empty where it cannot be loaded."""
+    """The version of libseccomp; an empty string if it cannot be loaded."""
     try:
         library = _load()
     except OSError:
@@ -60,23 +60,23 @@ def version() -> str:
         _fields_ = (("major", ctypes.c_uint), ("minor", ctypes.c_uint), ("micro", ctypes.c_uint))
 
     library.seccomp_version.restype = ctypes.POINTER(Version)
-    found = library.seccomp_version().contents
-    return f"{found.major}.{found.minor}.{found.micro}"
+    version = library.seccomp_version().contents
+    return f"{version.major}.{version.minor}.{version.micro}"
 
 
 def restrict() -> None:
-    """Any call but those above fails with EPERM from here on. Needs no_new_privs. Raises OSError where it cannot be."""
+    """Let every other system call fail with EPERM. no_new_privs must be set. Raises OSError if this fails."""
     library = _load()
     context = library.seccomp_init(ctypes.c_uint32(_ERRNO | errno.EPERM))
     if not context:
         raise OSError(errno.ENOMEM, "seccomp_init")
     try:
-        for name in PLAIN:
+        for name in ALLOWED:
             _add(library, context, _ALLOW, name, ())
-        for name, choices in _GUARDED.items():
+        for name, choices in _ALLOWED_WITH.items():
             for arguments in choices:
                 _add(library, context, _ALLOW, name, arguments)
-        for name in _NOT_HERE:
+        for name in _ABSENT:
             _add(library, context, _ERRNO | errno.ENOSYS, name, ())
         _check(library.seccomp_load(ctypes.c_void_p(context)), "seccomp_load")
     finally:
@@ -85,7 +85,7 @@ def restrict() -> None:
 
 def _add(library: ctypes.CDLL, context: int, action: int, name: str, arguments: tuple[_Argument, ...]) -> None:
     number = library.seccomp_syscall_resolve_name(name.encode())
-    if number < 0:  # not on this architecture, or not known to this version
+    if number < 0:  # absent on this architecture, or unknown to this version of libseccomp
         return
     array = (_Argument * max(1, len(arguments)))(*arguments)
     result = library.seccomp_rule_add_array(
@@ -94,13 +94,13 @@ def _add(library: ctypes.CDLL, context: int, action: int, name: str, arguments: 
     _check(result, f"seccomp_rule_add {name}")
 
 
-def _check(result: int, what: str) -> None:
+def _check(result: int, function: str) -> None:
     if result < 0:
-        raise OSError(-result, f"{what}: {os.strerror(-result)}")
+        raise OSError(-result, f"{function}: {os.strerror(-result)}")
 
 
 def _load() -> ctypes.CDLL:
-    # not find_library: it starts ldconfig and a compiler
+    # find_library would start ldconfig and a compiler
     library = ctypes.CDLL(_LIBRARY, use_errno=True)
     library.seccomp_init.restype = ctypes.c_void_p
     return library
