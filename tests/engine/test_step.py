@@ -195,6 +195,14 @@ def test_a_model_with_an_unknown_logit_transform_is_run_through_its_own_forward(
         run(one, rows(LENGTHS), name)
     assert same(gradients(engine), gradients(small), EXACT)
 
+
+@pytest.mark.parametrize("mode", ["trusted", "sandboxed"])
+def test_a_loss_cannot_read_the_hidden_states_of_such_a_model(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setattr(lm_head, "SOFTCAPS", ())
+    engine = make_engine("softcap", uploads=mode, dry_run_seconds=60.0, sandbox_seconds=60.0)
+
     def reads_hidden_states(model_outputs, loss_fn_inputs, attention_mask):
         return LossFnOutput(hidden_states(model_outputs).sum())
 

@@ -73,7 +73,7 @@ def folder_identity(folder: Path) -> str:
 
 
 def commit_of(model: Any, revision: str | None) -> str | None:
-    """The commit of a model that came from the hub, else the revision that was asked for. Any: a transformers model."""
+    """The commit of a model that came from the hub, else the requested revision. Any: a transformers model."""
     return getattr(model.config, "_commit_hash", None) or revision
 
 
@@ -91,7 +91,7 @@ def folder_of(source: str, revision: str | None) -> Path:
 
 
 def weights_files(folder: Path) -> list[Path]:
-    """The files that transformers reads the weights from, by name; empty if it knows none of them."""
+    """The files that transformers reads the weights from, by name; empty if the folder has none of them."""
     found = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
     if found is None:
         return []

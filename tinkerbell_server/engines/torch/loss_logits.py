@@ -36,17 +36,19 @@ def model_outputs(
     budget: int | None = None,
     *,
     reads: Collection[Statistic] = (),
-    beside: Collection[Statistic] = (),
+    reads_detached: Collection[Statistic] = (),
 ) -> Tensor:
     """Logits `[B, T, V]` of `Network.states`, lazy if `reason` is empty.
 
-    reason: of `why_stored`. budget: bytes of logits that may be stored, None for no limit. reads, beside: `reads` and
-    `reads_detached` of the LossSpec. Raises LogitsTooLarge.
+    reason: of `why_stored`. budget: bytes of logits that may be stored, None for no limit. reads, reads_detached: of
+    the LossSpec. Raises LogitsTooLarge.
     """
     if not reason:
         head = network.head()
         assert head is not None
-        source = LocalSource(states.flatten(0, 1), head, prefetch=frozenset(reads), prefetch_detached=frozenset(beside))
+        source = LocalSource(
+            states.flatten(0, 1), head, prefetch=frozenset(reads), prefetch_detached=frozenset(reads_detached)
+        )
         return Logits.over(source, states.shape[:2], budget=budget)
     size = stored_bytes(network, states)
     if budget is not None and size > budget:

@@ -139,12 +139,12 @@ def _loss_on(network: Network, step: Step, leaf: Tensor, batch: Batch) -> LossFn
             step.stored_because,
             step.logits_budget,
             reads=step.spec.reads,
-            beside=step.spec.reads_detached,
+            reads_detached=step.spec.reads_detached,
         )  # [B, T, V]
         try:
             output = run_loss(step.spec, logits, batch.inputs, batch.attention_mask, step.hyperparameters)
         except BadLoss as error:
-            if not network.splits and "carries no hidden states" in str(error):
+            if not network.splits and "no hidden states" in str(error):
                 raise BadLoss(
                     f"loss {step.spec.name!r} asks for hidden states, but {network.source!r} changes its logits after "
                     "its head in a way that this server does not know, so it gives logits only: use another model",
