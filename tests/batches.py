@@ -1,4 +1,4 @@
-"""A small batch for any loss, what must hold of a loss whatever its masks hide, and a short run that must go down."""
+"""A small batch for plugin tests, checks of masks and extreme values, and a short training run."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ WEIGHTS = torch.tensor(
         [1.0, 1, 1, 0, 0, 0, 0],
     ]
 )
-"""Prompts of several lengths, then completions of several lengths, then padding."""
+"""Weights `[B, T]` of rows with prompts, completions and padding of several lengths."""
 
 
 def batch(**extra: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits `[B, T, V]`, and target_tokens, weights and ref_logprobs for them, with whatever else a loss reads."""
+    """Logits `[B, T, V]`, and the inputs target_tokens, weights, ref_logprobs and `extra`."""
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(B, T, V, generator=generator)
     targets = torch.randint(V, (B, T), generator=generator)
@@ -44,7 +44,7 @@ def run(
     inputs: Mapping[str, Tensor],
     settings: Mapping[str, Any],  # Any: each loss has its own
 ) -> tuple[LossFnOutput, Tensor]:
-    """The output of a loss, and its gradient in the logits, which are the hidden states too."""
+    """The output of a loss, and the gradient of the logits, which are also the masked states."""
     leaf = logits.detach().clone().requires_grad_()
     outputs = plain_logits(leaf, lambda hidden: hidden * 1)
     output = run_loss(spec, outputs, inputs, torch.ones(leaf.shape[:2]), {**plausible_settings(spec), **settings})
@@ -53,21 +53,21 @@ def run(
 
 
 def check_masks(spec: LossSpec, inputs: Mapping[str, Tensor], **settings: Any) -> None:  # Any: each loss has its own
-    """What stands where weights are 0 changes neither value nor gradient, and rows may have no token that counts."""
+    """Positions with weight 0 change neither loss nor gradient, and rows without counted tokens are allowed."""
     logits, base = batch(**inputs)
     output, gradient = run(spec, logits, base, settings)
-    hidden = base["weights"] == 0
+    masked = base["weights"] == 0
     assert gradient.any()
-    assert not gradient[hidden].any()
+    assert not gradient[masked].any()
 
     poisoned = {
-        key: value.masked_fill(hidden, torch.nan)
+        key: value.masked_fill(masked, torch.nan)
         if value.dim() == 2 and value.is_floating_point() and key != "weights"
         else value
         for key, value in base.items()
     }
     at_target = torch.zeros_like(logits).scatter(-1, base["target_tokens"][..., None], 1.0).bool()
-    impossible = logits.masked_fill(hidden[..., None] & at_target, -torch.inf)
+    impossible = logits.masked_fill(masked[..., None] & at_target, -torch.inf)
     same, same_gradient = run(spec, impossible, poisoned, settings)
     torch.testing.assert_close(same.loss, output.loss)
     torch.testing.assert_close(same_gradient, gradient)
@@ -87,7 +87,7 @@ def check_masks(spec: LossSpec, inputs: Mapping[str, Tensor], **settings: Any) -
 
 
 def check_extremes(spec: LossSpec, inputs: Mapping[str, Tensor], **settings: Any) -> None:  # Any: as above
-    """Value and gradient are finite however far apart model and reference are, and bfloat16 logits cost no more."""
+    """Loss and gradient are finite for any distance of model and reference, and bfloat16 logits lose no precision."""
     logits, base = batch(**inputs)
     for scale, shift in ((1.0, 200.0), (1.0, -200.0), (100.0, 0.0)):
         moved = base["ref_logprobs"] + shift * torch.tensor([1.0, -1, 1, 1, -1, -1])[:, None]
@@ -108,7 +108,7 @@ def descend(
     steps: int = 30,
     **settings: Any,  # Any: as above
 ) -> None:
-    """Logits trained for a few steps have a lower loss, and what it is there for is `better(first, last)`."""
+    """A few training steps on the logits reduce the loss, and `better(first, last)` is true for the outputs."""
     logits, base = batch(**inputs)
     first, _ = run(spec, logits, base, settings)
     parameter = torch.nn.Parameter(logits)

@@ -1,4 +1,4 @@
-"""The guides' snippets run, in order and in one session, as a reader would run them."""
+"""The code snippets of the guides run in order in one session."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = GUIDE.with_name("loss-plugins.md")
 def test_the_snippets_of_the_guide_run(torch_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     snippets = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
     assert len(snippets) > 5
-    # what is defined in `__main__` travels by value, as in a notebook
+    # cloudpickle sends objects of `__main__` by value, as in a notebook
     session = types.ModuleType("__main__")
     for number, snippet in enumerate(snippets):
         code = snippet.replace("http://localhost:8000", torch_server)

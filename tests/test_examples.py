@@ -1,4 +1,4 @@
-"""Every example runs against a real server, and what it shows is true."""
+"""Every example runs with a real server and trains as it claims."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def main_of(name: str) -> Callable[..., Any]:  # Any: each example shows something else
+def main_of(name: str) -> Callable[..., Any]:  # Any: each example returns other values
     """The `main` of an example."""
     found: Callable[..., Any] = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
     return found

@@ -1,4 +1,4 @@
-"""The comparison with the peers' numbers can fail, and what it says of a loss is a loss that there is."""
+"""The comparison with the numbers of other projects can fail, and its entries name existing losses."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ RECORD = read(DATA)[0]
 @pytest.mark.parametrize(
     "entry", [e for e in ENTRIES if not e.reason], ids=lambda entry: f"{entry.losses}-{entry.ours}"
 )
-def test_what_an_entry_calls_ours_is_a_loss_with_these_hyperparameters_and_inputs(entry: Entry) -> None:
+def test_an_entry_names_a_loss_and_hyperparameters_and_inputs_of_it(entry: Entry) -> None:
     spec = REGISTRY.get(entry.ours)
     assert set(entry.config) <= {hyper.name for hyper in spec.hyperparameters}
     assert spec.inputs is not None
     assert set(spec.inputs) <= set(entry.inputs)
 
 
-def test_an_entry_says_what_is_ours_or_why_nothing_is() -> None:
+def test_an_entry_has_either_a_loss_or_a_reason() -> None:
     assert all(bool(entry.ours) != bool(entry.reason) for entry in ENTRIES)
 
 
@@ -49,17 +49,17 @@ def hyperparameter(record: Record) -> None:
     record["hyperparams"]["beta"] *= 1.1
 
 
-@pytest.mark.parametrize("spoil", [value, norm, entry_of_the_gradient, hyperparameter])
-def test_a_number_that_is_not_the_records_is_a_miss(spoil: Callable[[Record], None]) -> None:
+@pytest.mark.parametrize("change", [value, norm, entry_of_the_gradient, hyperparameter])
+def test_another_number_in_a_record_is_a_mismatch(change: Callable[[Record], None]) -> None:
     assert outcome(RECORD, ENTRIES, REGISTRY).matches
-    spoilt = copy.deepcopy(RECORD)
-    spoil(spoilt)
-    found = outcome(spoilt, ENTRIES, REGISTRY)
+    changed = copy.deepcopy(RECORD)
+    change(changed)
+    found = outcome(changed, ENTRIES, REGISTRY)
     assert not found.matches
-    assert spoilt["id"] in report([found])
+    assert changed["id"] in report([found])
 
 
-def test_a_record_nobody_mapped_is_a_miss_with_its_reason() -> None:
-    found = outcome({**RECORD, "loss": "unheard of"}, ENTRIES, REGISTRY)
+def test_a_record_without_an_entry_is_a_mismatch_with_a_reason() -> None:
+    found = outcome({**RECORD, "loss": "unknown"}, ENTRIES, REGISTRY)
     assert not found.matches
-    assert "no entry takes it" in report([found])
+    assert "no entry matches it" in report([found])

@@ -1,4 +1,4 @@
-"""What a plugin's README shows runs: its snippets, in order, against a server that has the plugin."""
+"""The code snippets in the README of each plugin run in order, with a server that has the plugin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A listener on a real port that writes down what a client sends."""
+"""Fixtures: an HTTP server that records requests, and a client of it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tinker_client import TinkerClient
 
 
 class Listener(ThreadingHTTPServer):
-    """Answers by path from `answers`; `drop` connections are closed unanswered first."""
+    """Records requests, and responds from `answers` by path. drop: number of connections to close unanswered."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Take)
+        super().__init__(("127.0.0.1", 0), RequestHandler)
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
         self.drop = 0
         self.answers: dict[str, tuple[int, Any]] = {
@@ -34,10 +34,10 @@ class Listener(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def sent(self, path: str) -> list[tuple[dict[str, str], bytes]]:
-        return [(headers, body) for asked, headers, body in self.requests if asked.partition("?")[0] == path]
+        return [(headers, body) for requested, headers, body in self.requests if requested.partition("?")[0] == path]
 
 
-class Take(BaseHTTPRequestHandler):
+class RequestHandler(BaseHTTPRequestHandler):
     server: Listener
 
     def do_GET(self) -> None:
@@ -46,7 +46,7 @@ class Take(BaseHTTPRequestHandler):
         if self.server.drop:
             self.server.drop -= 1
             return
-        status, answer = self.server.answers.get(self.path.partition("?")[0], (404, "nothing here"))
+        status, answer = self.server.answers.get(self.path.partition("?")[0], (404, "not found"))
         content = msgspec.json.encode(answer)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -57,20 +57,20 @@ class Take(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Write no log."""
 
 
 @pytest.fixture
 def listener() -> Iterator[Listener]:
-    with Listener() as made:
-        thread = threading.Thread(target=made.serve_forever, args=(0.05,))
+    with Listener() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
-        yield made
-        made.shutdown()
+        yield server
+        server.shutdown()
         thread.join()
 
 
 @pytest.fixture
 def client(listener: Listener) -> Iterator[TinkerClient]:
-    with TinkerClient(listener.url, api_key="tml-1-very-secret") as made:
-        yield made
+    with TinkerClient(listener.url, api_key="tml-1-very-secret") as client:
+        yield client

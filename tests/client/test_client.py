@@ -1,4 +1,4 @@
-"""What goes over the wire, and what a client does when it goes wrong."""
+"""The requests that a client sends, and how it handles failures."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def test_an_error_of_a_future_is_raised_with_the_authors_traceback(listener: Lis
         client.hf_backend.forward("m", [[1, 2]])
 
 
-def test_the_error_for_an_unreachable_server_says_what_to_do(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_an_unreachable_server_says_what_to_do(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tinker_client.transport.RETRY_DELAYS", (0.01,))
     with (
         TinkerClient("http://127.0.0.1:9") as client,
@@ -91,7 +93,9 @@ def test_the_error_for_an_unreachable_server_says_what_to_do(listener: Listener,
 
 
 def test_another_kind_of_server_is_reported(listener: Listener, client: TinkerClient) -> None:
-    with pytest.raises(errors.ServerUnreachable, match="answered 404 to /healthz, which is not a response of a Tinkerbell server"):
+    with pytest.raises(
+        errors.ServerUnreachable, match="answered 404 to /healthz, which is not a response of a Tinkerbell server"
+    ):
         client.healthz()
 
 

@@ -1,4 +1,4 @@
-"""The decorator: what it sends, and what it refuses to."""
+"""The decorator uploads a loss, and refuses one that cannot be sent."""
 
 from __future__ import annotations
 
@@ -90,9 +90,9 @@ def test_an_unchanged_loss_is_not_sent_again(listener: Listener, client: TinkerC
     assert len(listener.sent("/register_custom_loss")) == 1
 
 
-@pytest.mark.parametrize(("via", "opened"), [("source", "unpack"), ("cloudpickle", "pickle.loads")])
+@pytest.mark.parametrize(("via", "load"), [("source", "unpack"), ("cloudpickle", "pickle.loads")])
 def test_a_loss_in_a_local_module_is_sent_with_its_helpers(
-    listener: Listener, client: TinkerClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, via: Any, opened: str
+    listener: Listener, client: TinkerClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, via: Any, load: str
 ) -> None:
     (tmp_path / "my_maths.py").write_text("def twice(x):\n    return x * 2\n")
     (tmp_path / "my_losses.py").write_text(
@@ -105,13 +105,13 @@ def test_a_loss_in_a_local_module_is_sent_with_its_helpers(
 
     custom_loss(client, via=via)(my_losses.mine)
     (tmp_path / "payload").write_text(uploaded(listener)["payload"])
-    elsewhere = (
+    program = (
         "import base64, pickle, torch\n"
         "from tinkerbell_core.serialization import unpack\n"
-        f"fn = {opened}(base64.b64decode(open({str(tmp_path / 'payload')!r}).read()))\n"
+        f"fn = {load}(base64.b64decode(open({str(tmp_path / 'payload')!r}).read()))\n"
         "assert fn(torch.ones(3), {}, None).loss == 6\n"
     )
-    subprocess.run([sys.executable, "-c", elsewhere], check=True)
+    subprocess.run([sys.executable, "-c", program], check=True)
     for module in ("my_losses", "my_maths"):
         monkeypatch.delitem(sys.modules, module)
 
@@ -179,7 +179,9 @@ def test_a_variable_that_cannot_be_pickled_is_named(client: TinkerClient) -> Non
                 return LossFnOutput(model_outputs.sum())
 
 
-def test_the_error_for_missing_cloudpickle_says_how_to_install_it(client: TinkerClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_missing_cloudpickle_says_how_to_install_it(
+    client: TinkerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "cloudpickle", None)
     with pytest.raises(BadUpload, match="pip install cloudpickle"):
 

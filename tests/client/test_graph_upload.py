@@ -1,4 +1,4 @@
-"""A graph over HTTP: tried and run in the sandbox of a real server, or refused by name."""
+"""An uploaded graph runs in the sandbox of a real server, and a graph with a forbidden operation is refused."""
 
 from __future__ import annotations
 

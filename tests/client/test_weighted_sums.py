@@ -1,4 +1,4 @@
-"""Losses added up in a call, and a sum that is registered by a name: over HTTP, with an upload among the parts."""
+"""Weighted sums over HTTP: in a call, with an upload as a part, and registered by a plugin."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinkerbell_core.errors import BadData, BadHyperparameter, BadLoss, Tinkerbe
 from tinkerbell_core.functional import effective_mask, pairs, sequence_sum, target_logprobs
 
 PLUGIN = '''
-"""A plugin whose one loss is a sum of two others."""
+"""A plugin with one loss that is a weighted sum."""
 
 from tinkerbell_core import hookimpl
 from tinkerbell_core.compose import combine
@@ -42,7 +42,7 @@ SAMPLED = {
 def contrast(
     model_outputs: Tensor, loss_fn_inputs: dict[str, Tensor], attention_mask: Tensor, *, beta: float = 0.5
 ) -> LossFnOutput:
-    """-log sigmoid(beta * margin) of pairs, without a reference."""
+    """-log sigmoid(beta * margin) for pairs, without a reference."""
     mask = effective_mask(loss_fn_inputs, attention_mask)
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)
     chosen, rejected = pairs(sequence_sum(logprobs, mask))
@@ -76,7 +76,7 @@ def weights(value: float) -> list[list[float]]:
 
 
 def grad_norm(client: TinkerClient, model: str) -> float:
-    """Of what has been accumulated, which is gone then."""
+    """The norm of the accumulated gradient, which this call resets."""
     return client.hf_backend.optim_step(model, learning_rate=0.0).grad_norm
 
 
@@ -108,12 +108,12 @@ def test_a_sum_that_a_plugin_registers_is_used_by_its_name(client: TinkerClient)
     assert norm == pytest.approx(grad_norm(client, "named"), rel=1e-6)
     assert named.diagnostics.keys() == called.diagnostics.keys()
     assert "ppo/clip_fraction:mean" in named.diagnostics
-    # no sum of sums: its parts are told from its name alone
+    # a registered sum is one part of another sum, under its name
     hf_backend.forward("named", ROWS, {"ppo_with_nll": 1.0, "contrast": 1.0}, SAMPLED)
 
 
 @pytest.mark.parametrize(
-    ("terms", "config", "error", "says"),
+    ("terms", "config", "error", "message"),
     [
         ({"contrast": 1.0, "cross_entrpy": 0.1}, None, UnknownLoss, "'cross_entrpy'; did you mean 'cross_entropy'"),
         ({"contrast": 1.0, "ppo": 1.0}, {"pppo": {"beta": 1.0}}, BadHyperparameter, "did you mean 'ppo'"),
@@ -125,9 +125,9 @@ def test_a_sum_that_a_plugin_registers_is_used_by_its_name(client: TinkerClient)
     ids=["unknown part", "settings of no part", "no such setting", "whose setting", "no parts", "infinite"],
 )
 def test_the_error_for_parts_that_cannot_be_combined_names_them(
-    terms: dict[str, float], config: dict[str, Any] | None, error: type[Exception], says: str, client: TinkerClient
+    terms: dict[str, float], config: dict[str, Any] | None, error: type[Exception], message: str, client: TinkerClient
 ) -> None:
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         client.hf_backend.forward_backward("refused", ROWS, terms, SAMPLED, config)
 
 

@@ -1,4 +1,4 @@
-"""The client with a real server, on the engine that needs no torch."""
+"""The client with a real server, on the fake engine."""
 
 from __future__ import annotations
 

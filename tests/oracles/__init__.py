@@ -1,5 +1,5 @@
-"""Which of our losses, with which hyperparameters, is which of the peers': one module of entries a package.
+"""Maps the losses of other projects (peers) to our losses and hyperparameters: one module of entries per package.
 
-A module `<package>.py` here holds `MAPPING`, a list of `form.Entry`; the first entry that takes a record decides.
-`python -m tests.oracles FILE` compares all records of a file.
+A module `<package>.py` in this folder has `MAPPING`, a list of `form.Entry`. The first entry that matches a record is
+used. `python -m tests.oracles FILE` compares all records of a file.
 """

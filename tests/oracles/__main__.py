@@ -1,4 +1,4 @@
-"""`python -m tests.oracles FILE...` compares each record with our losses: matched / total by peer, and misses."""
+"""`python -m tests.oracles FILE...` compares each record with our losses. Prints matches per peer and mismatches."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ from tinkerbell_core.registry import LossRegistry, build_registry
 
 
 class Outcome(NamedTuple):
-    """One record: the entry that took it, and what differs, or why it is not compared; empty where it matches."""
+    """The comparison of one record. difference: empty if there is none. reason: why it is not compared."""
 
     record: Record
     entry: Entry | None
-    apart: str = ""
+    difference: str = ""
     reason: str = ""
 
     @property
     def matches(self) -> bool:
-        return not self.apart and not self.reason
+        return not self.difference and not self.reason
 
 
 def mapping() -> list[Entry]:
-    """Every module's MAPPING, in the order of their names."""
+    """The entries of all modules, in the order of the module names."""
     modules = [name for _, name, _ in pkgutil.iter_modules(tests.oracles.__path__)]
     found = [importlib.import_module(f"tests.oracles.{name}") for name in modules if name != "__main__"]
     return [entry for module in found for entry in getattr(module, "MAPPING", [])]
 
 
 def outcome(record: Record, entries: Sequence[Entry], registry: LossRegistry) -> Outcome:
-    """The first entry that takes the record decides."""
-    entry = next((entry for entry in entries if entry.takes(record)), None)
+    """Compare a record according to the first entry that matches it."""
+    entry = next((entry for entry in entries if entry.matches(record)), None)
     if entry is None:
-        return Outcome(record, None, reason="no entry takes it")
+        return Outcome(record, None, reason="no entry matches it")
     if entry.reason:
         return Outcome(record, entry, reason=entry.reason)
     try:
-        return Outcome(record, entry, apart=difference(record, entry, registry))
+        return Outcome(record, entry, difference=difference(record, entry, registry))
     except (TinkerbellError, KeyError) as error:
-        return Outcome(record, entry, apart=f"{type(error).__name__}: {error}")
+        return Outcome(record, entry, difference=f"{type(error).__name__}: {error}")
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
-    """A table by peer, then each miss on a line of its own."""
+    """A table by peer, followed by one line per mismatch."""
     totals = Counter(peer(result) for result in outcomes)
     matched = Counter(peer(result) for result in outcomes if result.matches)
     lines = [f"{name:20} {matched[name]:4} / {totals[name]:4}" for name in sorted(totals)]
@@ -63,8 +63,8 @@ def report(outcomes: Sequence[Outcome]) -> str:
     for result in outcomes:
         if not result.matches:
             loss, ours = result.record["loss"], result.entry.ours if result.entry else ""
-            why = textwrap.shorten(result.apart or result.reason, 160, placeholder=" ...")
-            lines.append(f"{result.record['id']}  {loss} -> {ours or '-'}: {why}")
+            problem = textwrap.shorten(result.difference or result.reason, 160, placeholder=" ...")
+            lines.append(f"{result.record['id']}  {loss} -> {ours or '-'}: {problem}")
     return "\n".join(lines)
 
 
@@ -75,7 +75,7 @@ def peer(result: Outcome) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.oracles", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--only", default="", help="records whose id or loss holds this")
+    parser.add_argument("--only", default="", help="only records whose id or loss contains this text")
     parsed = parser.parse_args(arguments)
     registry, _ = build_registry()
     entries = mapping()
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [record for record in records if parsed.only in record["id"] or parsed.only in record["loss"]]
     outcomes = [outcome(record, entries, registry) for record in chosen]
     print(report(outcomes))
-    return 1 if any(result.apart for result in outcomes) else 0
+    return 1 if any(result.difference for result in outcomes) else 0
 
 
 if __name__ == "__main__":

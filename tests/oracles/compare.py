@@ -1,4 +1,4 @@
-"""Runs our loss on a record's tensors, and says where value or gradient differ from the record's."""
+"""Runs our loss on the tensors of a record, and compares its value and gradient with those of the record."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tinkerbell_core.registry import LossRegistry
 from tinkerbell_core.run import run_loss
 
 RELATIVE = 5e-5
-"""Of float64 records: of each number itself."""
-OF_THE_LARGEST = 1e-4
-"""Of float32 records: of the largest entry."""
+"""Tolerance for float64 records, relative to each number."""
+RELATIVE_TO_LARGEST = 1e-4
+"""Tolerance for float32 records, relative to the largest entry."""
 ROUNDING = 1e-9
-"""Of either: what a number that should be 0 may be."""
+"""Tolerance for a number that should be 0, in both dtypes."""
 
 
 def difference(record: Record, entry: Entry, registry: LossRegistry) -> str:
-    """What differs, or an empty string where value, gradient norm and gradient entries are the record's."""
+    """The first difference in value, gradient norm or gradient entries; an empty string if there is none."""
     tensors = {name: tensor(value) for name, value in record["inputs"].items()}
     leaf = tensors[record["grad_wrt"]].clone().requires_grad_()
     outputs = entry.outputs(tensors, leaf)
@@ -35,28 +35,28 @@ def difference(record: Record, entry: Entry, registry: LossRegistry) -> str:
 
 
 def _differences(record: Record, loss: float, gradient: torch.Tensor, norm: float) -> Mapping[str, tuple[float, float]]:
-    """What → (ours, theirs), of all that is too far apart."""
+    """name → (ours, theirs), for the numbers that differ."""
     grad = record["grad"]
     largest = max((abs(value) for _, value in grad["entries"]), default=0.0)
-    apart = {}
-    if _far(record, loss, record["expected_loss"], abs(record["expected_loss"])):
-        apart["loss"] = (loss, record["expected_loss"])
-    if _far(record, norm, grad["norm"], grad["norm"]):
-        apart["gradient norm"] = (norm, grad["norm"])
+    differences = {}
+    if _differs(record, loss, record["expected_loss"], abs(record["expected_loss"])):
+        differences["loss"] = (loss, record["expected_loss"])
+    if _differs(record, norm, grad["norm"], grad["norm"]):
+        differences["gradient norm"] = (norm, grad["norm"])
     for index, theirs in grad["entries"]:
         ours = float(gradient[index])
-        if _far(record, ours, theirs, largest):
-            apart[f"gradient[{index}]"] = (ours, theirs)
-    return apart
+        if _differs(record, ours, theirs, largest):
+            differences[f"gradient[{index}]"] = (ours, theirs)
+    return differences
 
 
-def _far(record: Record, ours: float, theirs: float, largest: float) -> bool:
-    allowed = RELATIVE * abs(theirs) if record["dtype"] == "float64" else OF_THE_LARGEST * largest
+def _differs(record: Record, ours: float, theirs: float, largest: float) -> bool:
+    allowed = RELATIVE * abs(theirs) if record["dtype"] == "float64" else RELATIVE_TO_LARGEST * largest
     return not abs(ours - theirs) <= allowed + ROUNDING * max(largest, 1.0)
 
 
-def _first(apart: Mapping[str, tuple[float, float]]) -> str:
-    for what, (ours, theirs) in apart.items():
-        more = f", and {len(apart) - 1} more" if len(apart) > 1 else ""
-        return f"{what} is {ours:.8g}, the record's {theirs:.8g}{more}"
+def _first(differences: Mapping[str, tuple[float, float]]) -> str:
+    for what, (ours, theirs) in differences.items():
+        more = f", and {len(differences) - 1} more" if len(differences) > 1 else ""
+        return f"{what} is {ours:.8g}, but {theirs:.8g} in the record{more}"
     return ""

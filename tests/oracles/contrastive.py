@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.oracles.form import Entry, Tensors, Their, Value
+from tests.oracles.form import Entry, RecordValue, Tensors, Value
 from tinkerbell_core.logits import plain_logits
 
 
 def as_hidden(tensors: Tensors, leaf: Tensor) -> Tensor:
-    """Embeddings `[B, H]` as the hidden states of rows of one position, under a head that does not matter."""
+    """Embeddings `[B, H]` as the hidden states of rows with one position, with an arbitrary head."""
     return plain_logits(leaf[:, None], lambda hidden: hidden[..., :1])
 
 
 def groups(tensors: Tensors) -> Tensor:
-    """Which group each row is of, from flags of where one starts."""
+    """The group of each row, from flags that mark the first row of a group."""
     return tensors["group_start"].cumsum(0)
 
 
@@ -27,21 +27,21 @@ def roles(tensors: Tensors) -> Tensor:
 
 
 EMBEDDED: dict[str, Value] = {"normalize": False, "aggregation": "token-mean"}
-"""Embeddings reach twinkle's loss with length 1; the mean is over anchors."""
+"""The loss of twinkle gets normalised embeddings, and averages over anchors."""
 
 MAPPING = [
     Entry(
         "twinkle",
         "infonce_inbatch",
         "info_nce",
-        {"temperature": Their("temperature"), **EMBEDDED},
+        {"temperature": RecordValue("temperature"), **EMBEDDED},
         outputs=as_hidden,
     ),
     Entry(
         "twinkle",
         ("infonce_hardneg", "infonce_inbatch_hardneg"),
         "info_nce_hard",
-        {"temperature": Their("temperature"), "in_batch": Their("use_batch"), **EMBEDDED},
+        {"temperature": RecordValue("temperature"), "in_batch": RecordValue("use_batch"), **EMBEDDED},
         {"group_ids": groups, "roles": roles},
         outputs=as_hidden,
     ),

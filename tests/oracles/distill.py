@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tests.oracles.form import Entry, Part, Tensors, Their
+from tests.oracles.form import Entry, Part, RecordValue, Tensors
 
 ROWS = {"target_tokens": "target_tokens", "weights": "weights"}
 TEACHER = {**ROWS, "teacher_logits": "teacher_logits"}
@@ -16,17 +16,17 @@ TOP = {
 
 
 def _teacher_logprobs(tensors: Tensors) -> Tensor:
-    """Of the sampled tokens, from the teacher's logits."""
+    """The log-probabilities of the sampled tokens under the logits of the teacher."""
     logprobs = tensors["teacher_logits"].log_softmax(-1)
     return logprobs.gather(-1, tensors["target_tokens"][..., None]).squeeze(-1)
 
 
 MEAN = {"aggregation": "token-mean"}
 SUM = {"aggregation": "sum"}
-TEMPERATURE = {"temperature": Their("temperature", default=1.0)}
-JSD = {"beta": Their("beta", float), **TEMPERATURE, **MEAN}
-ALPHA = {"beta": Their("distillation_alpha"), **SUM}
-TOPK = {"k": Their("topk"), **ALPHA}
+TEMPERATURE = {"temperature": RecordValue("temperature", default=1.0)}
+JSD = {"beta": RecordValue("beta", float), **TEMPERATURE, **MEAN}
+ALPHA = {"beta": RecordValue("distillation_alpha"), **SUM}
+TOPK = {"k": RecordValue("topk"), **ALPHA}
 
 MAPPING = [
     Entry("*", "gkd_jsd", "jsd", JSD, TEACHER),
@@ -37,7 +37,7 @@ MAPPING = [
         JSD,
         TEACHER,
         scale=lambda record: float(record["hyperparams"]["weight_soft_loss"]),
-        plus=[Part("cross_entropy", Their("weight_hard_loss"), MEAN)],
+        plus=[Part("cross_entropy", RecordValue("weight_hard_loss"), MEAN)],
         note="Liger's hard and soft loss is a weighted sum with cross_entropy",
         where=lambda record: record["hyperparams"].get("temperature", 1.0) == 1.0,
     ),
@@ -56,7 +56,7 @@ MAPPING = [
         "soft_cross_entropy",
         MEAN,
         TEACHER,
-        note="torchtune leaves the teacher's entropy out of forward KL",
+        note="the forward KL of torchtune omits the entropy of the teacher",
     ),
     Entry("torchtune", "kl_reverse", "reverse_kl", MEAN, TEACHER),
     Entry(
@@ -66,11 +66,11 @@ MAPPING = [
         MEAN,
         TEACHER,
         scale=lambda record: float(record["hyperparams"].get("sym_kd_ratio", 0.5)),
-        plus=[Part("reverse_kl", Their("sym_kd_ratio", lambda alpha: 1 - alpha, default=0.5), MEAN)],
-        note="symmetric_kl, less the teacher's entropy",
+        plus=[Part("reverse_kl", RecordValue("sym_kd_ratio", lambda alpha: 1 - alpha, default=0.5), MEAN)],
+        note="symmetric_kl without the entropy of the teacher",
     ),
     Entry("verl", "kl_forward_topk", "teacher_topk_partial_kl", SUM, TOP),
-    Entry("twinkle", "gkd_topk", "teacher_topk_renormalised_jsd", {"beta": Their("beta", float), **MEAN}, TOP),
+    Entry("twinkle", "gkd_topk", "teacher_topk_renormalised_jsd", {"beta": RecordValue("beta", float), **MEAN}, TOP),
     Entry("trl", "sdft_full", "jsd", ALPHA, TEACHER, note="TRL's distillation_alpha is beta"),
     Entry("trl", "sdft_topk_renorm", "student_topk_renormalised_jsd", TOPK, TEACHER),
     Entry("trl", "sdft_topk_tail", "student_topk_tail_jsd", TOPK, TEACHER),
@@ -79,7 +79,7 @@ MAPPING = [
         "trl",
         "iw_opd",
         "iw_opd",
-        {"gamma": Their("iw_opd_gamma"), **TEMPERATURE, **MEAN},
+        {"gamma": RecordValue("iw_opd_gamma"), **TEMPERATURE, **MEAN},
         {**ROWS, "teacher_logprobs": "teacher_logprobs", "logprobs": "logprobs"},
     ),
 ]

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from tests.oracles.form import Entry, Part, Record, Their, Value
+from tests.oracles.form import Entry, Part, Record, RecordValue, Value
 
 PAIRS = {"target_tokens": "target_tokens", "weights": "weights", "ref_logprobs": "ref_logprobs"}
-BETA: dict[str, Value | Their] = {"beta": Their("beta"), "aggregation": "seq-mean-token-sum"}
-"""The peers' losses are means over pairs."""
-SMOOTHED = {**BETA, "label_smoothing": Their("label_smoothing", default=0.0)}
-LIKELIHOOD: dict[str, Value | Their] = {
+BETA: dict[str, Value | RecordValue] = {"beta": RecordValue("beta"), "aggregation": "seq-mean-token-sum"}
+"""The losses of the peers are means over pairs."""
+SMOOTHED = {**BETA, "label_smoothing": RecordValue("label_smoothing", default=0.0)}
+LIKELIHOOD: dict[str, Value | RecordValue] = {
     **BETA,
     "preference_weight": 0.0,
     "quality_weight": 0.0,
     "aggregation": "token-mean",
 }
-"""Of mpo: the likelihood of the chosen alone."""
+"""For mpo: the likelihood of the chosen responses only."""
 FOLLOWING = ("trl", "liger-kernel")
-"""Liger's losses are TRL's, fused."""
+"""Liger has fused versions of the losses of TRL."""
 
 
 def named(losses: str, ours: str, peers: str | tuple[str, ...] = FOLLOWING) -> Entry:
-    """The peers' loss is ours, with their beta."""
+    """The loss of the peers equals ours, with their beta."""
     return Entry(peers, losses, ours, BETA, PAIRS)
 
 
 def part(loss_type: str) -> Callable[[Record], float]:
-    """The weight of one loss in TRL's list of them."""
+    """The weight of one loss in a list of losses of TRL."""
 
     def weight(record: Record) -> float:
         given = record["hyperparams"]
@@ -37,7 +37,7 @@ def part(loss_type: str) -> Callable[[Record], float]:
     return weight
 
 
-OTHERS: dict[str, tuple[str, Mapping[str, Value | Their]]] = {
+OTHERS: dict[str, tuple[str, Mapping[str, Value | RecordValue]]] = {
     "hinge": ("dpo_hinge", BETA),
     "ipo": ("ipo_norm", BETA),
     "exo_pair": ("exo", SMOOTHED),
@@ -49,26 +49,26 @@ OTHERS: dict[str, tuple[str, Mapping[str, Value | Their]]] = {
     "aot_unpaired": ("aot_unpaired", SMOOTHED),
     "apo_zero": ("apo_zero", BETA),
     "apo_down": ("apo_down", BETA),
-    "discopop": ("discopop", {**BETA, "tau": Their("discopop_tau", default=0.05)}),
+    "discopop": ("discopop", {**BETA, "tau": RecordValue("discopop_tau", default=0.05)}),
     "sigmoid_norm": ("dpo_norm", BETA),
     "sft": ("mpo", LIKELIHOOD),
 }
-"""TRL's loss_type but "sigmoid": ours, with its hyperparameters."""
+"""Each loss_type of TRL except "sigmoid": our loss and its hyperparameters."""
 
 MAPPING = [
-    # TRL and Liger read no label_smoothing under "sigmoid"
+    # TRL and Liger ignore label_smoothing for "sigmoid"
     named("dpo_sigmoid", "dpo"),
     Entry("*", ("dpo_sigmoid", "cdpo"), "dpo", SMOOTHED, PAIRS),
     named("dpo_sigmoid_norm", "dpo_norm"),
     named("dpo_hinge", "dpo_hinge", (*FOLLOWING, "twinkle")),
-    Entry("torchtune", "dpo_hinge", "dpo_hinge", {**BETA, "beta": Their("gamma")}, PAIRS, note="RSOLoss"),
+    Entry("torchtune", "dpo_hinge", "dpo_hinge", {**BETA, "beta": RecordValue("gamma")}, PAIRS, note="RSOLoss"),
     named("dpo_ipo", "ipo", "openrlhf"),
     named("dpo_ipo", "ipo_norm", "trl"),
     Entry(
         "twinkle",
         "dpo_ipo",
         "ipo",
-        {**BETA, "beta": Their("beta", lambda beta: beta**2)},
+        {**BETA, "beta": RecordValue("beta", lambda beta: beta**2)},
         PAIRS,
         scale=lambda record: float(record["hyperparams"]["beta"] ** 2),
         note="(beta * margin - 1 / (2 beta))^2 is beta^2 times ipo at beta^2",
@@ -81,7 +81,7 @@ MAPPING = [
     named("dpo_apo_zero", "apo_zero"),
     named("dpo_kto_pair", "apo_zero", "twinkle"),
     named("dpo_apo_down", "apo_down"),
-    Entry("*", "dpo_discopop", "discopop", {**BETA, "tau": Their("discopop_tau", default=0.05)}, PAIRS),
+    Entry("*", "dpo_discopop", "discopop", {**BETA, "tau": RecordValue("discopop_tau", default=0.05)}, PAIRS),
     Entry("*", "dpo_aot", "aot", SMOOTHED, PAIRS),
     Entry("*", "dpo_aot_unpaired", "aot_unpaired", SMOOTHED, PAIRS),
     Entry(
@@ -90,7 +90,7 @@ MAPPING = [
         "mpo",
         LIKELIHOOD,
         PAIRS,
-        note="the likelihood of the chosen alone",
+        note="the likelihood of the chosen responses only",
     ),
     Entry(
         "trl",
@@ -125,9 +125,9 @@ MAPPING = [
         "trl",
         "dpo_sigmoid_f_alpha_divergence",
         "dpo_alpha",
-        {**BETA, "alpha": Their("f_alpha_divergence_coef", lambda coefficient: 1 - coefficient)},
+        {**BETA, "alpha": RecordValue("f_alpha_divergence_coef", lambda coefficient: 1 - coefficient)},
         PAIRS,
     ),
-    Entry("trl", "dpo_ld", "ld_dpo", {**BETA, "alpha": Their("ld_alpha")}, PAIRS),
+    Entry("trl", "dpo_ld", "ld_dpo", {**BETA, "alpha": RecordValue("ld_alpha")}, PAIRS),
     named("dpo_wpo", "wpo"),
 ]

@@ -1,4 +1,4 @@
-"""How a record of a peer's numbers is said in our terms: which loss, which hyperparameters, which inputs."""
+"""The form of a mapping entry: it names our loss, hyperparameters and inputs for a record of another project."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Record = dict[str, Any]  # Any: JSON, see `docs` of the file's own `meta`
+Record = dict[str, Any]  # Any: JSON, described in `docs` of the `meta` of each file
 Tensors = dict[str, Tensor]
 Value = bool | int | float | str | None
 
 
 @dataclass(frozen=True)
-class Their:
-    """A hyperparameter of ours that is the record's `key`, perhaps by another scale; `default` where it has none."""
+class RecordValue:
+    """The value of our hyperparameter: `change` of the hyperparameter `key` of the record, or of `default`."""
 
     key: str
-    change: Callable[[Any], Value] = lambda value: value  # Any: a number, or whatever the peer calls a setting
+    change: Callable[[Any], Value] = lambda value: value  # Any: a number, or another JSON value
     default: Value | None = None
 
     def of(self, record: Record) -> Value:
@@ -33,33 +33,33 @@ class Their:
 
 
 def as_logits(tensors: Tensors, leaf: Tensor) -> Tensor:
-    """The model's outputs of a record that holds logits `[B, T, V]`."""
+    """The model outputs for a record of logits `[B, T, V]`."""
     return leaf
 
 
 @dataclass(frozen=True)
 class Part:
-    """A loss to add: its name, what it is multiplied by, its hyperparameters."""
+    """A loss to add, with its weight and hyperparameters."""
 
     ours: str
-    weight: Value | Their | Callable[[Record], Value]
-    config: Mapping[str, Value | Their | Callable[[Record], Value]] = field(default_factory=dict)
+    weight: Value | RecordValue | Callable[[Record], Value]
+    config: Mapping[str, Value | RecordValue | Callable[[Record], Value]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a mapping: "the peers' `loss` is our `ours`", or, with `reason`, why it is none of ours.
+    """One entry of a mapping: our loss `ours` equals the losses of the peers, or `reason` says why we have none.
 
-    peers, losses: patterns (`*` for any). where: narrows further by the record's other fields.
-    config: our hyperparameter → a value, or `Their(key)`. inputs: our input → the record's, or a function of all.
-    outputs: the model's outputs from the tensor the gradient is taken in. scale: what our loss is multiplied by.
-    plus: losses of the same inputs that are added to ours.
+    peers, losses: patterns (`*` for any). where: a condition on the other fields of the record.
+    config: our hyperparameter → a value, or `RecordValue(key)`. inputs: our input → the name of a tensor of the record,
+    or a function of all its tensors. outputs: the model outputs from the tensor whose gradient is compared.
+    scale: a factor of our loss. plus: losses of the same inputs to add.
     """
 
     peers: str | Sequence[str]
     losses: str | Sequence[str]
     ours: str = ""
-    config: Mapping[str, Value | Their | Callable[[Record], Value]] = field(default_factory=dict)
+    config: Mapping[str, Value | RecordValue | Callable[[Record], Value]] = field(default_factory=dict)
     inputs: Mapping[str, str | Callable[[Tensors], Tensor]] = field(default_factory=dict)
     where: Callable[[Record], bool] = lambda record: True
     outputs: Callable[[Tensors, Tensor], Tensor] = as_logits
@@ -68,7 +68,7 @@ class Entry:
     reason: str = ""
     note: str = ""
 
-    def takes(self, record: Record) -> bool:
+    def matches(self, record: Record) -> bool:
         return (
             _matches(record["id"].partition("/")[0], self.peers)
             and _matches(record["loss"], self.losses)
@@ -80,7 +80,7 @@ class Entry:
         return _values(self.config, record)
 
     def parts(self, record: Record) -> Iterator[tuple[str, float, dict[str, Value]]]:
-        """Our loss and those added to it, but for those of weight 0: name, weight, hyperparameters."""
+        """(name, weight, hyperparameters) of our loss and of the losses to add, except those with weight 0."""
         yield self.ours, self.scale(record), self.config_of(record)
         for part in self.plus:
             weight = float(_value(part.weight, record) or 0.0)
@@ -88,7 +88,7 @@ class Entry:
                 yield part.ours, weight, _values(part.config, record)
 
     def inputs_of(self, tensors: Tensors) -> Tensors:
-        """Our inputs for this record's tensors."""
+        """Our inputs for the tensors of this record."""
         return {
             ours: theirs(tensors) if callable(theirs) else tensors[theirs]
             for ours, theirs in self.inputs.items()
@@ -101,12 +101,12 @@ def tensor(value: Mapping[str, Any]) -> Tensor:  # Any: JSON
     return torch.tensor(value["data"], dtype=getattr(torch, value["dtype"])).view(value["shape"])
 
 
-def _values(config: Mapping[str, Value | Their | Callable[[Record], Value]], record: Record) -> dict[str, Value]:
+def _values(config: Mapping[str, Value | RecordValue | Callable[[Record], Value]], record: Record) -> dict[str, Value]:
     return {name: _value(value, record) for name, value in config.items()}
 
 
-def _value(value: Value | Their | Callable[[Record], Value], record: Record) -> Value:
-    if isinstance(value, Their):
+def _value(value: Value | RecordValue | Callable[[Record], Value], record: Record) -> Value:
+    if isinstance(value, RecordValue):
         return value.of(record)
     return value(record) if callable(value) else value
 

@@ -1,4 +1,4 @@
-"""Policy losses of reinforcement learning: tinkerbell-loss-grpo, and the built-in ppo, cispo, dro and their like."""
+"""Policy losses of reinforcement learning: tinkerbell-loss-grpo and the built-in policy losses."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from tests.oracles.form import Entry, Part, Record, Tensors, Their, Value
+from tests.oracles.form import Entry, Part, Record, RecordValue, Tensors, Value
 
 
 def _advantages(tensors: Tensors) -> Tensor:
-    """One a token or one a sequence, whichever the record was computed with."""
+    """One value per token or per sequence, as in the record."""
     return next(tensors[key] for key in ("token_advantages", "seq_advantages", "advantages") if key in tensors)
 
 
@@ -32,7 +32,7 @@ def _aggregation(record: Record) -> str:
 
 
 def _offset(record: Record, side: str) -> float:
-    """How far from 1 the peer clips the ratio: everybody's name for it, and 0.2 where it is left to the default."""
+    """The distance from 1 at which the peer clips the ratio, under the name that it uses; the default is 0.2."""
     names = (f"epsilon_{side}", f"clip_ratio_{side}", f"eps_clip_{side}", f"clip_eps_{side}", f"c{side[0]}")
     both = ("epsilon", "clip_ratio", "eps_clip")
     given = (record["hyperparams"].get(name) for name in (*names, *both))
@@ -50,12 +50,12 @@ def _high(record: Record) -> float:
 
 
 def _length(record: Record) -> int:
-    """verl divides by the width of the batch."""
+    """1 / the width of the batch, by which verl divides."""
     return int(record["inputs"]["target_tokens"]["shape"][1])
 
 
 def _over_length(record: Record) -> float:
-    """What the sum over a sequence is multiplied by: one over a constant length, where the peer divides by one."""
+    """1 / the constant length by which the peer divides the sum over a sequence; 1 if it does not."""
     if record["reduction"] not in ("seq-mean-token-sum-norm", "seq_mean_token_sum_norm"):
         return 1.0
     return 1 / float(record["hyperparams"].get("max_seq_len") or _length(record))
@@ -72,12 +72,12 @@ def _openrlhf_correction(record: Record) -> str:
     return "mask-token" if level == "token" else "mask-geometric"
 
 
-def _threshold(index: int) -> Their:
-    return Their("is_correction_threshold", lambda bounds: float(bounds[index]))
+def _threshold(index: int) -> RecordValue:
+    return RecordValue("is_correction_threshold", lambda bounds: float(bounds[index]))
 
 
 def _skyrl(record: Record) -> tuple[str, float, float]:
-    """SkyRL's off_policy_correction: our correction and its bounds, SkyRL's own where the record names none."""
+    """The off_policy_correction of SkyRL: our correction and its bounds, by default those of SkyRL."""
     given = record["hyperparams"]["opc"]
     if given.get("tis_ratio_type") == "token":
         return "truncate-token", 0.0, given.get("token_tis_ratio_clip_high", 2.0)
@@ -91,13 +91,13 @@ def _skyrl(record: Record) -> tuple[str, float, float]:
 
 
 def _delta(record: Record) -> float | None:
-    """TRL holds the ratio under delta before it takes the smaller of two, so delta under the clip does nothing."""
+    """TRL clamps the ratio at delta before it takes the minimum, so a delta below the clip has no effect."""
     delta = record["hyperparams"].get("delta")
     return None if delta is None else max(float(delta), _high(record))
 
 
 def _kl(record: Record) -> float:
-    """The weight of the term that TRL and Liger add to any of their losses."""
+    """The weight of the KL term that TRL and Liger can add to each loss."""
     return float(record["hyperparams"].get("beta") or 0.0)
 
 
@@ -109,9 +109,13 @@ OF_ROLLOUT = {**ROWS, "logprobs": "rollout_logprobs", "advantages": _advantages}
 AGGREGATION = {"aggregation": _aggregation}
 CLIP = {"clip_low_threshold": _low, "clip_high_threshold": _high}
 CLIPPED = {**CLIP, **AGGREGATION}
-DUAL = {**CLIPPED, "dual_clip": Their("clip_ratio_c", default=3.0)}
-SAPO = {"tau_positive": Their("tau_pos", default=1.0), "tau_negative": Their("tau_neg", default=1.05), **AGGREGATION}
-DELTA = {"delta_low": Their("clip_ratio_low"), "delta_high": Their("clip_ratio_high")}
+DUAL = {**CLIPPED, "dual_clip": RecordValue("clip_ratio_c", default=3.0)}
+SAPO = {
+    "tau_positive": RecordValue("tau_pos", default=1.0),
+    "tau_negative": RecordValue("tau_neg", default=1.05),
+    **AGGREGATION,
+}
+DELTA = {"delta_low": RecordValue("clip_ratio_low"), "delta_high": RecordValue("clip_ratio_high")}
 SKYRL = {
     "correction": lambda record: _skyrl(record)[0],
     "correction_low": lambda record: _skyrl(record)[1],
@@ -119,8 +123,8 @@ SKYRL = {
 }
 
 
-def _trls(loss: str, ours: str, **config: Value | Their | Callable[[Record], Value]) -> Entry:
-    """TRL's and Liger's loss, which is one of ours; with beta, plus k3; TRL's delta is a dual clip."""
+def _trls(loss: str, ours: str, **config: Value | RecordValue | Callable[[Record], Value]) -> Entry:
+    """A loss of TRL and Liger that equals one of ours; with beta, k3 is added; delta is a dual clip."""
     return Entry(
         ("trl", "liger-kernel"),
         loss,
@@ -145,24 +149,24 @@ CLIPPED_SURROGATES = [
         "ppo",
         CLIPPED,
         POLICY,
-        note="what peers call PPO is the built-in ppo, whatever they average over",
+        note="what peers call PPO is the built-in ppo with any aggregation",
     ),
     Entry(
         "verl",
         "ppo_dualclip_seq-mean-token-sum-norm",
         "dr_grpo",
-        {**CLIP, "dual_clip": Their("clip_ratio_c", default=3.0), "max_completion_length": _length},
+        {**CLIP, "dual_clip": RecordValue("clip_ratio_c", default=3.0), "max_completion_length": _length},
         POLICY,
     ),
     Entry(
         "skyrl",
         "ppo_seq_mean_token_sum_norm",
         "dr_grpo",
-        {**CLIP, "max_completion_length": Their("max_seq_len")},
+        {**CLIP, "max_completion_length": RecordValue("max_seq_len")},
         POLICY,
     ),
     Entry("skyrl", "ppo_prompt_mean", "grpo_prompt_mean", {**CLIP, "responses_per_prompt": 2}, POLICY),
-    Entry("openrlhf", "ppo_dualclip", "grpo", {**CLIPPED, "dual_clip": Their("dual_clip")}, POLICY),
+    Entry("openrlhf", "ppo_dualclip", "grpo", {**CLIPPED, "dual_clip": RecordValue("dual_clip")}, POLICY),
     Entry(("verl", "skyrl"), "ppo_dualclip*", "grpo", DUAL, POLICY, note="verl always clips twice"),
     _trls("bnpo", "bnpo"),
     _trls("dapo", "dapo"),
@@ -174,30 +178,44 @@ CLIPPED_SURROGATES = [
         "bnpo",
         CLIPPED,
         POLICY,
-        plus=[Part("entropy_bonus", Their("entropy_coef"), {"aggregation": "token-mean"})],
+        plus=[Part("entropy_bonus", RecordValue("entropy_coef"), {"aggregation": "token-mean"})],
         note="TRL's entropy_coef is a weighted sum with entropy_bonus",
     ),
     Entry("*", "dapo", "dapo", CLIPPED, POLICY, note="TRL's dapo divides by the tokens of a whole step"),
-    Entry("trl", "dapo_topent", "high_entropy_dapo", {**CLIPPED, "top_entropy": Their("top_entropy_quantile")}, POLICY),
-    Entry("*", "dr_grpo", "dr_grpo", {**CLIP, "max_completion_length": Their("max_completion_length")}, POLICY),
+    Entry(
+        "trl",
+        "dapo_topent",
+        "high_entropy_dapo",
+        {**CLIPPED, "top_entropy": RecordValue("top_entropy_quantile")},
+        POLICY,
+    ),
+    Entry("*", "dr_grpo", "dr_grpo", {**CLIP, "max_completion_length": RecordValue("max_completion_length")}, POLICY),
     Entry("*", "grpo", "grpo", CLIPPED, POLICY),
     Entry("trl", "grpo_delta", "grpo", {**CLIPPED, "dual_clip": _delta}, POLICY, note="TRL's delta is a dual clip"),
-    Entry("*", "grpo_kl", "grpo_kl", {**CLIPPED, "beta": Their("beta")}, REFERENCE),
+    Entry("*", "grpo_kl", "grpo_kl", {**CLIPPED, "beta": RecordValue("beta")}, REFERENCE),
     Entry(
-        "trl", "grpo_kl_unbiased", "grpo_kl", {**CLIPPED, "beta": Their("beta"), "ratio_weighted_kl": True}, REFERENCE
+        "trl",
+        "grpo_kl_unbiased",
+        "grpo_kl",
+        {**CLIPPED, "beta": RecordValue("beta"), "ratio_weighted_kl": True},
+        REFERENCE,
     ),
     Entry(
         "trl",
         "grpo_opsm",
         "grpo",
-        {**CLIPPED, "correction": "off-policy-sequence", "correction_high": Their("off_policy_mask_threshold")},
+        {**CLIPPED, "correction": "off-policy-sequence", "correction_high": RecordValue("off_policy_mask_threshold")},
         POLICY,
     ),
 ]
 
 CORRECTED = [
     Entry(
-        "verl", "ppo_tis", "grpo", {**DUAL, "correction": "truncate-token", "correction_high": Their("tis_cap")}, POLICY
+        "verl",
+        "ppo_tis",
+        "grpo",
+        {**DUAL, "correction": "truncate-token", "correction_high": RecordValue("tis_cap")},
+        POLICY,
     ),
     Entry(
         "openrlhf",
@@ -229,14 +247,14 @@ SEQUENCES = [
         "trl",
         "gmpo",
         "gmpo",
-        {"log_clip_low": Their("epsilon_low"), "log_clip_high": Their("epsilon_high"), **AGGREGATION},
+        {"log_clip_low": RecordValue("epsilon_low"), "log_clip_high": RecordValue("epsilon_high"), **AGGREGATION},
         POLICY,
     ),
     Entry(
         "verl",
         "gmpo",
         "gmpo",
-        {"log_clip_low": Their("clip_ratio_low"), "log_clip_high": Their("clip_ratio_high"), **AGGREGATION},
+        {"log_clip_low": RecordValue("clip_ratio_low"), "log_clip_high": RecordValue("clip_ratio_high"), **AGGREGATION},
         POLICY,
     ),
     Entry("*", "vespo", "vespo", AGGREGATION, POLICY),
@@ -248,9 +266,9 @@ WITHOUT_A_CLIP = [
         ("trl", "liger-kernel"),
         "cispo",
         "cispo",
-        {"clip_low_threshold": 0.0, "clip_high_threshold": Their("epsilon_high"), **AGGREGATION},
+        {"clip_low_threshold": 0.0, "clip_high_threshold": RecordValue("epsilon_high"), **AGGREGATION},
         POLICY,
-        note="epsilon_high is the bound of the ratio itself, and there is no lower one",
+        note="epsilon_high is a bound of the ratio itself, without a lower bound",
     ),
     Entry(
         "twinkle",
@@ -264,49 +282,49 @@ WITHOUT_A_CLIP = [
         "cispo",
         "cispo",
         {
-            "clip_low_threshold": Their("cl", lambda offset: 1 - offset, default=1.0),
-            "clip_high_threshold": Their("ch", lambda offset: 1 + offset, default=4.0),
+            "clip_low_threshold": RecordValue("cl", lambda offset: 1 - offset, default=1.0),
+            "clip_high_threshold": RecordValue("ch", lambda offset: 1 + offset, default=4.0),
             **AGGREGATION,
         },
         POLICY,
-        note="offsets from 1: SkyRL's own are 1 and 4, the bounds 0 and 5",
+        note="offsets from 1: the defaults of SkyRL, 1 and 4, are the bounds 0 and 5",
     ),
     Entry(("skyrl-jax", "verl"), "cispo", "cispo", CLIPPED, POLICY),
-    Entry("verl", "dro", "dro", {"beta": Their("dro_beta"), **AGGREGATION}, POLICY),
+    Entry("verl", "dro", "dro", {"beta": RecordValue("dro_beta"), **AGGREGATION}, POLICY),
     Entry("verl", ("reinforce", "gpg"), "reinforce", AGGREGATION, POLICY),
     Entry(
         "trl",
         "a2po",
         "a2po",
-        {"beta": Their("beta2")},
+        {"beta": RecordValue("beta2")},
         {**ROWS, "ref_logprobs": "ref_logprobs", "rewards": "rewards", "optimal_values": "v_star"},
     ),
     Entry(
         "verl",
         "dppo_tv",
         "dppo_tv_truncated",
-        {**DELTA, "ratio_cap": Their("clip_ratio_c", default=20.0), **AGGREGATION},
+        {**DELTA, "ratio_cap": RecordValue("clip_ratio_c", default=20.0), **AGGREGATION},
         POLICY,
     ),
     Entry(
         "verl",
         "dppo_kl",
         "dppo_kl_truncated",
-        {**DELTA, "ratio_cap": Their("clip_ratio_c", default=20.0), **AGGREGATION},
+        {**DELTA, "ratio_cap": RecordValue("clip_ratio_c", default=20.0), **AGGREGATION},
         POLICY,
     ),
     Entry(
         "skyrl",
         "dppo_tv",
         "dppo_tv",
-        {"delta_low": Their("dl", default=0.2), "delta_high": Their("dh", default=0.2), **AGGREGATION},
+        {"delta_low": RecordValue("dl", default=0.2), "delta_high": RecordValue("dh", default=0.2), **AGGREGATION},
         POLICY,
     ),
     Entry(
         "skyrl",
         "dppo_kl",
         "dppo_kl",
-        {"delta_low": Their("dl", default=0.2), "delta_high": Their("dh", default=0.2), **AGGREGATION},
+        {"delta_low": RecordValue("dl", default=0.2), "delta_high": RecordValue("dh", default=0.2), **AGGREGATION},
         POLICY,
     ),
     Entry(
@@ -315,12 +333,12 @@ WITHOUT_A_CLIP = [
         "clip_cov",
         {
             **CLIPPED,
-            "share": Their("clip_cov_ratio", default=2e-4),
-            "covariance_low": Their("clip_cov_lb", default=1.0),
-            "covariance_high": Their("clip_cov_ub", default=5.0),
+            "share": RecordValue("clip_cov_ratio", default=2e-4),
+            "covariance_low": RecordValue("clip_cov_lb", default=1.0),
+            "covariance_high": RecordValue("clip_cov_ub", default=5.0),
         },
         POLICY,
-        note="compared with clip_cov_ratio 1, where nothing is random",
+        note="compared with clip_cov_ratio 1, which is not random",
     ),
     Entry(
         "skyrl",
@@ -328,27 +346,35 @@ WITHOUT_A_CLIP = [
         "clip_cov",
         {
             **CLIPPED,
-            "share": Their("clip_ratio", default=1.0),
-            "covariance_low": Their("clip_cov_lb", default=0.1),
-            "covariance_high": Their("clip_cov_ub", default=5.0),
+            "share": RecordValue("clip_ratio", default=1.0),
+            "covariance_low": RecordValue("clip_cov_lb", default=0.1),
+            "covariance_high": RecordValue("clip_cov_ub", default=5.0),
         },
         POLICY,
-        note="the settings the records leave unsaid are those said for verl's",
+        note="settings that the records omit are those of the verl records",
     ),
     Entry(
         "verl",
         "kl_cov",
         "kl_cov",
-        {"share": Their("kl_cov_ratio", default=2e-4), "kl_coef": Their("ppo_kl_coef", default=1.0), **AGGREGATION},
+        {
+            "share": RecordValue("kl_cov_ratio", default=2e-4),
+            "kl_coef": RecordValue("ppo_kl_coef", default=1.0),
+            **AGGREGATION,
+        },
         POLICY,
     ),
     Entry(
         "skyrl",
         "kl_cov",
         "kl_cov",
-        {"share": Their("kl_cov_frac", default=0.25), "kl_coef": Their("ppo_kl_coef", default=1.0), **AGGREGATION},
+        {
+            "share": RecordValue("kl_cov_frac", default=0.25),
+            "kl_coef": RecordValue("ppo_kl_coef", default=1.0),
+            **AGGREGATION,
+        },
         POLICY,
-        note="the share the records leave unsaid is the one said for verl",
+        note="the fraction that the records omit is that of the verl records",
     ),
 ]
 
@@ -367,7 +393,7 @@ PENALTIES = [
 ]
 
 SAMPLED = [*CLIPPED_SURROGATES, *CORRECTED, *SEQUENCES, *WITHOUT_A_CLIP]
-"""Each may be averaged in any of the peers' ways."""
+"""Losses that may have any aggregation of the peers."""
 
 MAPPING = [
     *(entry if entry.ours == "dr_grpo" else replace(entry, scale=_over_length) for entry in SAMPLED),

@@ -1,8 +1,8 @@
-"""Losses of single judged completions: tinkerbell-loss-kto."""
+"""Losses of single completions with a judgement: tinkerbell-loss-kto."""
 
 from __future__ import annotations
 
-from tests.oracles.form import Entry, Their, Value
+from tests.oracles.form import Entry, RecordValue, Value
 
 JUDGED = {
     "target_tokens": "target_tokens",
@@ -10,10 +10,10 @@ JUDGED = {
     "ref_logprobs": "ref_logprobs",
     "desirable": "kto_label",
 }
-WEIGHTED: dict[str, Value | Their] = {
-    "beta": Their("beta"),
-    "desirable_weight": Their("desirable_weight", default=1.0),
-    "undesirable_weight": Their("undesirable_weight", default=1.0),
+WEIGHTED: dict[str, Value | RecordValue] = {
+    "beta": RecordValue("beta"),
+    "desirable_weight": RecordValue("desirable_weight", default=1.0),
+    "undesirable_weight": RecordValue("undesirable_weight", default=1.0),
     "aggregation": "seq-mean-token-sum",
 }
 
@@ -24,8 +24,8 @@ MAPPING = [
         "kto",
         WEIGHTED,
         {**JUDGED, "kl_log_ratio": lambda tensors: tensors["kl_logps"] - tensors["ref_kl_logps"]},
-        note="the peers run the mismatched completions apart",
+        note="the peers run the mismatched completions separately",
     ),
     Entry("*", "apo_zero_unpaired", "apo_zero_unpaired", WEIGHTED, JUDGED),
-    Entry("*", "bco", "bco", {"beta": Their("beta"), "aggregation": "seq-mean-token-sum"}, JUDGED),
+    Entry("*", "bco", "bco", {"beta": RecordValue("beta"), "aggregation": "seq-mean-token-sum"}, JUDGED),
 ]

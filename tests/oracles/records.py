@@ -1,4 +1,4 @@
-"""The records that a package keeps beside its tests, each with the entry that says which loss of ours it is."""
+"""Reads the records in the tests of a package, and finds the mapping entry of each."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def read(path: Path) -> list[Record]:
 
 
 def mapped(path: Path, mapping: Sequence[Entry]) -> list[tuple[Record, Entry]]:
-    """Each record of a file with the first entry that takes it. Raises KeyError where none does."""
+    """Each record of a file with the first entry that matches it. Raises KeyError if none does."""
     found = []
     for record in read(path):
-        entry = next((entry for entry in mapping if entry.takes(record)), None)
+        entry = next((entry for entry in mapping if entry.matches(record)), None)
         if entry is None:
-            raise KeyError(f"no entry takes {record['id']}")
+            raise KeyError(f"no entry matches {record['id']}")
         found.append((record, entry))
     return found

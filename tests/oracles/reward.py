@@ -1,19 +1,19 @@
-"""Losses of scores: tinkerbell-loss-reward."""
+"""Losses of reward and value models: tinkerbell-loss-reward."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from tests.oracles.form import Entry, Tensors, Their
+from tests.oracles.form import Entry, RecordValue, Tensors
 
 
 def as_logit(tensors: Tensors, leaf: Tensor) -> Tensor:
-    """Rewards `[B]` or values `[B, T]` as the logit of a vocabulary of one token, `[B, T, 1]`."""
+    """Rewards `[B]` or values `[B, T]` as logits of a vocabulary with one token, `[B, T, 1]`."""
     return leaf[:, None, None] if leaf.dim() == 1 else leaf[..., None]
 
 
 def per_row(tensors: Tensors) -> Tensor:
-    """A margin a pair, given at both its rows."""
+    """One margin per pair, repeated for both of its rows."""
     return tensors["margin"].repeat_interleave(2)
 
 
@@ -32,15 +32,15 @@ MAPPING = [
         "*",
         "bradley_terry*",
         "bradley_terry",
-        {"center_weight": Their("center_rewards_coefficient", default=0.0), "aggregation": "seq-mean-token-sum"},
+        {"center_weight": RecordValue("center_rewards_coefficient", default=0.0), "aggregation": "seq-mean-token-sum"},
         outputs=as_logit,
-        note="also OpenRLHF's LogExpLoss",
+        note="also the LogExpLoss of OpenRLHF",
     ),
     Entry(
         "skyrl",
         "value_clip_seqmean",
         "value_clip",
-        {"clip": Their("value_clip"), "aggregation": "seq-mean-token-mean"},
+        {"clip": RecordValue("value_clip"), "aggregation": "seq-mean-token-mean"},
         VALUES,
         outputs=as_logit,
     ),
@@ -48,7 +48,7 @@ MAPPING = [
         "skyrl",
         "value_clip*",
         "value_clip",
-        {"clip": Their("value_clip"), "aggregation": "token-mean"},
+        {"clip": RecordValue("value_clip"), "aggregation": "token-mean"},
         VALUES,
         outputs=as_logit,
     ),
@@ -56,7 +56,7 @@ MAPPING = [
         "verl",
         "value_clip",
         "value_clip",
-        {"clip": Their("cliprange_value"), "aggregation": "token-mean"},
+        {"clip": RecordValue("cliprange_value"), "aggregation": "token-mean"},
         VALUES,
         outputs=as_logit,
     ),

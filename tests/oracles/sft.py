@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.oracles.form import Entry, Part, Record, Their
+from tests.oracles.form import Entry, Part, Record, RecordValue
 
 
 def _aggregation(record: Record) -> str:
@@ -11,7 +11,7 @@ def _aggregation(record: Record) -> str:
 
 ROWS = {"target_tokens": "target_tokens", "weights": "weights"}
 AGGREGATION = {"aggregation": _aggregation}
-Z = Part("z_loss", Their("lse_square_scale"), AGGREGATION)
+Z = Part("z_loss", RecordValue("lse_square_scale"), AGGREGATION)
 NOTE_Z = "Liger's lse_square_scale is a weighted sum with z_loss"
 
 MAPPING = [
@@ -28,7 +28,7 @@ MAPPING = [
         "liger-kernel",
         "ce_sum_z_smooth",
         "label_smoothing",
-        {"epsilon": Their("label_smoothing"), **AGGREGATION},
+        {"epsilon": RecordValue("label_smoothing"), **AGGREGATION},
         ROWS,
         plus=[Z],
         note=NOTE_Z,
@@ -37,10 +37,16 @@ MAPPING = [
         "liger-kernel",
         "ce_label_smoothing",
         "label_smoothing",
-        {"epsilon": Their("label_smoothing"), **AGGREGATION},
+        {"epsilon": RecordValue("label_smoothing"), **AGGREGATION},
         ROWS,
     ),
-    Entry("transformers", "ce_label_smoothing", "label_smoothing", {"epsilon": Their("epsilon"), **AGGREGATION}, ROWS),
+    Entry(
+        "transformers",
+        "ce_label_smoothing",
+        "label_smoothing",
+        {"epsilon": RecordValue("epsilon"), **AGGREGATION},
+        ROWS,
+    ),
     Entry("trl", "sft_dft", "dft", AGGREGATION, ROWS),
     Entry(
         "twinkle",

@@ -1,7 +1,7 @@
-"""Write a loss pickled by the Python that runs this, with its cloudpickle, into the folder given: `python make.py .`
+"""Pickles a loss with the running Python and its cloudpickle into a folder: `python make.py FOLDER`.
 
-Those beside this file were made by Debian's python3 and python3-cloudpickle of bullseye, trixie and sid. It needs no
-torch: the loss imports what it uses when it is called.
+The files in this folder were written with python3 and python3-cloudpickle of Debian bullseye, trixie and sid. The script
+does not need torch, because the loss imports it when it is called.
 """
 
 import importlib.util
