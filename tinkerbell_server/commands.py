@@ -30,8 +30,8 @@ MATERIALISED = "logits_materialised/"
 class Command(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A request to an engine.
 
-    The service has checked every value before it sends a command, and an engine does not check them again. A command
-    that raises TinkerbellError has changed nothing.
+    The service has checked the values of a command, and an engine does not check them again, except what only the
+    engine can: ids, modules and saved folders. A command that raises TinkerbellError has changed nothing.
     """
 
 
