@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from tinkerbell_core.decorator import loss
 from tinkerbell_core.digest import digest_of
 from tinkerbell_core.errors import BadUpload
 from tinkerbell_core.output import LossFnOutput
-from tinkerbell_core.serialization import pack, unpack
+from tinkerbell_core.serialization import format, pack, unpack
 
 BETA = 0.1
 TABLE = {"a": [1, 2.5], ("b",): {3}}
@@ -142,3 +142,8 @@ def test_a_decorated_function_is_refused() -> None:
 def test_an_invalid_payload_is_refused(payload: bytes) -> None:
     with pytest.raises(BadUpload):
         unpack(payload)
+
+
+def test_the_tags_of_stored_payloads_do_not_change() -> None:
+    tags = {kind.__struct_config__.tag for kind in get_args(format.Value)}
+    assert tags == {"Plain", "Raw", "Several", "Mapped", "Array", "Named", "Helper"}
