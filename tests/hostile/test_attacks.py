@@ -1,4 +1,4 @@
-"""Every attack, when the loss is tried and when it trains, against a server that runs uploads in the sandbox."""
+"""Every attack, in the dry run and in training, against a server that runs uploads in the sandbox."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.hostile.attacks import files, network, processes, replies, resources
-from tests.hostile.world import CALL, TRIAL, Attack, World
+from tests.hostile.world import CALL_SECONDS, DRY_RUN_SECONDS, OBTAINED, Attack, World
 from tinkerbell_core.errors import BadLoss, TinkerbellError
 
 ATTACKS: list[Attack] = [
@@ -32,36 +32,36 @@ QUICK = {
     "exits_at_once",
     "sleeps",
 }
-"""Run by default; the others are slow together."""
+"""The attacks that run by default; the others are marked as slow."""
 
 HARMLESS = {
     "becomes_root",
-    "calls_rare_things",
+    "makes_rare_system_calls",
     "changes_its_inputs",
     "leaves_a_thread_behind",
     "leaves_its_namespaces",
     "lists_the_disk",
-    "looks_for_objects_of_others",
-    "looks_for_other_descriptors",
-    "makes_a_temporary_file",
+    "searches_for_objects_of_others",
+    "searches_for_other_descriptors",
+    "creates_a_temporary_file",
     "mounts",
     "opens_a_device",
     "prints",
     "reads_environments_in_proc",
     "reads_the_environment",
-    "reads_the_memory_of_others",
+    "reads_the_memory_of_other_processes",
     "reads_the_servers_database",
     "runs_a_shell",
-    "says_two_things",
-    "spoils_torch_for_others",
+    "sends_several_results",
+    "patches_torch",
     "traces_its_parent",
 }
-"""May end as a loss that did no harm: what they found was nothing, or was their own."""
+"""The attacks that may end without an error, because they find nothing or only what is theirs."""
 
-HANGS = {"asks_without_end", "loops", "loops_whatever_is_raised", "multiplies_for_ever", "sleeps"}
+HANGS = {"sends_requests_forever", "loops", "ignores_signals_and_exceptions", "multiplies_forever", "sleeps"}
 
-OWN = {"reads_the_environment"}
-"""Return what is their own: that it holds no secret is looked at, not that there is something."""
+RETURNS_ITS_OWN = {"reads_the_environment"}
+"""The attacks that may return a text, because it is theirs; the test checks that it contains no secret."""
 
 PARAMETERS = [
     pytest.param(attack, id=attack.__name__, marks=() if attack.__name__ in QUICK else pytest.mark.slow)
@@ -69,32 +69,32 @@ PARAMETERS = [
 ]
 
 
-@pytest.mark.parametrize("when", ["upload", "training"])
+@pytest.mark.parametrize("phase", ["upload", "training"])
 @pytest.mark.parametrize("attack", PARAMETERS)
-def test_an_attack_reaches_nothing(sandboxed: World, attack: Attack, when: str) -> None:
+def test_an_attack_does_no_harm(sandboxed: World, attack: Attack, phase: str) -> None:
     name, since, start = attack.__name__, len(sandboxed.results), time.monotonic()
-    told, error = "", None
+    reply, error = "", None
     try:
-        loss = sandboxed.upload(attack, when)
-        told = repr(sandboxed.train(loss)) if when == "training" else ""
+        loss = sandboxed.upload(attack, phase)
+        reply = repr(sandboxed.train(loss)) if phase == "training" else ""
     except TinkerbellError as raised:
-        told, error = str(raised), raised
+        reply, error = str(raised), raised
     seconds = time.monotonic() - start
-    harm = sandboxed.harm(told)
-    if name in OWN:
-        harm = [each for each in harm if not each.startswith("GOT SOMETHING")]
+    harm = sandboxed.harm(reply)
+    if name in RETURNS_ITS_OWN:
+        harm = [each for each in harm if not each.startswith(OBTAINED)]
     sandboxed.restore()
     assert harm == []
-    assert sandboxed.neighbour_saw(since) == []
-    assert isinstance(error, BadLoss) or (error is None and name in HARMLESS), told
-    assert len(told) < 60_000
-    assert "\x1b" not in told
-    assert seconds < TRIAL + CALL + 30
+    assert sandboxed.changes_for_the_neighbour(since) == []
+    assert isinstance(error, BadLoss) or (error is None and name in HARMLESS), reply
+    assert len(reply) < 60_000
+    assert "\x1b" not in reply
+    assert seconds < DRY_RUN_SECONDS + CALL_SECONDS + 30
     if name in HANGS:
-        assert "timed out" in told
+        assert "timed out" in reply
 
 
-def test_there_are_many_of_them() -> None:
+def test_every_list_names_existing_attacks() -> None:
     assert len(ATTACKS) >= 40
     assert len({attack.__name__ for attack in ATTACKS}) == len(ATTACKS)
-    assert {attack.__name__ for attack in ATTACKS} >= QUICK | HARMLESS | HANGS | OWN
+    assert {attack.__name__ for attack in ATTACKS} >= QUICK | HARMLESS | HANGS | RETURNS_ITS_OWN

@@ -1,4 +1,4 @@
-"""Losses pickled by other Pythons (real ones, tests/data/payloads): refused, and harmless if the sender lies."""
+"""Losses pickled by other Python versions (tests/data/payloads) are refused, and harmless under a false version."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHERS = [
 ]
 
 
-def sent(world: World, payload: Path, name: str, magic: str, python: str) -> httpx.Response:
+def send(world: World, payload: Path, name: str, magic: str, python: str) -> httpx.Response:
     content = payload.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     request = RegisterLossRequest(name=name, payload=content, magic=magic, python=python, digest=digest)
@@ -33,23 +33,23 @@ def sent(world: World, payload: Path, name: str, magic: str, python: str) -> htt
 
 
 @pytest.mark.parametrize("payload", OTHERS, ids=lambda path: path.stem)
-def test_a_payload_of_another_python_is_refused_with_its_version(sandboxed: World, payload: Path) -> None:
-    made = json.loads(payload.with_suffix(".json").read_text())
-    answer = sent(sandboxed, payload, "of_another_python", made["magic"], made["python"])
-    assert (answer.status_code, answer.json()["problem"]["kind"]) == (422, "BadUpload")
-    for version in (made["python"], platform.python_version()):
-        assert version in answer.json()["problem"]["message"]
+def test_a_payload_of_another_python_is_refused_with_both_versions(sandboxed: World, payload: Path) -> None:
+    metadata = json.loads(payload.with_suffix(".json").read_text())
+    response = send(sandboxed, payload, "of_another_version", metadata["magic"], metadata["python"])
+    assert (response.status_code, response.json()["problem"]["kind"]) == (422, "BadUpload")
+    for version in (metadata["python"], platform.python_version()):
+        assert version in response.json()["problem"]["message"]
 
 
 @pytest.mark.parametrize("payload", OTHERS, ids=lambda path: path.stem)
-def test_a_payload_that_lies_about_its_python_breaks_its_own_process_only(sandboxed: World, payload: Path) -> None:
+def test_a_payload_under_a_false_python_version_ends_only_its_own_process(sandboxed: World, payload: Path) -> None:
     since = len(sandboxed.results)
-    answer = sent(sandboxed, payload, f"lies_{payload.stem.replace('.', '_')}", MAGIC, platform.python_version())
-    assert answer.status_code == 422
-    assert answer.json()["problem"]["kind"] in ("BadUpload", "BadLoss", "LossKilled")
-    assert sandboxed.harm(answer.text) == []
-    assert sandboxed.neighbour_saw(since) == []
+    response = send(sandboxed, payload, f"false_{payload.stem.replace('.', '_')}", MAGIC, platform.python_version())
+    assert response.status_code == 422
+    assert response.json()["problem"]["kind"] in ("BadUpload", "BadLoss", "LossKilled")
+    assert sandboxed.harm(response.text) == []
+    assert sandboxed.changes_for_the_neighbour(since) == []
 
 
-def test_there_are_payloads_of_others() -> None:
+def test_there_are_payloads_of_two_other_versions() -> None:
     assert len(OTHERS) >= 2

@@ -1,1 +1,1 @@
-"""Losses that mean harm, by what they go for. An attack that got somewhere returns what it got."""
+"""The attacks of hostile losses. An attack that obtains something it must not have returns it as a text."""

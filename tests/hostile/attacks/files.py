@@ -1,72 +1,72 @@
-"""Reading what is not theirs, and leaving something behind."""
+"""Attacks that read or write files, or read the memory of other processes."""
 
 import os
 from typing import Any
 
-Where = dict[str, Any]
+Targets = dict[str, Any]
 
 
-def writes_a_file(where: Where, logits: Any) -> None:
-    with open(os.path.join(where["canary"], "written"), "w") as file:
-        file.write("here")
+def writes_a_file(targets: Targets, logits: Any) -> None:
+    with open(os.path.join(targets["canary"], "written"), "w") as file:
+        file.write("written")
 
 
-def appends_to_a_file(where: Where, logits: Any) -> None:
-    with open(where["kept"], "a") as file:
-        file.write("and here")
+def appends_to_a_file(targets: Targets, logits: Any) -> None:
+    with open(targets["existing_file"], "a") as file:
+        file.write("appended")
 
 
-def truncates_a_file(where: Where, logits: Any) -> None:
-    os.truncate(where["kept"], 0)
+def truncates_a_file(targets: Targets, logits: Any) -> None:
+    os.truncate(targets["existing_file"], 0)
 
 
-def deletes_a_file(where: Where, logits: Any) -> None:
-    os.unlink(where["kept"])
+def deletes_a_file(targets: Targets, logits: Any) -> None:
+    os.unlink(targets["existing_file"])
 
 
-def renames_a_file(where: Where, logits: Any) -> None:
-    os.rename(where["kept"], where["kept"] + ".gone")
+def renames_a_file(targets: Targets, logits: Any) -> None:
+    os.rename(targets["existing_file"], targets["existing_file"] + ".renamed")
 
 
-def changes_a_mode(where: Where, logits: Any) -> None:
-    os.chmod(where["kept"], 0o777)
+def changes_a_mode(targets: Targets, logits: Any) -> None:
+    os.chmod(targets["existing_file"], 0o777)
 
 
-def makes_a_folder(where: Where, logits: Any) -> None:
-    os.mkdir(os.path.join(where["canary"], "folder"))
+def creates_a_folder(targets: Targets, logits: Any) -> None:
+    os.mkdir(os.path.join(targets["canary"], "folder"))
 
 
-def makes_a_link(where: Where, logits: Any) -> None:
-    os.symlink("/etc", os.path.join(where["canary"], "link"))
+def creates_a_link(targets: Targets, logits: Any) -> None:
+    os.symlink("/etc", os.path.join(targets["canary"], "link"))
 
 
-def saves_a_tensor(where: Where, logits: Any) -> None:
+def saves_a_tensor(targets: Targets, logits: Any) -> None:
     import torch
 
-    torch.save(logits.detach(), os.path.join(where["canary"], "logits.pt"))
+    torch.save(logits.detach(), os.path.join(targets["canary"], "logits.pt"))
 
 
-def writes_to_shared_memory(where: Where, logits: Any) -> str:
-    path = f"/dev/shm/{where['name']}"
+def writes_to_shared_memory(targets: Targets, logits: Any) -> str:
+    path = f"/dev/shm/{targets['name']}"
     with open(path, "w") as file:
-        file.write("here")
+        file.write("written")
     return path
 
 
-def writes_to_tmp(where: Where, logits: Any) -> str:
-    path = f"/tmp/{where['name']}"
+def writes_to_tmp(targets: Targets, logits: Any) -> str:
+    path = f"/tmp/{targets['name']}"
     with open(path, "w") as file:
-        file.write("here")
+        file.write("written")
     return path
 
 
-def makes_a_temporary_file(where: Where, logits: Any) -> str:
+def creates_a_temporary_file(targets: Targets, logits: Any) -> str:
     import tempfile
 
     return tempfile.NamedTemporaryFile(delete=False).name
 
 
-def changes_installed_code(where: Where, logits: Any) -> str:
+def changes_installed_code(targets: Targets, logits: Any) -> str:
     import msgspec
 
     with open(msgspec.__file__, "a") as file:
@@ -74,25 +74,25 @@ def changes_installed_code(where: Where, logits: Any) -> str:
     return msgspec.__file__
 
 
-def reads_a_secret(where: Where, logits: Any) -> str:
-    with open(where["secret_file"]) as file:
+def reads_a_secret(targets: Targets, logits: Any) -> str:
+    with open(targets["secret_file"]) as file:
         return file.read()
 
 
-def reads_the_servers_database(where: Where, logits: Any) -> str:
+def reads_the_servers_database(targets: Targets, logits: Any) -> str:
     found = []
-    for folder, _, names in os.walk(where["data"]):
+    for folder, _, names in os.walk(targets["data"]):
         for name in names:
             with open(os.path.join(folder, name), "rb") as file:
                 found.append(file.read().decode("latin-1"))
     return "".join(found)
 
 
-def reads_the_environment(where: Where, logits: Any) -> str:
+def reads_the_environment(targets: Targets, logits: Any) -> str:
     return repr(dict(os.environ))
 
 
-def reads_environments_in_proc(where: Where, logits: Any) -> str:
+def reads_environments_in_proc(targets: Targets, logits: Any) -> str:
     found = []
     for pid in ["self", "1", str(os.getppid()), *[name for name in _listed("/proc") if name.isdigit()]]:
         try:
@@ -103,7 +103,7 @@ def reads_environments_in_proc(where: Where, logits: Any) -> str:
     return " ".join(found)
 
 
-def reads_the_memory_of_others(where: Where, logits: Any) -> str:
+def reads_the_memory_of_other_processes(targets: Targets, logits: Any) -> str:
     found = []
     for pid in [os.getppid(), *[int(name) for name in _listed("/proc") if name.isdigit()]]:
         try:
@@ -112,26 +112,26 @@ def reads_the_memory_of_others(where: Where, logits: Any) -> str:
                     if "[heap]" in line or "rw-p" in line:
                         start, end = (int(part, 16) for part in line.split()[0].split("-"))
                         memory.seek(start)
-                        found += _around(where, memory.read(min(end - start, 1 << 24)))
+                        found += _around(targets, memory.read(min(end - start, 1 << 24)))
         except OSError:
             continue
     return " ".join(found)
 
 
-def looks_for_objects_of_others(where: Where, logits: Any) -> str:
+def searches_for_objects_of_others(targets: Targets, logits: Any) -> str:
     import gc
 
-    needles = (where["marker_start"], where["secret_start"])
-    texts = [item for thing in gc.get_objects() if isinstance(thing, dict) for item in thing.values()]
+    needles = (targets["marker_start"], targets["secret_start"])
+    texts = [value for obj in gc.get_objects() if isinstance(obj, dict) for value in obj.values()]
     found = [text for text in texts if isinstance(text, str) and text.startswith(needles) and text not in needles]
     return repr(found) if found else ""
 
 
-def lists_the_disk(where: Where, logits: Any) -> str:
-    return " ".join(_listed(where["canary"]) + _listed(where["data"]) + _listed("/home") + _listed("/root"))
+def lists_the_disk(targets: Targets, logits: Any) -> str:
+    return " ".join(_listed(targets["canary"]) + _listed(targets["data"]) + _listed("/home") + _listed("/root"))
 
 
-def opens_a_device(where: Where, logits: Any) -> str:
+def opens_a_device(targets: Targets, logits: Any) -> str:
     names = ("mem", "kmsg", "sda", "vda", "kvm", "fuse", "nvidia0", "nvidiactl", "dri/card0")
     found = [name for name in names if _opens(f"/dev/{name}")]
     return " ".join(found)
@@ -152,6 +152,6 @@ def _opens(path: str) -> bool:
     return True
 
 
-def _around(where: Where, data: bytes) -> list[str]:
-    starts = (where["marker_start"].encode(), where["secret_start"].encode())
+def _around(targets: Targets, data: bytes) -> list[str]:
+    starts = (targets["marker_start"].encode(), targets["secret_start"].encode())
     return [data[data.find(start) :][:80].decode("latin-1") for start in starts if start in data]

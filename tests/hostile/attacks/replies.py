@@ -1,67 +1,67 @@
-"""Answering what no loss answers: by the contract, and beneath it on the socket itself."""
+"""Attacks that return invalid outputs, or that write invalid messages to the socket of the worker."""
 
 import os
 import struct
 from typing import Any
 
-Where = dict[str, Any]
+Targets = dict[str, Any]
 
 
-def returns_nothing(where: Where, logits: Any) -> Any:
+def returns_no_output(targets: Targets, logits: Any) -> Any:
     return "nothing", None
 
 
-def returns_nan(where: Where, logits: Any) -> Any:
+def returns_nan(targets: Targets, logits: Any) -> Any:
     return _output(logits.logsumexp(-1).sum() * float("nan"))
 
 
-def returns_a_gradient_of_nan(where: Where, logits: Any) -> Any:
+def returns_a_gradient_of_nan(targets: Targets, logits: Any) -> Any:
     zero = logits.logsumexp(-1).sum() * 0
     return _output(zero + (zero * 1e-30).sqrt())
 
 
-def returns_no_graph(where: Where, logits: Any) -> Any:
+def returns_no_graph(targets: Targets, logits: Any) -> Any:
     return _output(logits.logsumexp(-1).sum().detach())
 
 
-def returns_a_vector(where: Where, logits: Any) -> Any:
+def returns_a_vector(targets: Targets, logits: Any) -> Any:
     return _output(logits.logsumexp(-1).flatten())
 
 
-def returns_a_meta_tensor(where: Where, logits: Any) -> Any:
+def returns_a_meta_tensor(targets: Targets, logits: Any) -> Any:
     import torch
 
     return _output(torch.zeros((), device="meta", requires_grad=True))
 
 
-def returns_many_diagnostics(where: Where, logits: Any) -> Any:
+def returns_many_diagnostics(targets: Targets, logits: Any) -> Any:
     return _output(logits.logsumexp(-1).sum(), diagnostics={str(n): 1.0 for n in range(100_000)})
 
 
-def returns_a_diagnostic_with_a_long_name(where: Where, logits: Any) -> Any:
+def returns_a_diagnostic_with_a_long_name(targets: Targets, logits: Any) -> Any:
     return _output(logits.logsumexp(-1).sum(), diagnostics={"x" * (1 << 22): 1.0})
 
 
-def returns_logprobs_of_another_shape(where: Where, logits: Any) -> Any:
+def returns_logprobs_of_another_shape(targets: Targets, logits: Any) -> Any:
     import torch
 
     return _output(logits.logsumexp(-1).sum(), logprobs=torch.zeros(1000, 1000))
 
 
-def returns_a_tensor_that_lies(where: Where, logits: Any) -> Any:
+def returns_a_tensor_with_patched_methods(targets: Targets, logits: Any) -> Any:
     import torch
 
-    class Lying(torch.Tensor):
+    class Patched(torch.Tensor):
         def item(self) -> float:  # type: ignore[override]
             return float("nan")
 
         def isfinite(self) -> Any:
             return torch.ones(())
 
-    return _output((logits.logsumexp(-1).sum() * float("inf")).as_subclass(Lying))
+    return _output((logits.logsumexp(-1).sum() * float("inf")).as_subclass(Patched))
 
 
-def rewrites_the_checks(where: Where, logits: Any) -> Any:
+def rewrites_the_checks(targets: Targets, logits: Any) -> Any:
     import math
 
     import torch
@@ -75,65 +75,65 @@ def rewrites_the_checks(where: Where, logits: Any) -> Any:
     return _output(logits.logsumexp(-1).sum() * float("nan"))
 
 
-def writes_garbage(where: Where, logits: Any) -> None:
+def writes_garbage(targets: Targets, logits: Any) -> None:
     _write(os.urandom(4096))
 
 
-def writes_a_pickle(where: Where, logits: Any) -> None:
-    payload = b"cposix\nsystem\n(S'touch " + where["canary"].encode() + b"/unpickled'\ntR."
+def writes_a_pickle(targets: Targets, logits: Any) -> None:
+    payload = b"cposix\nsystem\n(S'touch " + targets["canary"].encode() + b"/unpickled'\ntR."
     _write(struct.pack("<I", len(payload)) + payload)
     _write(payload)
 
 
-def writes_a_header_without_end(where: Where, logits: Any) -> None:
+def writes_an_endless_header(targets: Targets, logits: Any) -> None:
     _write(struct.pack("<I", 0xFFFFFFFF) + b"x" * 4096)
 
 
-def announces_a_tensor_of_many_bytes(where: Where, logits: Any) -> None:
+def announces_a_tensor_of_many_bytes(targets: Targets, logits: Any) -> None:
     _reply({"type": "Done", "loss": 1.0, "diagnostics": {}, "shared": []}, [["float32", [1 << 20, 1 << 20]]])
 
 
-def announces_a_tensor_of_negative_size(where: Where, logits: Any) -> None:
+def announces_a_tensor_of_negative_size(targets: Targets, logits: Any) -> None:
     _reply({"type": "Done", "loss": 1.0, "diagnostics": {}, "shared": []}, [["float32", [-1, -1]]])
 
 
-def announces_gradients_of_nothing(where: Where, logits: Any) -> None:
+def announces_gradients_of_no_request(targets: Targets, logits: Any) -> None:
     _reply({"type": "Done", "loss": 1.0, "diagnostics": {}, "shared": [True] * 9}, [None] * 9)
 
 
-def answers_nan_by_hand(where: Where, logits: Any) -> None:
+def sends_a_loss_of_nan(targets: Targets, logits: Any) -> None:
     _reply({"type": "Done", "loss": float("nan"), "diagnostics": {}, "shared": []}, [None])
 
 
-def answers_with_a_foreign_kind(where: Where, logits: Any) -> None:
+def reports_an_error_of_another_kind(targets: Targets, logits: Any) -> None:
     _reply({"type": "Failed", "kind": "EngineLost", "message": "the engine is lost", "traceback": None}, [])
 
 
-def asks_for_rows_that_are_not_there(where: Where, logits: Any) -> None:
-    _reply({"type": "Question", "op": "full", "keep": False}, [["int64", [1]], None, None, None])
+def requests_rows_out_of_range(targets: Targets, logits: Any) -> None:
+    _reply({"type": "LogitsRequest", "op": "full", "keep": False}, [["int64", [1]], None, None, None])
     _write(struct.pack("<q", -(1 << 40)))
 
 
-def asks_for_more_rows_than_there_are(where: Where, logits: Any) -> None:
-    _reply({"type": "Question", "op": "full", "keep": True}, [["int64", [1 << 40]], None, None, None])
+def requests_more_rows_than_exist(targets: Targets, logits: Any) -> None:
+    _reply({"type": "LogitsRequest", "op": "full", "keep": True}, [["int64", [1 << 40]], None, None, None])
 
 
-def asks_without_end(where: Where, logits: Any) -> None:
+def sends_requests_forever(targets: Targets, logits: Any) -> None:
     while True:
         logits.logsumexp(-1)
 
 
-def says_two_things(where: Where, logits: Any) -> Any:
+def sends_several_results(targets: Targets, logits: Any) -> Any:
     for _ in range(3):
         _reply({"type": "Done", "loss": 1.0, "diagnostics": {}, "shared": []}, [None])
     return _output(logits.logsumexp(-1).sum())
 
 
-def hangs_up(where: Where, logits: Any) -> None:
+def closes_its_socket(targets: Targets, logits: Any) -> None:
     os.closerange(3, 64)
 
 
-def looks_for_other_descriptors(where: Where, logits: Any) -> str:
+def searches_for_other_descriptors(targets: Targets, logits: Any) -> str:
     found = []
     for fd in range(3, 256):
         try:
@@ -145,7 +145,7 @@ def looks_for_other_descriptors(where: Where, logits: Any) -> str:
     return ""
 
 
-def spoils_torch_for_others(where: Where, logits: Any) -> Any:
+def patches_torch(targets: Targets, logits: Any) -> Any:
     import torch
 
     torch.logsumexp = torch.Tensor.logsumexp = lambda self, *_, **__: self.new_zeros(self.shape[:-1])
@@ -153,7 +153,7 @@ def spoils_torch_for_others(where: Where, logits: Any) -> Any:
     return _output(logits.sum())
 
 
-def changes_its_inputs(where: Where, logits: Any) -> Any:
+def changes_its_inputs(targets: Targets, logits: Any) -> Any:
     with __import__("torch").no_grad():
         logits.detach().zero_()
     return _output(logits.sum())
@@ -173,7 +173,7 @@ def _reply(message: dict[str, Any], tensors: list[Any]) -> None:
 
 
 def _write(data: bytes) -> None:
-    """To every descriptor that takes it: the socket to the engine is one of them."""
+    """Write to every descriptor that accepts it; the socket to the engine is one of them."""
     for fd in range(3, 64):
         try:
             os.write(fd, data)
