@@ -115,7 +115,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     folder = tmp_path_factory.mktemp("data")
     log = folder / "log"
     chosen = Settings(engine=FAKE_ENGINE, data_dir=str(folder / "data"), port=0)
-    with log.open("wb") as out, running_server(chosen, log=out, timeout=30) as server:
+    with running_server(chosen, log=log, timeout=30) as server:
         caller = Caller(server)
         yield Here(caller)
         health = caller.health()

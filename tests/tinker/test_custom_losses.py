@@ -275,7 +275,7 @@ def call(target: str, *args: Any, name: str = "x", op: str = "call_function") ->
 LP = {"ref": "logprobs"}
 HOSTILE: dict[str, tuple[list[dict[str, Any]], str]] = {
     "off the list": ([call("torch.load", LP)], "'torch.load' is not on the list"),
-    "a cycle": ([call("torch.exp", {"ref": "y"}), call("torch.exp", {"ref": "x"}, name="y")], "no node before it"),
+    "a cycle": ([call("torch.exp", {"ref": "y"}), call("torch.exp", {"ref": "x"}, name="y")], "is not an earlier node"),
     "terabytes": (
         [call("repeat", LP, 1 << 20, 1 << 20, op="call_method", name="big"), call("torch.sum", {"ref": "big"})],
         "memory",
