@@ -26,14 +26,13 @@ def run_loss(
 ) -> LossFnOutput:
     """Run a loss and check its output; the logprobs and diagnostics of the result are detached.
 
+    hyperparameters: checked by `LossSpec.bind` already.
+
     Raises BadLoss, with the author's traceback, for an exception of the loss, and for an output that the contract does
     not allow. A TinkerbellError that the loss raises (such as BadHyperparameter) and an out-of-memory error pass
     unchanged. On lazy logits, raises PlainLogitsNeeded for an operation that they do not support, and LogitsTooLarge
     if the loss needs more stored logits than the budget allows.
     """
-    for hyper in spec.hyperparameters:
-        if hyper.name in hyperparameters:
-            hyper.check(spec.name, hyperparameters[hyper.name])
     lazy = model_outputs if isinstance(model_outputs, Logits) else None
     try:
         with author_errors(spec.name):

@@ -15,7 +15,6 @@ from tinkerbell_core.compose import combine
 from tinkerbell_core.dryrun import dry_run
 from tinkerbell_core.errors import BadHyperparameter, BadLoss
 from tinkerbell_core.hyperparameters import SHARE, Range, above, at_least, bind_hyperparameters
-from tinkerbell_core.run import run_loss
 from tinkerbell_core.testing import run_checks
 from tinkerbell_core.types import LossDescription
 
@@ -52,8 +51,6 @@ def test_the_error_for_a_value_that_is_not_allowed_names_the_hyperparameter(
 ) -> None:
     with pytest.raises(BadHyperparameter, match=message.replace("|", r"\|")):
         softened.bind(config)
-    with pytest.raises(BadHyperparameter, match=message.replace("|", r"\|")):
-        run_loss(softened, torch.zeros(1, 2, 3, requires_grad=True), {}, torch.ones(1, 2), config)
 
 
 def test_a_range_includes_its_ends_unless_they_are_open() -> None:

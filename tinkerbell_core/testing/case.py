@@ -67,7 +67,8 @@ class Case:
         """Run the loss and its backward pass. Raises TinkerbellError if the loss fails."""
         # without .detach(), because gradcheck keeps every detached tensor constant
         hidden = self.hidden.clone().requires_grad_()
-        output = run_loss(self.spec, self._logits(hidden, lazy), self.inputs, self.mask, self.settings)
+        settings = self.spec.bind(self.settings)
+        output = run_loss(self.spec, self._logits(hidden, lazy), self.inputs, self.mask, settings)
         (gradient,) = torch.autograd.grad(output.loss, hidden, allow_unused=True)
         return Outcome(output, gradient if gradient is not None else torch.zeros_like(hidden))
 

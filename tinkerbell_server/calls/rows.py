@@ -131,7 +131,11 @@ def _with_common_dtypes(rows: Sequence[Row], row_names: Sequence[str]) -> list[R
             )
         for name, tensor in row.inputs.items():
             _check_rank(row_names[index], name, tensor, first.inputs[name])
-        cast_rows.append(Row(row.tokens, {name: cast(tensor, dtypes[name]) for name, tensor in row.inputs.items()}))
+        inputs = {
+            name: tensor if tensor.dtype == dtypes[name] else cast(tensor, dtypes[name])
+            for name, tensor in row.inputs.items()
+        }
+        cast_rows.append(Row(row.tokens, inputs))
     return cast_rows
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.logits.lazy.origin import Origin
-from tinkerbell_core.logits.lazy.rule import NotLazy, require
+from tinkerbell_core.logits.lazy.rule import NotLazy
 from tinkerbell_core.logits.source import Reading, Statistic
 
 Kind = Literal["logits", "logprobs", "probs"]
@@ -88,7 +88,8 @@ class Form:
         """
         constant = self.constant
         if constant is not None:
-            require(keeps_vocab)
+            if not keeps_vocab:
+                raise NotLazy
             constant = act(constant.expand(self.shape))
         rows = act(self.rows)
         scale, coefficient, offset = (
@@ -117,7 +118,8 @@ class Form:
             form = replace(self, coefficient=self.coefficient * factor)
         constant, constant_scale = self.constant, self.constant_scale
         if constant is not None and isinstance(factor, Tensor):
-            require(detached_factor)
+            if not detached_factor:
+                raise NotLazy
             constant = constant * factor[..., None]
         elif not isinstance(factor, Tensor):
             constant_scale *= factor
@@ -134,7 +136,8 @@ class Form:
 
     def plus_constant(self, constant: Tensor) -> Form:
         """constant: broadcasts against `[..., V]`."""
-        require(self.constant is None, self.vocab_last, not constant.requires_grad)
+        if self.constant is not None or not self.vocab_last or constant.requires_grad:
+            raise NotLazy
         return replace(self, constant=constant, constant_scale=1.0, rows=self.rows.contiguous())
 
     def read(

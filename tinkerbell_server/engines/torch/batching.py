@@ -44,7 +44,8 @@ def collate(rows: Sequence[Row], device: torch.device) -> Batch:
     """Pad rows that have the same inputs into one batch on the device."""
     lengths = tuple(row.tokens.shape[0] for row in rows)
     longest = max(lengths)
-    tokens = torch.stack([_padded(to_torch(row.tokens), longest) for row in rows]).long()  # [B, T]
+    ids = [to_torch(row.tokens) for row in rows]
+    tokens = torch.stack([_padded(each, longest) for each in ids]).long()  # [B, T]
     mask = (torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long()  # [B, T]
     inputs = {name: _stack([to_torch(row.inputs[name]) for row in rows], longest) for name in rows[0].inputs}
     return Batch(

@@ -66,7 +66,9 @@ class Losses:
         Raises UnknownLoss, AmbiguousLoss.
         """
         spec = self._registry.get(name)
-        return spec if context is None else in_context(spec, context)
+        if context is None or spec.provenance.kind != "upload":
+            return spec
+        return in_context(spec, context)
 
     def sum(self, weights: Mapping[str, float], context: RunContext | None = None) -> LossSpec:
         """The weighted sum of the losses of these ids, each as `get` returns it. Raises UnknownLoss, BadLoss."""
