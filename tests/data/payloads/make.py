@@ -1,7 +1,7 @@
 """Pickles a loss with the running Python and its cloudpickle into a folder: `python make.py FOLDER`.
 
-The files in this folder were written with python3 and python3-cloudpickle of Debian bullseye, trixie and sid. The script
-does not need torch, because the loss imports it when it is called.
+The files in this folder were written with python3 and python3-cloudpickle of Debian bullseye, trixie and sid. The
+script does not need torch, because the loss imports it when it is called.
 """
 
 import importlib.util
