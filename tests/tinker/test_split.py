@@ -111,5 +111,5 @@ def test_what_waits_for_a_request_that_never_comes_goes_on_and_a_split_call_does
     assert re.search(ASKS, failure(wires, rest))
     late = wires.forward_backward(plain, 1)
     assert late.status_code == 400
-    assert "comes too late" in late.json()["detail"]
+    assert "arrived too late" in late.json()["detail"]
     assert counted(wires, plain, 3) == 1
