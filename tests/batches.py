@@ -47,7 +47,8 @@ def run(
     """The output of a loss, and the gradient of the logits, which are also the masked states."""
     leaf = logits.detach().clone().requires_grad_()
     outputs = plain_logits(leaf, lambda hidden: hidden * 1)
-    output = run_loss(spec, outputs, inputs, torch.ones(leaf.shape[:2]), {**plausible_settings(spec), **settings})
+    hyperparameters = spec.bind({**plausible_settings(spec), **settings})
+    output = run_loss(spec, outputs, inputs, torch.ones(leaf.shape[:2]), hyperparameters)
     (gradient,) = torch.autograd.grad(output.loss, leaf)
     return output, gradient
 
