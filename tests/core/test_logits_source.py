@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tinkerbell_core.logits import Head, LocalSource, Lora, Reading
-from tinkerbell_core.logits.local.moments import RESULTS
+from tinkerbell_core.logits.local.reads import RESULTS
 from tinkerbell_core.logits.source import Statistic
 
 N, H, V, K = 7, 5, 150, 2

@@ -8,8 +8,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.lazy.form import Form, PerRow, as_form, broadcast, is_one, is_zero, same_rows
-from tinkerbell_core.logits.lazy.rule import NotLazy, require
+from tinkerbell_core.logits.lazy.form import (
+    Form,
+    NotLazy,
+    PerRow,
+    as_form,
+    broadcast,
+    is_one,
+    is_zero,
+    require,
+    same_rows,
+)
 from tinkerbell_core.logits.lazy.weighted import Lazy, Weighted, as_lazy
 
 

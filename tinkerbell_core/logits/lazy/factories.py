@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.lazy.form import Form
-from tinkerbell_core.logits.lazy.rule import require
+from tinkerbell_core.logits.lazy.form import Form, require
 
 
 def like(name: str, input: Any, *args: Any, **named: Any) -> Tensor:

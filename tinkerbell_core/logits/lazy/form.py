@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.logits.lazy.origin import Origin
-from tinkerbell_core.logits.lazy.rule import NotLazy
 from tinkerbell_core.logits.source import Reading, Statistic
+
+
+class NotLazy(Exception):
+    """The rule of an operation does not support this use, so the operation runs on stored logits."""
+
+
+def require(*conditions: bool) -> None:
+    """Raise NotLazy unless all conditions are true."""
+    if not all(conditions):
+        raise NotLazy
+
 
 Kind = Literal["logits", "logprobs", "probs"]
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.lazy.dims import is_vocab_dim, row_dim
-from tinkerbell_core.logits.lazy.form import Form, as_column, as_form, broadcast, is_one, is_zero
-from tinkerbell_core.logits.lazy.rule import NotLazy, require
+from tinkerbell_core.logits.lazy.form import Form, NotLazy, as_column, as_form, broadcast, is_one, is_zero, require
+from tinkerbell_core.logits.lazy.weighted import is_vocab_dim, row_dim
 
 _COLUMNS_PER_PICK = 8
 """At most one column in so many is read. For more, the int64 column numbers take more memory than the logits."""

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.lazy.form import Form, as_form
+from tinkerbell_core.logits.lazy.form import Form, as_form, require
 from tinkerbell_core.logits.lazy.gather_topk import columns
-from tinkerbell_core.logits.lazy.rule import require
 from tinkerbell_core.logits.lazy.softmaxes import softmax
 from tinkerbell_core.logits.lazy.sums import row_sum
 from tinkerbell_core.logits.lazy.weighted import Weighted

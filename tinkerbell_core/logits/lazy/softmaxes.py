@@ -9,10 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.lazy.dims import is_vocab_dim, other_dims
-from tinkerbell_core.logits.lazy.form import Form, Kind, PerRow, as_form, is_one, is_zero
-from tinkerbell_core.logits.lazy.rule import require
-from tinkerbell_core.logits.lazy.weighted import Lazy, as_lazy
+from tinkerbell_core.logits.lazy.form import Form, Kind, PerRow, as_form, is_one, is_zero, require
+from tinkerbell_core.logits.lazy.weighted import Lazy, as_lazy, is_vocab_dim, other_dims
 
 
 def softmax(

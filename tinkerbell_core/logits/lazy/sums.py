@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.logits.lazy.arithmetic import mul
-from tinkerbell_core.logits.lazy.dims import other_dims
-from tinkerbell_core.logits.lazy.form import Form, PerRow, as_form, is_one, is_zero, same_scale
-from tinkerbell_core.logits.lazy.rule import NotLazy, require
-from tinkerbell_core.logits.lazy.weighted import Lazy, as_lazy
+from tinkerbell_core.logits.lazy.form import Form, NotLazy, PerRow, as_form, is_one, is_zero, require, same_scale
+from tinkerbell_core.logits.lazy.weighted import Lazy, as_lazy, other_dims
 from tinkerbell_core.logits.source import Statistic
 
 

@@ -16,9 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tinkerbell_core.logits.lazy.dense import dense
 from tinkerbell_core.logits.lazy.dispatch import RULES, UNCHANGED, name_of, refused
-from tinkerbell_core.logits.lazy.form import Form
+from tinkerbell_core.logits.lazy.form import Form, NotLazy
 from tinkerbell_core.logits.lazy.origin import Origin, version, without_autocast
-from tinkerbell_core.logits.lazy.rule import NotLazy
 from tinkerbell_core.logits.lazy.weighted import Lazy, Weighted
 from tinkerbell_core.logits.source import LogitsSource
 

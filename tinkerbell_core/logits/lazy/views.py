@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.lazy.dims import is_vocab_dim, normalize_dim, row_dim
-from tinkerbell_core.logits.lazy.form import Form, as_form, broadcast
+from tinkerbell_core.logits.lazy.form import Form, as_form, broadcast, require
 from tinkerbell_core.logits.lazy.gather_topk import columns, select_columns
-from tinkerbell_core.logits.lazy.rule import require
-from tinkerbell_core.logits.lazy.weighted import Lazy, Weighted, as_lazy
+from tinkerbell_core.logits.lazy.weighted import Lazy, Weighted, as_lazy, is_vocab_dim, normalize_dim, row_dim
 
 
 def reshaped(by: Callable[..., Tensor], input: Any, *shape: Any, **named: Any) -> Form:

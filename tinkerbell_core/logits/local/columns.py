@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.local.chunks import active_rows, outputs, slices, upstream_grads
 from tinkerbell_core.logits.local.linear import LinearProduct
-from tinkerbell_core.logits.local.moments import Query
+from tinkerbell_core.logits.local.reads import Query, active_rows, outputs, slices, upstream_grads
 
 
 class ColumnReads(torch.autograd.Function):

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from tinkerbell_core.logits.head import Head
-from tinkerbell_core.logits.local.gradients import Gradients
-from tinkerbell_core.logits.local.matrix import Matrix
+from tinkerbell_core.logits.local.matrix import Gradients, Matrix
 from tinkerbell_core.logits.local.products import Backward
 
 

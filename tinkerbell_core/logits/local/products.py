@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tinkerbell_core.logits.head import Head
-from tinkerbell_core.logits.local.gradients import Gradients
+from tinkerbell_core.logits.local.matrix import Gradients
 
 # takes the gradient [c, V] of a chunk, in the dtype of the logits, and adds the gradients of the tensors to buffers
 Backward = Callable[[Tensor], None]

@@ -8,9 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.local.chunks import active_rows, blocks, outputs, slices, times, upstream_grads
-from tinkerbell_core.logits.local.moments import Query, evaluate, logits_grad
 from tinkerbell_core.logits.local.products import Backward, Product
+from tinkerbell_core.logits.local.reads import (
+    Query,
+    active_rows,
+    blocks,
+    evaluate,
+    logits_grad,
+    outputs,
+    slices,
+    times,
+    upstream_grads,
+)
 
 
 class Recompute(torch.autograd.Function):

@@ -11,9 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinkerbell_core.logits.local.chunks import active_rows, blocks, outputs, slices, times, upstream_grads
 from tinkerbell_core.logits.local.linear import LinearProduct
-from tinkerbell_core.logits.local.moments import Query, evaluate
+from tinkerbell_core.logits.local.reads import (
+    Query,
+    active_rows,
+    blocks,
+    evaluate,
+    outputs,
+    slices,
+    times,
+    upstream_grads,
+)
 
 
 class Sweep(torch.autograd.Function):
