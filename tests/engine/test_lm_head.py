@@ -18,9 +18,8 @@ from tests.engine.conftest import SMALL
 from tests.engine.exact_models import EXACT
 from tinkerbell_core.functional import target_logprobs
 from tinkerbell_core.logits import Head, LocalSource, Logits
-from tinkerbell_server.engines.torch.lm_head import LogitTransform
 from tinkerbell_server.engines.torch.load_network import find_transform, load_network
-from tinkerbell_server.engines.torch.network import Network
+from tinkerbell_server.engines.torch.network import LogitTransform, Network
 
 Model = Any  # a transformers or a PEFT model
 

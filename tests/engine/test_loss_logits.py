@@ -18,7 +18,7 @@ from tinkerbell_core.errors import LogitsTooLarge
 from tinkerbell_core.functional import target_logprobs
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.types import ForwardOutput
-from tinkerbell_server.engines.torch import lm_head, loss_calls, loss_logits
+from tinkerbell_server.engines.torch import loss_calls, loss_logits
 from tinkerbell_server.engines.torch.engine import TorchEngine
 from tinkerbell_server.engines.torch.network import Network
 
@@ -190,7 +190,9 @@ def test_a_loss_that_needs_stored_logits_in_one_call_is_run_again_on_them(make_e
 def test_the_budget_applies_to_a_model_that_is_run_through_its_own_forward(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lm_head, "SOFTCAPS", ())  # then the cap in the config has an unknown name
+    monkeypatch.setattr(
+        "tinkerbell_server.engines.torch.network.SOFTCAPS", ()
+    )  # then the cap in the config has an unknown name
     engine = make_engine("softcap", logits_budget=100_000)
     name = upload(engine, normalised, "mine")
     with pytest.raises(LogitsTooLarge, match=r"the model's own forward.*200,448"):

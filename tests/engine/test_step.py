@@ -15,7 +15,6 @@ from tinkerbell_core.functional import hidden_states
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.tensors import from_torch, to_torch
 from tinkerbell_server.commands import RunLoss
-from tinkerbell_server.engines.torch import lm_head
 from tinkerbell_server.engines.torch.memory import Budgets
 
 
@@ -130,7 +129,7 @@ def test_a_forward_call_with_weights_0_returns_logprobs(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, splits: bool
 ) -> None:
     if not splits:
-        monkeypatch.setattr(lm_head, "SOFTCAPS", ())
+        monkeypatch.setattr("tinkerbell_server.engines.torch.network.SOFTCAPS", ())
     engine = make_engine("softcap")
     assert engine._base.splits is splits
     ones = run(engine, rows([5, 3]), backward=False)
@@ -185,7 +184,9 @@ def test_a_loss_that_is_not_finite_changes_nothing(make_engine: MakeEngine, brok
 def test_a_model_with_an_unknown_logit_transform_is_run_through_its_own_forward(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lm_head, "SOFTCAPS", ())  # then the cap in the config has an unknown name
+    monkeypatch.setattr(
+        "tinkerbell_server.engines.torch.network.SOFTCAPS", ()
+    )  # then the cap in the config has an unknown name
     engine, small = make_engine("softcap"), make_engine("softcap", micro_batch_tokens=12)
     assert not engine._base.splits
     for one in (engine, small):
@@ -200,7 +201,7 @@ def test_a_model_with_an_unknown_logit_transform_is_run_through_its_own_forward(
 def test_a_loss_cannot_read_the_hidden_states_of_such_a_model(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    monkeypatch.setattr(lm_head, "SOFTCAPS", ())
+    monkeypatch.setattr("tinkerbell_server.engines.torch.network.SOFTCAPS", ())
     engine = make_engine("softcap", uploads=mode, dry_run_seconds=60.0, sandbox_seconds=60.0)
 
     def reads_hidden_states(model_outputs, loss_fn_inputs, attention_mask):

@@ -10,8 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tinkerbell_core.errors import BadRequest
-from tinkerbell_server.engines.torch.lm_head import LogitTransform, candidate_transforms
-from tinkerbell_server.engines.torch.network import Network, Transformer, at_least_float32
+from tinkerbell_server.engines.torch.network import (
+    LogitTransform,
+    Network,
+    Transformer,
+    at_least_float32,
+    candidate_transforms,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
