@@ -26,7 +26,7 @@ import uvicorn
 from tinkerbell_core.errors import BadRequest, TinkerbellError
 from tinkerbell_server.app import create_app
 from tinkerbell_server.config import Settings
-from tinkerbell_server.http.slow_clients import Protocol
+from tinkerbell_server.http.middleware import Protocol
 from tinkerbell_server.service.service import Service
 
 _CONNECTIONS = 1000

@@ -21,7 +21,7 @@ from tinkerbell_server.access.keys import Keys
 from tinkerbell_server.access.rates import Rates
 from tinkerbell_server.http import bodies
 from tinkerbell_server.http.errors import HttpError
-from tinkerbell_server.http.slow_clients import HEAD_SECONDS
+from tinkerbell_server.http.middleware import HEAD_SECONDS
 
 ROWS = [[1, 2, 3], [4, 5]]
 

@@ -1,19 +1,56 @@
-"""ASGI middleware: the limits of a key, and the security headers of a response."""
+"""The HTTP server around the APIs: limits of a key, security headers, and a time limit for the head of a request."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import Counter
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tinkerbell_core.errors import TooManyRequests
 from tinkerbell_server.access.rates import Rates
 from tinkerbell_server.config import Settings
 from tinkerbell_server.http.auth import User
 from tinkerbell_server.http.handlers import refusal
+
+HEAD_SECONDS = 10.0
+"""Time limit for the first line and the headers, from the connection or from the previous response."""
+
+
+class Protocol(H11Protocol):
+    """Closes a connection on which no request starts in time. uvicorn waits for headers without a limit."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn has the same
+        super().connection_made(transport)
+        self._update_timer()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._update_timer()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._update_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _update_timer(self) -> None:
+        """Run one timer while no request is being handled. Incoming bytes do not restart it."""
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        elif not idle and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class Limits:
