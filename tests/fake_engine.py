@@ -46,8 +46,8 @@ from tinkerbell_core.types import (
     SaveOutput,
     TensorData,
 )
+from tinkerbell_core.weighted_sum import find_loss
 from tinkerbell_server import commands
-from tinkerbell_server.calls.loss_lookup import find_loss
 from tinkerbell_server.config import Settings
 
 FAKE_ENGINE = "tests.fake_engine"

@@ -50,7 +50,7 @@ VIOLATIONS = [
     Violation(
         "the scaffold imports only tinkerbell_core",
         "tinkerbell_server/scaffold/literals.py",
-        "import tinkerbell_server.calls.tensors",
+        "import tinkerbell_server.calls.rows",
     ),
     Violation(NO_TORCH, "tinkerbell_server/config.py", "import torch"),
     Violation(NO_TORCH, "tinkerbell_server/service/queue.py", "def late():\n    import transformers"),

@@ -13,6 +13,9 @@ from tinkerbell_core.errors import AmbiguousLoss, BadUpload, TinkerbellError, Un
 from tinkerbell_core.plugins import PluginInfo, load_plugins
 from tinkerbell_core.spec import LossSpec
 
+DOTTED = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
+"""The form `my.module:function`; the groups are the module and the function."""
+
 
 class Named(Protocol):
     """The fields by which a loss is found: those of LossSpec and of LossDescription."""
@@ -76,6 +79,11 @@ class LossRegistry:
 
     def __contains__(self, id: object) -> bool:
         return id in self._by_id
+
+
+def is_dotted(name: str) -> bool:
+    """Whether a name has the form `my.module:function`."""
+    return DOTTED.fullmatch(name) is not None
 
 
 def resolve(name: str, losses: Sequence[N]) -> N:

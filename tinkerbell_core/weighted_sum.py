@@ -1,4 +1,4 @@
-"""The description of a weighted sum, derived from the descriptions of its parts. Imports no torch."""
+"""The loss that a request names: one loss, or a weighted sum described by its parts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from tinkerbell_core.errors import BadHyperparameter, BadLoss, did_you_mean
 from tinkerbell_core.hyperparameters import Hyperparameter
-from tinkerbell_core.spec import Coupling, Part
+from tinkerbell_core.registry import resolve
+from tinkerbell_core.spec import Coupling, Part, Provenance
+from tinkerbell_core.types import LossDescription
 
 MAX_PARTS = 8
 """Largest number of losses in a sum."""
@@ -89,6 +91,41 @@ def sum_of(weighted: Sequence[tuple[Described, float]], name: str | None = None)
         digest=_digest(parts),
         source="\n".join(lines) + "\n",
     )
+
+
+def find_loss(loss_fn: str | Mapping[str, float], losses: Sequence[LossDescription]) -> LossDescription:
+    """The description of a loss by its name, or of a weighted sum by the names and weights of its parts.
+
+    Raises UnknownLoss or AmbiguousLoss for a name, BadLoss if the parts of a sum cannot be combined.
+    """
+    if isinstance(loss_fn, str):
+        return resolve(loss_fn, losses)
+    weighted = sum_of([(resolve(name, losses), weight) for name, weight in loss_fn.items()])
+    return LossDescription(
+        id="sum:" + "+".join(f"{part.weight:.12g}*{part.id}" for part in weighted.parts),
+        name=weighted.name,
+        summary=weighted.summary,
+        inputs=weighted.inputs or (),
+        optional_inputs=weighted.optional_inputs,
+        hyperparameters=weighted.hyperparameters,
+        coupling=weighted.coupling,
+        group_size=weighted.group_size,
+        finite=weighted.finite,
+        provenance=Provenance(),
+        digest=weighted.digest,
+        source=weighted.source,
+        parts=weighted.parts,
+    )
+
+
+def weights_of_sum(loss_fn: str | Mapping[str, float], loss: LossDescription) -> dict[str, float]:
+    """The ids and weights of the parts, if a request asks for a weighted sum; empty if it names one loss."""
+    return {} if isinstance(loss_fn, str) else {part.id: part.weight for part in loss.parts}
+
+
+def uploads_in(loss: LossDescription) -> list[str]:
+    """The ids of the uploaded losses among a loss and its parts."""
+    return [id for id in (loss.id, *(part.id for part in loss.parts)) if id.startswith("upload:")]
 
 
 def flat_config(config: Mapping[str, Any] | None, parts: Sequence[Part]) -> dict[str, Any]:

@@ -13,10 +13,9 @@ import pytest
 
 from tinkerbell_core.errors import BadData
 from tinkerbell_core.spec import Provenance
-from tinkerbell_core.tensors import to_numpy
+from tinkerbell_core.tensors import as_tensor, to_numpy
 from tinkerbell_core.types import LossDescription, TensorData
 from tinkerbell_server.calls.data import parse_call
-from tinkerbell_server.calls.tensors import as_tensor
 from tinkerbell_server.commands import Row, TextData
 
 

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from tinkerbell_core.errors import BadData
-from tinkerbell_core.tensors import INTEGERS, cast, from_numpy, to_numpy
+from tinkerbell_core.tensors import INTEGERS, as_tensor, cast, from_numpy, is_tensor, to_numpy
 from tinkerbell_core.types import LossDescription, TensorData
 from tinkerbell_server.calls.rows import check_count, check_present, check_rows, names_of_rows
-from tinkerbell_server.calls.tensors import as_tensor, is_tensor
 from tinkerbell_server.commands import Row, TextData
 
 Kind = Literal["strings", "chats", "tokens", "datums", "preferences"]
@@ -102,10 +101,6 @@ def _kind_of(index: int, item: object) -> Kind:
         if not item:
             raise BadData(f"data[{index}] is an empty string: drop the row")
         return "strings"
-    if is_tensor(item):
-        return "tokens"
-    if isinstance(item, Mapping):
-        return _kind_of_mapping(index, item)
     if isinstance(item, list | tuple):
         if not item:
             raise BadData(f"data[{index}] is empty: drop the row")
@@ -113,6 +108,10 @@ def _kind_of(index: int, item: object) -> Kind:
             check_chat(f"data[{index}]", item)
             return "chats"
         return "tokens"
+    if is_tensor(item):
+        return "tokens"
+    if isinstance(item, Mapping):
+        return _kind_of_mapping(index, item)
     raise BadData(f"data[{index}] is {type(item).__name__}; {FORMS}")
 
 

@@ -16,9 +16,8 @@ from types import ModuleType
 from tinkerbell_core.decorator import loss
 from tinkerbell_core.errors import BadLoss, UnknownLoss, did_you_mean
 from tinkerbell_core.plugins import GROUP
-from tinkerbell_core.registry import build_registry
+from tinkerbell_core.registry import DOTTED, build_registry, is_dotted
 from tinkerbell_core.spec import LossSpec
-from tinkerbell_server.calls.loss_lookup import DOTTED, is_dotted
 
 
 def find_specs(target: str) -> list[LossSpec]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tinkerbell_core.errors import BadData
-from tinkerbell_core.tensors import INTEGERS, cast, to_numpy
+from tinkerbell_core.tensors import INTEGERS, Array, cast, to_numpy
 from tinkerbell_core.types import LossDescription, TensorData
 from tinkerbell_server.commands import Row
 
@@ -23,13 +23,15 @@ def check_rows(
     Raises BadData for rows that would fail later or give a wrong gradient.
     """
     check_count(len(rows), loss)
-    for row_name, row in zip(row_names, rows, strict=True):
-        _check_tokens(row_name, row.tokens, vocab_size, max_length)
-        check_present(row_name, row.inputs, loss)
-        for name, tensor in row.inputs.items():
-            _check_shape(row_name, name, tensor, row.tokens.shape[0])
-            _check_ids(row_name, name, tensor, vocab_size)
-        _check_finite(row_name, row, loss)
+    tokens = [to_numpy(row.tokens) for row in rows]  # each [T]
+    inputs = [{name: to_numpy(tensor) for name, tensor in row.inputs.items()} for row in rows]
+    for row_name, row_tokens, row_inputs in zip(row_names, tokens, inputs, strict=True):
+        _check_tokens(row_name, row_tokens, vocab_size, max_length)
+        check_present(row_name, row_inputs, loss)
+        for name, numbers in row_inputs.items():
+            _check_shape(row_name, name, numbers, len(row_tokens))
+            _check_ids(row_name, name, numbers, vocab_size)
+        _check_finite(row_name, row_inputs, loss)
     return _with_common_dtypes(rows, row_names)
 
 
@@ -59,8 +61,8 @@ def check_present(row_name: str, inputs: Mapping[str, object], loss: LossDescrip
         )
 
 
-def _check_tokens(row_name: str, tokens: TensorData, vocab_size: int, max_length: int) -> None:
-    length = tokens.shape[0]
+def _check_tokens(row_name: str, tokens: Array, vocab_size: int, max_length: int) -> None:
+    length = len(tokens)
     if length == 0:
         raise BadData(f"{row_name} has no tokens: drop the row")
     if length > max_length:
@@ -70,46 +72,45 @@ def _check_tokens(row_name: str, tokens: TensorData, vocab_size: int, max_length
     _check_range(row_name, tokens, vocab_size)
 
 
-def _check_range(name: str, ids: TensorData, vocab_size: int) -> None:
-    numbers = to_numpy(ids)
-    if numbers.size == 0 or (numbers.min() >= 0 and numbers.max() < vocab_size):
+def _check_range(name: str, ids: Array, vocab_size: int) -> None:
+    if ids.size == 0 or (ids.min() >= 0 and ids.max() < vocab_size):
         return
-    wrong = int(numbers[(numbers < 0) | (numbers >= vocab_size)].flat[0])
+    wrong = int(ids[(ids < 0) | (ids >= vocab_size)].flat[0])
     hint = ": give positions that do not count weights of 0 instead" if wrong == -100 else ""
     raise BadData(f"{name} holds token id {wrong}, but the model has ids 0 to {vocab_size - 1}{hint}")
 
 
-def _check_shape(row_name: str, name: str, tensor: TensorData, length: int) -> None:
-    if len(tensor.shape) > 2:
+def _check_shape(row_name: str, name: str, numbers: Array, length: int) -> None:
+    if numbers.ndim > 2:
         raise BadData(
-            f"{row_name}: {name!r} has shape {list(tensor.shape)}, but the input of a row is a number, [T] or [T, K]"
+            f"{row_name}: {name!r} has shape {list(numbers.shape)}, but the input of a row is a number, [T] or [T, K]"
         )
-    if tensor.shape and tensor.shape[0] != length:
+    if numbers.ndim and len(numbers) != length:
         raise BadData(
-            f"{row_name}: {name!r} has length {tensor.shape[0]}, but the row has {length} positions "
+            f"{row_name}: {name!r} has length {len(numbers)}, but the row has {length} positions "
             "(text, and token ids that the server shifts, have one position less than tokens): send one entry per "
             "position"
         )
 
 
-def _check_ids(row_name: str, name: str, tensor: TensorData, vocab_size: int) -> None:
-    if not name.endswith(("tokens", "ids")) or not tensor.shape:
+def _check_ids(row_name: str, name: str, numbers: Array, vocab_size: int) -> None:
+    if not name.endswith(("tokens", "ids")) or not numbers.ndim:
         return
-    if tensor.dtype in INTEGERS:
-        _check_range(f"{row_name}: {name!r}", tensor, vocab_size)
+    if numbers.dtype.kind in "iu":
+        _check_range(f"{row_name}: {name!r}", numbers, vocab_size)
     elif name == "target_tokens":
-        raise BadData(f"{row_name}: 'target_tokens' is {tensor.dtype}, but token ids are integers")
+        raise BadData(f"{row_name}: 'target_tokens' is {numbers.dtype}, but token ids are integers")
 
 
-def _check_finite(row_name: str, row: Row, loss: LossDescription) -> None:
+def _check_finite(row_name: str, inputs: Mapping[str, Array], loss: LossDescription) -> None:
+    weights = inputs.get("weights")
     for name in loss.finite:
-        tensor = row.inputs.get(name)
-        if tensor is None or tensor.dtype in INTEGERS or tensor.dtype == "bool":
+        numbers = inputs.get(name)
+        if numbers is None or numbers.dtype.kind != "f":
             continue
-        bad = ~np.isfinite(to_numpy(tensor))
-        weights = row.inputs.get("weights")
-        if tensor.shape and weights is not None and weights.shape:
-            bad = bad[to_numpy(weights).reshape(weights.shape[0], -1).any(axis=1)]
+        bad = ~np.isfinite(numbers)
+        if numbers.ndim and weights is not None and weights.ndim:
+            bad = bad[weights.reshape(len(weights), -1).any(axis=1)]
         if bad.any():
             raise BadData(
                 f"{row_name}: {name!r} holds NaN or infinity at a position that counts, but loss {loss.name!r} "

@@ -9,11 +9,11 @@ from typing import Any, Literal, Protocol
 from jinja2 import TemplateError
 
 from tinkerbell_core.errors import BadData
+from tinkerbell_core.tensors import as_tensor
 from tinkerbell_core.types import LossDescription
 from tinkerbell_server.calls.data import shift
 from tinkerbell_server.calls.rows import check_rows, names_of_rows
 from tinkerbell_server.calls.sample import TextPrompt
-from tinkerbell_server.calls.tensors import as_tensor
 from tinkerbell_server.commands import Row, TextData
 
 Chat = Sequence[Mapping[str, str]]

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tinkerbell_core.errors import BadRequest, Problem, TinkerbellError, UnknownLoss, UnknownModel
-from tinkerbell_core.registry import resolve
+from tinkerbell_core.registry import is_dotted, resolve
 from tinkerbell_core.types import (
     ForwardRequest,
     LossDescription,
 )
+from tinkerbell_core.weighted_sum import uploads_in
 from tinkerbell_server.access.audit import Audit, AuditedAction
 from tinkerbell_server.access.tenants import Caller, visible
-from tinkerbell_server.calls.loss_lookup import is_dotted, uploads_in
 from tinkerbell_server.commands import (
     AnyCommand,
     EngineDescription,
@@ -27,8 +27,7 @@ from tinkerbell_server.commands import (
 from tinkerbell_server.config import Settings
 from tinkerbell_server.service.bases import Base, Bases
 from tinkerbell_server.service.futures import Futures
-from tinkerbell_server.service.known_models import KnownModels
-from tinkerbell_server.service.preparation import Preparation, Prepared
+from tinkerbell_server.service.preparation import KnownModels, Preparation, Prepared
 from tinkerbell_server.service.queue import Job, Outcome
 from tinkerbell_server.service.save_paths import SavePaths
 from tinkerbell_server.service.store import Store

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from tinkerbell_core.errors import BadData, BadHyperparameter, BadRequest
-from tinkerbell_core.tensors import Array, from_bytes, from_numpy, to_bytes, to_numpy
+from tinkerbell_core.tensors import Array, as_tensor, from_bytes, from_numpy, to_bytes, to_numpy
 from tinkerbell_core.types import DTYPES, LossDescription, TensorData
 from tinkerbell_server.api.tinker import protocol
 from tinkerbell_server.api.tinker import wire_pb2 as wire
-from tinkerbell_server.calls.tensors import as_tensor
 
 Config = dict[str, bool | int | float | str | None]
 
