@@ -22,8 +22,9 @@ class LinearProduct:
 
     def __init__(self, hidden: Tensor, head: Head) -> None:
         self.hidden, self.head = hidden, head
-        self.gradients = Gradients([hidden, *head.parameters()])
-        self.frozen = not any(parameter.requires_grad for parameter in head.parameters())
+        parameters = list(head.parameters())
+        self.gradients = Gradients([hidden, *parameters])
+        self.frozen = not any(parameter.requires_grad for parameter in parameters)
         self.plain = self.frozen and head.softcap is None
         self.vocab, self.dtype = head.weight.shape[0], head.dtype
         self._weight = Matrix(head.weight, head.dtype, self.gradients)

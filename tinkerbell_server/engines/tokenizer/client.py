@@ -26,6 +26,9 @@ _STOPPED = "the server stopped before this text was tokenised"
 _ATTEMPTS = 2
 """How often a request is sent to a process before it fails because the process died."""
 
+_START_SECONDS = 10.0
+"""How long after the engine the process starts, if no text arrives before. It takes 5 s of CPU to start."""
+
 _GRACE_SECONDS = 1.0
 """How long a process may take to exit after it has closed its socket, and after each signal."""
 
@@ -57,7 +60,7 @@ class TokenizerClient:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._requests: asyncio.Queue[_Request] = asyncio.Queue()
+        self._requests: asyncio.Queue[_Request | None] = asyncio.Queue()  # None: start the process
         self._process: _Process | None = None
         self._refusal: Problem | None = None
         self._task: asyncio.Task[None] | None = None
@@ -69,7 +72,7 @@ class TokenizerClient:
         return None if self._process is None or self._process.ended else self._process.pid
 
     async def start(self, engine: EngineDescription) -> None:
-        """Start the process without waiting until it is ready; requests wait for it.
+        """Accept requests. The process starts with the first one, or after 10 s; requests wait for it.
 
         engine: the description of the base model, whose vocabulary and maximum length the results are checked against.
         """
@@ -106,16 +109,20 @@ class TokenizerClient:
 
     async def _run(self, start: Start) -> None:
         """Send the waiting requests, one after another, until cancelled."""
+        timer = asyncio.get_running_loop().call_later(_START_SECONDS, self._requests.put_nowait, None)
         try:
-            with contextlib.suppress(TinkerbellError):  # raised again for the first request
-                await self._ready(start)
             while True:
                 request = await self._requests.get()
+                if request is None:
+                    with contextlib.suppress(TinkerbellError):  # raised again for the first request
+                        await self._ready(start)
+                    continue
                 try:
                     await self._answer(request, start)
                 finally:
                     request.fail(EngineLost(_STOPPED))  # if the task was cancelled
         finally:
+            timer.cancel()
             self._stopped = True
             self._fail_waiting(EngineLost(_STOPPED))
             if self._process is not None:
@@ -180,7 +187,8 @@ class TokenizerClient:
 
     def _fail_waiting(self, error: TinkerbellError) -> None:
         while not self._requests.empty():
-            self._requests.get_nowait().fail(error)
+            if (request := self._requests.get_nowait()) is not None:
+                request.fail(error)
 
 
 class _Process:
