@@ -37,8 +37,17 @@ from tinkerbell_server.sandbox.zygote import bootstrap
 
 log = logging.getLogger("tinkerbell.sandbox")
 
-# huge pages for large buffers: a loss that stores all logits spends half of its time in page faults without them
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "USER": "sandbox", "THP_MEM_ALLOC_ENABLE": "1"}
+ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "USER": "sandbox",
+    # huge pages for large buffers: a loss that stores all logits spends half of its time in page faults without them
+    "THP_MEM_ALLOC_ENABLE": "1",
+    # no device: with one, autograd starts threads, and its backward pass works in no forked process
+    "CUDA_VISIBLE_DEVICES": "",
+    "HIP_VISIBLE_DEVICES": "",
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+}
 """All environment variables of a sandbox."""
 
 _START_SECONDS = 60.0

@@ -70,7 +70,8 @@ def _warm_up(limits: Limits) -> None:
     from tinkerbell_core.losses.cross_entropy import cross_entropy
 
     torch.set_num_threads(1)
-    dry_run(cross_entropy, vocab_size=16)
+    if not torch.accelerator.is_available():  # else the backward pass would start threads for the device
+        dry_run(cross_entropy, vocab_size=16)
     for directory in limits.unlistable:
         # the import system lists a directory once and keeps the names, so a worker can still import from it
         importlib.machinery.PathFinder.find_spec("tinkerbell_absent_module", [directory])
