@@ -1,8 +1,8 @@
 """An engine of arithmetic: no torch, no weights, the same numbers for the same data. The HTTP tests run on it.
 
 A model is a count of steps and a number that each step moves. Words that make it misbehave, for tests: a model id
-that starts with `slow-` takes 0.3 s a command, with `crash-` ends the process at the first loss, with `bug-` raises
-what nobody foresaw; `Settings.model` "refuses" and "exits" do not start.
+that starts with `slow-` takes 0.3 s a command, with `crash-` ends the process at the first loss, with `assert-` makes
+the device fail, with `bug-` raises an unexpected error; `Settings.model` "refuses" and "exits" do not start.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tests.fake_tokenizer import ByteTokenizer
 from tinkerbell_core.errors import (
     BadCheckpoint,
     BadLoss,
+    DeviceFailed,
     NothingAccumulated,
     Problem,
     TinkerbellError,
@@ -173,6 +174,8 @@ class FakeEngine:
         model = self._model(command.model_id)
         if _word(command.model_id).startswith("crash-"):
             os._exit(9)
+        if _word(command.model_id).startswith("assert-"):
+            raise DeviceFailed("the device failed in this call")
         lengths = [row.tokens.shape[0] for row in command.data]
         for id in command.weights or [command.loss]:
             if id not in self._losses:

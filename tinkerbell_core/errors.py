@@ -16,6 +16,7 @@
     │   └── Conflict              one idempotency key with two payloads
     ├── PlainLogitsNeeded         the loss needs stored logits; the caller then runs it on those
     ├── OutOfMemory               the device does not have enough memory for this call
+    ├── DeviceFailed              the device failed in this call; the engine process is started again
     ├── EngineLost                the engine process died; says what was lost
     └── ServerUnreachable         no server answers at the client's address
 
@@ -166,6 +167,10 @@ class OutOfMemory(TinkerbellError):
     """The device does not have enough memory for this call; it changed nothing."""
 
     status = 507
+
+
+class DeviceFailed(TinkerbellError):
+    """The device failed in this call, for example at an index out of range; the engine process is started again."""
 
 
 class EngineLost(TinkerbellError):

@@ -66,6 +66,16 @@ def test_a_loss_that_kills_the_engine_fails_and_the_others_go_on(serve: Any) -> 
         caller.train("fine")
 
 
+def test_a_device_failure_is_blamed_on_its_call_and_the_engine_starts_again(serve: Any) -> None:
+    with serve() as caller:
+        caller.train("other")
+        caller.done("/save", model_id="other")
+        problem = caller.problem("/forward_backward", model_id="assert-m", data=ROWS)
+        assert problem["kind"] == "DeviceFailed"
+        caller.done("/forward", model_id="other", data=ROWS)
+        assert caller.http.get("/healthz").json()["engine"]["restarts"] == 1
+
+
 def test_uploads_are_registered_again(serve: Any, make_upload: Any) -> None:
     with serve(uploads="trusted") as caller:
         body = msgspec.json.encode(make_upload())

@@ -34,6 +34,7 @@ class EngineClient:
         self.description = description
         self.memory_bytes = description.memory_bytes
         self.closed = asyncio.Event()
+        self._drained = asyncio.Event()
         self._process, self._reader, self._writer = process, reader, writer
         self._calls = 0
         self._waiting: dict[int, asyncio.Future[framing.Reply]] = {}
@@ -117,6 +118,7 @@ class EngineClient:
                 waiting = self._waiting.get(reply.number)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(reply)
+        self._drained.set()
         await self.stop()
         for waiting in self._waiting.values():
             if not waiting.done():
@@ -135,6 +137,7 @@ class EngineClient:
 
     async def _wait(self) -> None:
         await self._process.wait()
+        await self._drained.wait()  # its last replies belong to their calls
         self.closed.set()
 
 

@@ -23,12 +23,15 @@ from typing import Protocol
 
 import msgspec
 
-from tinkerbell_core.errors import BadRequest, Problem, TinkerbellError
+from tinkerbell_core.errors import BadRequest, DeviceFailed, Problem, TinkerbellError
 from tinkerbell_server.commands import AnyCommand, DeleteLosses, Engine, ImportLoss, RegisterLoss
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines import framing
 
 log = logging.getLogger("tinkerbell.engine")
+
+DEVICE_FAILED = 3
+"""The exit status after a command that made the device fail."""
 
 
 def serve(sock: socket.socket) -> int:
@@ -58,9 +61,13 @@ def _execute_calls(sock: socket.socket, engine: Engine) -> None:
     calls: queue.SimpleQueue[framing.Call | None] = queue.SimpleQueue()
 
     def answer(call: framing.Call) -> None:
-        frame = msgspec.msgpack.encode(msgspec.structs.replace(execute(engine, call.command), number=call.number))
+        reply = execute(engine, call.command)
+        frame = msgspec.msgpack.encode(msgspec.structs.replace(reply, number=call.number))
         with sending, contextlib.suppress(ConnectionError):  # the API has closed the socket
             framing.send(sock, frame)
+            if reply.problem is not None and reply.problem.kind == DeviceFailed.__name__:
+                # every later call of this process would fail; the supervisor starts another one
+                os._exit(DEVICE_FAILED)
 
     def receive() -> None:
         decoder = msgspec.msgpack.Decoder(framing.Call)

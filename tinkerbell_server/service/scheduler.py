@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 
@@ -159,8 +160,9 @@ class Scheduler:
         except EngineLost:
             raise
         except TinkerbellError:
-            # a call that fails changes nothing, so the model that it created must go
-            await engine.execute(DeleteModel(model_id=command.model_id))
+            # a call that fails changes nothing, so the model that it created is deleted
+            with contextlib.suppress(EngineLost):  # after DeviceFailed the engine, and so the model, has ended
+                await engine.execute(DeleteModel(model_id=command.model_id))
             raise
         self._store.add_model(spec, info, engine.description.base_id)
         self._record(engine, command, result, waited)
@@ -174,7 +176,8 @@ class Scheduler:
         except EngineLost:
             raise
         except TinkerbellError:
-            await engine.execute(DeleteModel(model_id=command.model_id))
+            with contextlib.suppress(EngineLost):
+                await engine.execute(DeleteModel(model_id=command.model_id))
             raise
         self._store.add_model(spec, info, engine.description.base_id)
         self._record(engine, command, result, 0.0)

@@ -37,6 +37,7 @@ _USERS = frozenset(
         "LogitsTooLarge",
         "NotHere",
         "Gone",
+        "DeviceFailed",
         "OutOfMemory",
     }
 )

@@ -9,7 +9,7 @@ import torch
 import torch._dynamo  # the first AdamW step imports it, which takes seconds; so it is imported at the start
 from transformers.utils.logging import disable_progress_bar
 
-from tinkerbell_core.errors import BadLoss, BadRequest, OutOfMemory
+from tinkerbell_core.errors import BadLoss, BadRequest, DeviceFailed, OutOfMemory
 from tinkerbell_core.types import (
     DeleteLossesOutput,
     DeleteModelOutput,
@@ -126,12 +126,19 @@ class TorchEngine:
     def execute(self, command: Command) -> Result:
         """Run a command. Raises TinkerbellError for the user's errors; then nothing has changed.
 
-        Commands from several threads run one after another, but while a loss runs in a sandbox, others can run.
+        Commands from several threads run one after another, but while a loss runs in a sandbox, others can run. Raises
+        DeviceFailed if no later command can use the device; then the process must end.
         """
         with self._device_lock.held():
             try:
                 return self._execute(command)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError, BadLoss) as error:
+                if failure := memory.device_failure(self._base.device):
+                    raise DeviceFailed(
+                        f"{type(command).__name__} of this call made the device {self._base.device} fail ({failure}), "
+                        "so the engine starts again, with each model at its last save: look for an index out of range "
+                        "in the loss and its inputs; on a CPU the same call names the line"
+                    ) from error
                 if not memory.is_out_of_memory(error):
                     raise
                 message = memory.out_of_memory_message(command, error, self._base, self._loss_calls.budgets.lazy)

@@ -85,6 +85,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
+def device_failure(device: torch.device) -> str:
+    """The error of a device that cannot compute any more, such as after a failed assertion; empty if it can."""
+    if device.type == "cpu":
+        return ""
+    try:
+        torch.accelerator.synchronize(device)
+    # Broad: AcceleratorError, and RuntimeError of a driver; each means that every later call fails too
+    except Exception as error:
+        return str(error).strip().partition("\n")[0]
+    return ""
+
+
 def out_of_memory_message(command: Command, error: BaseException, network: Network, budget: int) -> str:
     """The size of the command in tokens and bytes, and what the user can do. budget: tokens of a micro-batch."""
     what = type(command).__name__
