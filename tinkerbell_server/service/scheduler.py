@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 
 import msgspec
 
-from tinkerbell_core.errors import Conflict, EngineLost, Problem, TinkerbellError, UnknownModel
+from tinkerbell_core.errors import Conflict, DeviceFailed, EngineLost, Problem, TinkerbellError, UnknownModel
 from tinkerbell_core.types import (
     CreateModelRequest,
     DeleteModelOutput,
@@ -157,12 +156,11 @@ class Scheduler:
         info = msgspec.msgpack.decode(await engine.execute(CreateModel(spec=spec)), type=ModelInfo)
         try:
             result = await engine.execute(command, overlaps=overlaps)
-        except EngineLost:
+        except (DeviceFailed, EngineLost):  # the engine has ended, and the model with it
             raise
         except TinkerbellError:
             # a call that fails changes nothing, so the model that it created is deleted
-            with contextlib.suppress(EngineLost):  # after DeviceFailed the engine, and so the model, has ended
-                await engine.execute(DeleteModel(model_id=command.model_id))
+            await engine.execute(DeleteModel(model_id=command.model_id))
             raise
         self._store.add_model(spec, info, engine.description.base_id)
         self._record(engine, command, result, waited)
@@ -173,11 +171,10 @@ class Scheduler:
         info = msgspec.msgpack.decode(await engine.execute(CreateModel(spec=spec)), type=ModelInfo)
         try:
             result = await engine.execute(command)
-        except EngineLost:
+        except (DeviceFailed, EngineLost):  # the engine has ended, and the model with it
             raise
         except TinkerbellError:
-            with contextlib.suppress(EngineLost):
-                await engine.execute(DeleteModel(model_id=command.model_id))
+            await engine.execute(DeleteModel(model_id=command.model_id))
             raise
         self._store.add_model(spec, info, engine.description.base_id)
         self._record(engine, command, result, 0.0)
