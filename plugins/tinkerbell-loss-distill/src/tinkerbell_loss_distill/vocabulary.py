@@ -28,7 +28,7 @@ def forward_kl(
     temperature: float = 1.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """KL(teacher || student) at each position, summed: the student covers all modes of the teacher (arXiv:1503.02531).
+    """KL(teacher || student) at each position, summed: mode-covering distillation (arXiv:1503.02531).
 
     teacher_logits: `[B, T, V]`, may contain -inf. temperature divides the logits of both; the loss is not multiplied by
     its square. torchtune omits the entropy of the teacher, which is soft_cross_entropy.
@@ -65,7 +65,7 @@ def reverse_kl(
     temperature: float = 1.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """KL(student || teacher) at each position, summed: the student stays in modes of the teacher (arXiv:2306.08543).
+    """KL(student || teacher) at each position, summed: mode-seeking distillation (arXiv:2306.08543).
 
     teacher_logits: `[B, T, V]`. If a logit of the teacher is -inf and that of the student is not, the divergence is
     infinite and the call is rejected.

@@ -24,7 +24,7 @@ def dpo_forward_kl(
     beta: float = 0.1,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """-log sigmoid(beta * (f'(chosen) - f'(rejected))), f'(u) = 1 - 1 / u: forward KL (2309.16240)."""
+    """-log sigmoid(beta * (f'(chosen) - f'(rejected))), f'(u) = 1 - 1 / u: f-DPO, forward KL (2309.16240)."""
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     return _output(found, lambda log_ratio: _alpha(log_ratio, 1.0), beta, aggregation)
 
@@ -38,7 +38,7 @@ def dpo_js(
     beta: float = 0.1,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """-log sigmoid(beta * (f'(chosen) - f'(rejected))), f'(u) = log(2u / (1 + u)): Jensen-Shannon (2309.16240)."""
+    """-log sigmoid(beta * (f'(chosen) - f'(rejected))), f'(u) = log(2u / (1 + u)): f-DPO, JS (2309.16240)."""
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     return _output(found, lambda log_ratio: math.log(2) + F.logsigmoid(log_ratio), beta, aggregation)
 

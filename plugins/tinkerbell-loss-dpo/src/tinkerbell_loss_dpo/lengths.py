@@ -48,7 +48,7 @@ def wpo(
     beta: float = 0.1,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """-w log sigmoid(beta * margin), w = w_chosen * w_rejected, detached: weighted preferences (2406.11827).
+    """-w log sigmoid(beta * margin), w = w_chosen * w_rejected, detached: WPO (arXiv:2406.11827).
 
     The weight of a completion is exp of the mean over its tokens of log p(token) - log sum_v p(v)^2. It is high if the
     model is likely to generate the completion. The authors' code and older TRL clamp the weight of a pair at 1.

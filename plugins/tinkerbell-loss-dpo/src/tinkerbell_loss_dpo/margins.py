@@ -61,9 +61,9 @@ def robust_dpo(
     label_smoothing: float = 0.1,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """(-(1 - e) log sigmoid(u) + e log sigmoid(-u)) / (1 - 2e), u = beta * margin: unbiased under noise (2403.00409).
+    """(-(1 - e) log sigmoid(u) + e log sigmoid(-u)) / (1 - 2e), u = beta * margin: robust DPO (2403.00409).
 
-    label_smoothing is e, the share of flipped labels, and less than 0.5.
+    An unbiased estimate of the DPO loss if a share e of the labels is flipped. label_smoothing is e, less than 0.5.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     margin = beta * found.margin  # [P]
@@ -94,10 +94,11 @@ def ipo(
     beta: float = 0.1,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """(margin - 1 / (2 beta))^2: identity preference optimisation, beta is its tau (arXiv:2310.12036).
+    """(margin - 1 / (2 beta))^2: identity preference optimisation, IPO (arXiv:2310.12036).
 
-    Log-ratios are summed, as in the paper and in OpenRLHF. TRL averages them over tokens, which is ipo_norm. twinkle
-    multiplies the margin by beta before the square, which equals beta^2 times this loss with its beta set to beta^2.
+    beta is the paper's tau. Log-ratios are summed, as in the paper and in OpenRLHF. TRL averages them over tokens,
+    which is ipo_norm. twinkle multiplies the margin by beta before the square, which equals beta^2 times this loss with
+    its beta set to beta^2.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     return found.output((found.margin - 1 / (2 * beta)).square(), beta, aggregation)

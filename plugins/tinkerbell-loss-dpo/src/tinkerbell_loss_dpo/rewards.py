@@ -37,7 +37,7 @@ def bco_pair(
     reward_shift: float = 0.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """-log sigmoid(chosen - shift) - log sigmoid(shift - rejected): a binary classifier of rewards (arXiv:2404.04656).
+    """-log sigmoid(chosen - shift) - log sigmoid(shift - rejected), of rewards: BCO on pairs (arXiv:2404.04656).
 
     reward_shift is the paper's delta: a running mean of the diagnostics `chosen_reward` and `rejected_reward`, which
     the caller computes. TRL and Liger have no shift, which equals 0.
@@ -56,7 +56,7 @@ def sppo_hard(
     beta: float = 0.1,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """(chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2, of log-ratios: self-play, hard labels (2405.00675).
+    """(chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2, of log-ratios: SPPO with hard labels (2405.00675).
 
     beta is 1 / eta of the paper.
     """
@@ -94,7 +94,7 @@ def apo_zero(
     beta: float = 0.1,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """1 - sigmoid(chosen) + sigmoid(rejected), of rewards: anchored preferences (arXiv:2408.06266).
+    """1 - sigmoid(chosen) + sigmoid(rejected), of rewards: APO-zero (arXiv:2408.06266).
 
     Use it if the chosen completions are better than those of the model; if they are worse, use apo_down. twinkle calls
     this loss kto_pair.
@@ -113,7 +113,7 @@ def apo_down(
     beta: float = 0.1,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """sigmoid(chosen) + 1 - sigmoid(chosen - rejected), of rewards: anchored preferences (2408.06266).
+    """sigmoid(chosen) + 1 - sigmoid(chosen - rejected), of rewards: APO-down (2408.06266).
 
     Use it if the completions of the model are better than the chosen ones. It makes both completions less likely, the
     rejected one more than the chosen one.

@@ -51,10 +51,10 @@ def mse(
     reward_token: int = 0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """(score - label)^2: regression of the scores; a score is the logit of reward_token.
+    """(score - label)^2: regression of scores.
 
-    labels: `[B, T]`, used at positions with weights other than 0. For one score per row, set a weight only at the last
-    token of each row.
+    A score is the logit of reward_token. labels: `[B, T]`, used at positions with weights other than 0. For one score
+    per row, set a weight only at the last token of each row.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     values = scores(model_outputs, mask, reward_token)  # [B, T]

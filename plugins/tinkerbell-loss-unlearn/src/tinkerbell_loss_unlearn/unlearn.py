@@ -34,9 +34,10 @@ def gradient_ascent(
     retain_weight: float = 1.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """log p(target), and retain_weight * -log p(target) on rows to retain: gradient ascent, or difference (2210.01504).
+    """log p(target), and retain_weight * -log p(target) on rows to retain: gradient ascent (arXiv:2210.01504).
 
-    The loss has no lower bound, and long training destroys the model. retain: `[B]`, 1 for rows to retain, default 0.
+    With rows to retain, it is also called gradient difference. The loss has no lower bound, and long training destroys
+    the model. retain: `[B]`, 1 for rows to retain, default 0.
     """
     mask, logprobs, retain = _read(model_outputs, loss_fn_inputs, attention_mask)
     per_token = torch.where(retain[:, None], -retain_weight * logprobs, logprobs)  # [B, T]
