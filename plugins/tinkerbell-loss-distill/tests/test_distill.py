@@ -101,10 +101,10 @@ def test_invalid_teacher_numbers_at_masked_positions_have_no_effect(spec: LossSp
         ("teacher_topk_ids", -100),
     ):
         poisoned[key] = inputs[key].masked_fill(hidden[..., None], poison)
-    before, slope = run(spec, logits, inputs, {})
+    before, gradient = run(spec, logits, inputs, {})
     after, same = run(spec, logits, poisoned, {})
     torch.testing.assert_close(after.loss, before.loss)
-    torch.testing.assert_close(same, slope)
+    torch.testing.assert_close(same, gradient)
 
 
 @each_loss
@@ -188,11 +188,11 @@ def test_symmetric_kl_is_the_weighted_mean_of_forward_and_reverse_kl() -> None:
 
 def test_soft_cross_entropy_is_forward_kl_plus_the_entropy_of_the_teacher() -> None:
     logits, inputs = batch(**teaching())
-    soft, slope = run(soft_cross_entropy, logits, inputs, {})
+    soft, gradient = run(soft_cross_entropy, logits, inputs, {})
     divergence, same = run(forward_kl, logits, inputs, {})
     counts = (inputs["weights"] != 0).sum()
     torch.testing.assert_close(soft.loss, divergence.loss + divergence.diagnostics["teacher_entropy:mean"] * counts)
-    torch.testing.assert_close(slope, same)
+    torch.testing.assert_close(gradient, same)
 
 
 def test_top_k_losses_with_the_whole_vocabulary_equal_the_full_divergence() -> None:
@@ -245,8 +245,10 @@ def test_sampled_reverse_kl_has_the_gradient_of_reverse_kl_in_expectation() -> N
     for token in range(V):
         sampled = torch.full((B, T), token)
         theirs = inputs["teacher_logits"].log_softmax(-1)[..., token]
-        _, slope = run(sampled_reverse_kl, logits, {**inputs, "target_tokens": sampled, "teacher_logprobs": theirs}, {})
-        expected += probabilities[..., token, None] * slope
+        _, gradient = run(
+            sampled_reverse_kl, logits, {**inputs, "target_tokens": sampled, "teacher_logprobs": theirs}, {}
+        )
+        expected += probabilities[..., token, None] * gradient
     _, exact = run(reverse_kl, logits, inputs, {})
     torch.testing.assert_close(expected, exact, atol=1e-5, rtol=1e-4)
 

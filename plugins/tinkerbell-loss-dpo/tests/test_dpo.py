@@ -74,7 +74,7 @@ def test_training_widens_the_margin(spec: LossSpec) -> None:
 
 
 def test_discopop_widens_a_large_margin_and_narrows_one_near_0() -> None:
-    """The loss is not convex: its gradient changes sign between the two margins, as its authors say."""
+    """The loss is not convex: its gradient changes sign between the two margins, as in its paper."""
     logits, inputs = batch()
     ahead = {**inputs, "ref_logprobs": inputs["ref_logprobs"] + torch.tensor([-4.0, 4.0] * 3)[:, None]}
     for given, sign in ((inputs, 1), (ahead, -1)):

@@ -340,8 +340,8 @@ def test_the_expected_unbiased_gradient_is_that_of_the_kl_divergence(spec: LossS
 def test_clip_cov_draws_the_given_share_of_the_tokens() -> None:
     logits, inputs = batch(**rollouts())
     count = int((inputs["weights"] != 0).sum())
-    held = run(clip_cov, logits, inputs, {"share": 2.5 / count, "covariance_low": -9.0, "covariance_high": 9.0})[0]
-    assert float(held.diagnostics["held_back:mean"]) * count == pytest.approx(2.0)
+    drawn = run(clip_cov, logits, inputs, {"share": 2.5 / count, "covariance_low": -9.0, "covariance_high": 9.0})[0]
+    assert float(drawn.diagnostics["held_back:mean"]) * count == pytest.approx(2.0)
 
 
 def test_kl_cov_penalises_the_given_share_of_the_tokens() -> None:

@@ -1,4 +1,4 @@
-"""Divergences on K tokens per position. The names of the losses say how the other tokens are treated.
+"""Divergences on K tokens per position. The names of the losses state how they treat the other tokens.
 
 partial: the other tokens are ignored, and the divergence can be negative. renormalised: both distributions are
 conditioned on the K tokens. tail: the other tokens count as one token, and the result is at most the divergence over
