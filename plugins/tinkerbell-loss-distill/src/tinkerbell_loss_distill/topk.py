@@ -65,7 +65,7 @@ def teacher_topk_partial_kl(
     """Sum over the teacher's top K of p_teacher * (log p_teacher - log p), not renormalised; summed.
 
     Forward KL without the other tokens, verl's forward_kl_topk. It can be negative if the student has more mass on the
-    K tokens than the teacher; the trainer of verl then clamps each position at 0. teacher_topk_ids,
+    K tokens than the teacher. The trainer of verl clamps each position to at least 0. teacher_topk_ids,
     teacher_topk_logprobs: `[B, T, K]`.
     """
     rows, masses = _teachers_top(model_outputs, loss_fn_inputs, attention_mask)
