@@ -264,7 +264,7 @@ def test_grpo_prompt_mean_gives_each_prompt_the_same_weight() -> None:
 
 def test_rows_that_are_not_whole_prompts_are_rejected() -> None:
     logits, inputs = batch(**rollouts())
-    with pytest.raises(BadData, match="6 rows, which is not a multiple of responses_per_prompt=4"):
+    with pytest.raises(BadData, match="6 rows, not a multiple of responses_per_prompt=4"):
         run(grpo_prompt_mean, logits, inputs, {"responses_per_prompt": 4})
 
 

@@ -147,7 +147,8 @@ def grpo_prompt_mean(
     rows = len(attention_mask)
     if rows % responses_per_prompt:
         raise BadData(
-            f"grpo_prompt_mean got {rows} rows, which is not a multiple of responses_per_prompt={responses_per_prompt}"
+            f"grpo_prompt_mean got {rows} rows, not a multiple of responses_per_prompt={responses_per_prompt}: "
+            "send all responses of a prompt as consecutive rows"
         )
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     per_token, shown = clipped(policy, policy.log_ratio.exp(), clip_low_threshold, clip_high_threshold, dual_clip)
