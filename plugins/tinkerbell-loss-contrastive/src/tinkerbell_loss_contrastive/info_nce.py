@@ -124,7 +124,7 @@ def _contrast(
             "negative_similarity": _mean(alike[anchors], rivals & ~positive),
         }
     per_row = torch.zeros(len(mask), dtype=vectors.dtype, device=vectors.device).masked_scatter(anchors, per_anchor)
-    # all anchors, also those without a counted token; if there are none, all rows, each with a loss of 0
+    # all anchors, also those without a counted token; in a batch without anchors, all rows, each with a loss of 0
     meant = (roles == 0) | (roles != 0).all()  # [B]
     return LossFnOutput(aggregate_sequences(per_row[meant], anchors[meant], aggregation), None, diagnostics)
 
