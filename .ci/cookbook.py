@@ -1,7 +1,8 @@
 """Runs four training loops of tinker-cookbook against a server with the embedded model: `python .ci/cookbook.py`.
 
 The code of the cookbook is not changed. Its configuration names a local model with its renderer, small batches, local
-data, and loss_fn="importance_sampling" if the default is stable_reinforce. Each loop must end, and its metric improve.
+data, and loss_fn="importance_sampling" if the default is stable_reinforce. Each loop must end, and must improve its
+metric.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def _seconds(run: Run) -> float:
 
 
 def row(what: str, values: Sequence[float], target: str | None = None) -> dict[str, object]:
-    """One row of the table: median, spread, and whether the median meets the target, if there is one, as `>= 1.1`."""
+    """One row of the table: median, spread, and whether the median meets the target, such as `>= 1.1`."""
     median = statistics.median(values)
     line: dict[str, object] = {
         "what": what,

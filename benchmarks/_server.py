@@ -1,4 +1,4 @@
-"""Servers that run the code of any checkout, and a small HTTP client whose own time is short beside the server's."""
+"""Servers that run the code of any checkout, and a small HTTP client that needs little time itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 FAKE_ENGINE = "tests.fake_engine"
-"""The engine of the HTTP tests, which computes next to nothing."""
+"""The engine of the HTTP tests, which computes almost nothing."""
 
 _SERVE = """
 import json, sys
@@ -36,7 +36,7 @@ def server(root: Path, data_dir: Path, *, fake: bool = False, **settings: object
     fake: the server has the fake engine of that checkout, else the engine and the model that the settings name.
     """
     if fake:
-        # a checkout from before the fake engine was moved to the tests knows it by a short name
+        # in an older checkout, the fake engine is not in the tests and has a short name
         settings["engine"] = FAKE_ENGINE if (root / "tests" / "fake_engine.py").exists() else "fake"
     settings["data_dir"] = str(data_dir)
     data_dir.mkdir(parents=True)
@@ -87,7 +87,7 @@ class Connection:
                 await writer.wait_closed()
 
     async def request(self, path: str, body: bytes | None = None) -> Any:  # Any: JSON
-        """The answer to a GET, or to a POST of a JSON body. Raises RuntimeError if the status is not 200."""
+        """The response to a GET, or to a POST of a JSON body. Raises RuntimeError if the status is not 200."""
         method = "GET" if body is None else "POST"
         content = body or b""
         head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"

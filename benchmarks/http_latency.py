@@ -1,6 +1,6 @@
-"""Latency of single calls and calls per second over HTTP; with `--against CHECKOUT`, beside those of another checkout.
+"""Latency of single calls and calls per second over HTTP; `--against CHECKOUT` compares them with another checkout.
 
-Latency is the time from the request until its result is there, which takes a POST and a GET for all but `healthz`.
+Latency is the time from sending the request to receiving its result: a POST and a GET, except for `healthz`.
 Each round measures every server once, in an order that alternates.
 """
 
@@ -24,7 +24,7 @@ CALLS = {"fake": 1.0, "tiny": 0.2}
 
 Call = Callable[[Connection], Awaitable[object]]
 Sample = dict[str, list[float]]
-"""What was measured in one round of one server: seconds of each call by the name of the call, and rates (one item)."""
+"""The measurements of one server in one round: name of the call → seconds of each call, or a list with one rate."""
 
 
 def body(**fields: object) -> bytes:
@@ -54,7 +54,7 @@ async def latencies(url: str, calls: int) -> Sample:
 
 
 async def rate(url: str, calls: int, clients: int) -> float:
-    """forward_backward calls per second of so many clients, each of which waits for a result before its next call."""
+    """forward_backward calls per second of several clients; each waits for a result before its next call."""
 
     async def client(connection: Connection, count: int) -> None:
         for _ in range(count):
@@ -69,7 +69,7 @@ async def rate(url: str, calls: int, clients: int) -> float:
 
 
 async def pipelined_rate(url: str, calls: int) -> float:
-    """forward_backward calls per second of one client that sends all of them before it asks for the first result."""
+    """forward_backward calls per second of one client that sends all of them before it waits for the first result."""
     async with Connection.open(url) as connection:
         started = time.perf_counter()
         ids = [await connection.submit("forward_backward", FORWARD_BACKWARD) for _ in range(calls)]
@@ -92,7 +92,7 @@ def round_of(url: str, calls: int) -> Sample:
 
 
 async def prepare(url: str) -> None:
-    """Make the model, and send each kind of call a few times."""
+    """Create the model, and send each kind of call three times."""
     async with Connection.open(url) as connection:
         await connection.call("create_model", body(rank=4))
         for _ in range(3):
@@ -162,7 +162,7 @@ def main() -> None:
     options = _common.options(__doc__, pairs=5)
     options.add_argument("--calls", type=int, default=200, help="calls of each kind in one round")
     options.add_argument("--engine", choices=CALLS, action="append", help="measure this engine only")
-    options.add_argument("--against", type=Path, metavar="CHECKOUT", help="a checkout to measure beside this one")
+    options.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout to compare with")
     args = options.parse_args()
     roots = [Path(__file__).parents[1], *([args.against.resolve()] if args.against else [])]
     rows = []

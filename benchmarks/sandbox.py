@@ -50,7 +50,7 @@ def hangs(model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention
 
 
 def guides(model_outputs, loss_fn_inputs, attention_mask):  # type: ignore[no-untyped-def]
-    """The loss of the guide."""
+    """The example loss of the documentation."""
     target_tokens = loss_fn_inputs["target_tokens"]
     log_probs = torch.nn.functional.log_softmax(model_outputs, dim=-1)
     target_logprobs = log_probs.gather(dim=-1, index=target_tokens.unsqueeze(-1)).squeeze(-1)
@@ -72,7 +72,7 @@ def upload(fn: Callable[..., Any]) -> RegisterLossRequest:
 def pair(
     spec: LossSpec, fn: Callable[..., Any], shape: tuple[int, int, int], width: int, lazy: bool, pairs: int
 ) -> dict[str, Any]:
-    """Seconds of the loss and the gradient of the hidden states, in the sandbox minus, and divided by, in-process."""
+    """Times of the loss and its gradient: in the sandbox minus in-process, in seconds, and the ratio of both."""
     batch, length, vocab = shape
     torch.manual_seed(0)
     weight = torch.randn(vocab, width) / width**0.5
@@ -140,11 +140,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     sandbox.check_confinement()
     try:
         found: dict[str, Any] = {"mechanisms": list(sandbox.mechanisms), "threads": torch.get_num_threads()}
-        asks = losses.spec(upload(likelihood), 512, {})
-        found["log-probabilities"] = pair(asks, likelihood, (4, 64, 512), 64, True, options.pairs * 10)
-        takes = losses.spec(upload(whole), 512, {})
+        lazy = losses.spec(upload(likelihood), 512, {})
+        found["log-probabilities"] = pair(lazy, likelihood, (4, 64, 512), 64, True, options.pairs * 10)
+        stored = losses.spec(upload(whole), 512, {})
         shape = (options.batch, options.length, options.vocab)
-        found["full logits"] = pair(takes, whole, shape, options.hidden, False, options.pairs)
+        found["full logits"] = pair(stored, whole, shape, options.hidden, False, options.pairs)
         hanging = losses.spec(upload(hangs), 16, {})
         losses._time_limits = TimeLimits(dry_run=60, call=0.5, per_token=0)
         found["kill"] = kill(losses, hanging, options.pairs)

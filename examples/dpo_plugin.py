@@ -1,6 +1,6 @@
-"""DPO by a plugin: `pip install ./plugins/tinkerbell-loss-dpo` where the server runs, and `loss_fn="dpo"` is there.
+"""DPO from a plugin. Needs a server with `./plugins/tinkerbell-loss-dpo` installed in its environment.
 
-No reference is sent: the server asks the base model, and keeps what it says.
+The client sends no reference: the server computes the log-probabilities of the base model once, and caches them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PAIRS = [
 
 
 def main(url: str | None = None, steps: int = 10) -> list[float]:
-    """Train, and give back the reward margin of each step."""
+    """Train, and return the reward margin of each step."""
     with TinkerClient(url) as client:
         hf_backend = client.hf_backend
         hf_backend.create_model("dpo", rank=8)

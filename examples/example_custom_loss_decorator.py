@@ -1,4 +1,4 @@
-"""Three losses by decorator: DPO on pairs, a contrastive loss over the whole batch, and likelihood with a KL penalty.
+"""Uploads three losses with a decorator: DPO on pairs, a contrastive loss, and likelihood with a KL penalty.
 
 Needs a server: `tinkerbell serve`.
 """
@@ -25,7 +25,7 @@ TEXTS = ["Second star to the right, and straight on till morning."]
 
 
 def upload(client: TinkerClient) -> None:
-    """Send the three losses; a loss that has not changed is not sent again."""
+    """Upload the three losses. A loss that has not changed is not uploaded again."""
 
     @custom_loss(client, name="my_dpo", coupling="sequence", group_size=2)
     def my_dpo(
@@ -42,7 +42,7 @@ def upload(client: TinkerClient) -> None:
     def contrastive(
         model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, *, temperature: float = 0.1
     ) -> LossFnOutput:
-        """InfoNCE: row 2i is nearer to row 2i+1 than to any other pair's, by the mean of their hidden states."""
+        """InfoNCE of the mean hidden states: row 2i becomes nearer to row 2i+1 than to the rows of other pairs."""
         mask = attention_mask.unsqueeze(-1).float()  # [B, T, 1]
         embedding = F.normalize((hidden_states(model_outputs).float() * mask).sum(1) / mask.sum(1).clamp(min=1), dim=-1)
         similarity = embedding[0::2] @ embedding[1::2].T / temperature  # [B/2, B/2]
@@ -64,7 +64,7 @@ def upload(client: TinkerClient) -> None:
 
 
 def train(client: TinkerClient, loss_fn: str, data: list[Any], steps: int, **config: float) -> list[float]:
-    """A fresh model, a few steps; gives back the loss of each."""
+    """Train a new model for some steps, and return the loss of each step."""
     hf_backend = client.hf_backend
     hf_backend.create_model(loss_fn, rank=8)
     losses = []
@@ -79,7 +79,7 @@ def train(client: TinkerClient, loss_fn: str, data: list[Any], steps: int, **con
 
 
 def main(url: str | None = None, steps: int = 8) -> dict[str, list[float]]:
-    """Upload, then train a model with each loss."""
+    """Upload the losses, then train a model with each."""
     with TinkerClient(url) as client:
         upload(client)
         return {

@@ -1,4 +1,4 @@
-"""A loss of your own in ten lines: uploaded by a decorator, used by name.
+"""A custom loss in ten lines. A decorator uploads it, and training calls use it by name.
 
 Needs a server: `tinkerbell serve`.
 """
@@ -15,7 +15,7 @@ TEXTS = ["Second star to the right, and straight on till morning.", "All childre
 
 
 def main(url: str | None = None, steps: int = 10) -> list[float]:
-    """Train, and give back the loss of each step."""
+    """Train, and return the loss of each step."""
     client = TinkerClient(url)
     hf_backend = client.hf_backend
 
@@ -34,7 +34,7 @@ def main(url: str | None = None, steps: int = 10) -> list[float]:
         result = hf_backend.forward_backward(model_id="simple", data=TEXTS, loss_fn="my_custom_loss")
         hf_backend.optim_step("simple", learning_rate=5e-3, normalize="tokens")
         losses.append(result.loss / result.tokens)
-        print(f"step {step}: {losses[-1]:.3f} nats a token")
+        print(f"step {step}: {losses[-1]:.3f} nats per token")
     hf_backend.delete_model("simple")
     client.close()
     return losses

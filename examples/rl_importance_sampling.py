@@ -1,6 +1,6 @@
-"""Reinforcement learning with a reward anyone can check: the share of lower-case letters in what the model writes.
+"""Reinforcement learning with a simple reward: the share of lower-case letters in the sampled text.
 
-Sample, score, compare each sample with the others, and follow the policy gradient with `importance_sampling`.
+Each step samples, computes rewards and their advantages, and trains with `importance_sampling`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 from tinker_client import TinkerClient
 from tinkerbell_core.types import SampledSequence
 
-PROMPT = list(b"small letters: ")  # token ids: the embedded model's are the bytes
+PROMPT = list(b"small letters: ")  # the token ids of the embedded model are bytes
 
 
 def reward(text: str) -> float:
-    """Share of the characters that are lower-case letters."""
+    """The share of characters that are lower-case letters."""
     return sum("a" <= letter <= "z" for letter in text) / max(len(text), 1)
 
 
 def datum(sample: SampledSequence, advantage: float) -> dict[str, Any]:
-    """Prompt and sample, shifted by one; only the sampled tokens count."""
+    """One row: the prompt and the sample, shifted by one position. Only the sampled tokens have a weight."""
     ids = PROMPT + sample.tokens
     prompt, sampled = len(PROMPT) - 1, len(sample.tokens)
     return {
@@ -36,7 +36,7 @@ def datum(sample: SampledSequence, advantage: float) -> dict[str, Any]:
 
 
 def main(url: str | None = None, steps: int = 12, samples: int = 64) -> list[float]:
-    """Train, and give back the mean reward of each step."""
+    """Train, and return the mean reward of each step."""
     with TinkerClient(url) as client:
         hf_backend = client.hf_backend
         hf_backend.create_model("rl", full=True)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on chats: only the assistant's words count; steps pipeline by `submit`."""
+"""Supervised fine-tuning on chats. Only the assistant's tokens train, and `submit` pipelines the steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHATS = [
 
 
 def main(url: str | None = None, steps: int = 40) -> list[float]:
-    """Train, sample before and after, and give back nats a token of each step."""
+    """Train, sample before and after, and return the loss in nats per token of each step."""
     with TinkerClient(url) as client:
         hf_backend = client.hf_backend
         hf_backend.create_model("sft", rank=16)
@@ -30,7 +30,7 @@ def main(url: str | None = None, steps: int = 40) -> list[float]:
             result = future.result()
             losses.append(result.loss / result.counted_tokens)
             if step % 5 == 0:
-                print(f"step {step}: {losses[-1]:.3f} nats a token")
+                print(f"step {step}: {losses[-1]:.3f} nats per token")
 
         after = hf_backend.sample(prompt, model_id="sft", temperature=0, max_tokens=16)
         print("after:", repr(after.sequences[0].text))

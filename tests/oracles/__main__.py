@@ -21,7 +21,7 @@ from tinkerbell_core.registry import LossRegistry, build_registry
 
 
 class Outcome(NamedTuple):
-    """The comparison of one record. difference: empty if there is none. reason: why it is not compared."""
+    """The comparison of one record. difference: empty if the numbers agree. reason: why it is not compared."""
 
     record: Record
     entry: Entry | None
@@ -75,7 +75,7 @@ def peer(result: Outcome) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.oracles", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--only", default="", help="only records whose id or loss contains this text")
+    parser.add_argument("--only", default="", help="only records with this text in their id or loss")
     parsed = parser.parse_args(arguments)
     registry, _ = build_registry()
     entries = mapping()

@@ -19,7 +19,7 @@ ROUNDING = 1e-9
 
 
 def difference(record: Record, entry: Entry, registry: LossRegistry) -> str:
-    """The first difference in value, gradient norm or gradient entries; an empty string if there is none."""
+    """The first difference in value, gradient norm or gradient entries; an empty string if all numbers agree."""
     tensors = {name: tensor(value) for name, value in record["inputs"].items()}
     leaf = tensors[record["grad_wrt"]].clone().requires_grad_()
     outputs = entry.outputs(tensors, leaf)

@@ -41,7 +41,7 @@ MAPPING = [
         note="Liger's hard and soft loss is a weighted sum with cross_entropy",
         where=lambda record: record["hyperparams"].get("temperature", 1.0) == 1.0,
     ),
-    Entry("liger-kernel", "jsd_hard_soft", reason="different maths: Liger softens the hard loss by temperature too"),
+    Entry("liger-kernel", "jsd_hard_soft", reason="different formula: Liger's hard loss also has the temperature"),
     Entry(
         "liger-kernel",
         "cosine_logits",

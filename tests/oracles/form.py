@@ -48,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a mapping: our loss `ours` equals the losses of the peers, or `reason` says why we have none.
+    """One entry of a mapping: our loss `ours` equals the losses of the peers, or `reason` is why we have no such loss.
 
     peers, losses: patterns (`*` for any). where: a condition on the other fields of the record.
     config: our hyperparameter → a value, or `RecordValue(key)`. inputs: our input → the name of a tensor of the record,

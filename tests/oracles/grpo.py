@@ -50,7 +50,7 @@ def _high(record: Record) -> float:
 
 
 def _length(record: Record) -> int:
-    """1 / the width of the batch, by which verl divides."""
+    """The width of the batch, by which verl divides."""
     return int(record["inputs"]["target_tokens"]["shape"][1])
 
 
@@ -140,7 +140,7 @@ CLIPPED_SURROGATES = [
     Entry(
         "tinkerbell-ref",
         "importance_sampling_extreme",
-        reason="different maths: the toy holds ratios within [0.01, 100], undocumented, and so loses their gradient",
+        reason="different formula: the reference clamps ratios to [0.01, 100], undocumented, so they have no gradient",
     ),
     Entry("*", "importance_sampling_extreme", "importance_sampling", {"aggregation": "sum"}, POLICY),
     Entry(
@@ -239,7 +239,7 @@ SEQUENCES = [
     Entry(
         "liger-kernel",
         "luspo",
-        reason="different maths: Liger's luspo on tokens has no mask, so padding and prompt train",
+        reason="different formula: Liger's luspo on tokens has no mask, so padding and prompt train",
     ),
     Entry("trl", "luspo", "grpo", CLIPPED, POLICY, note="with the ratio of each token it is grpo, summed"),
     Entry("trl", "rloo_seq_ppo", "rloo_ppo", CLIPPED, POLICY),

@@ -51,6 +51,6 @@ MAPPING = [
     Entry(
         "twinkle",
         "sft_dft",
-        reason="different maths: twinkle does not detach p, so the gradient is that of -p log p; its number is our dft",
+        reason="different formula: twinkle does not detach p, so its gradient differs; its value equals our dft",
     ),
 ]

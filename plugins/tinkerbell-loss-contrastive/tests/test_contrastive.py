@@ -1,4 +1,4 @@
-"""Contrastive losses agree with twinkle's on its embeddings, and read theirs from hidden states."""
+"""Contrastive losses agree with those of twinkle, and compute embeddings from hidden states."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ EACH = [(info_nce, {}), (info_nce_hard, GROUPS)]
 each_loss = pytest.mark.parametrize(("spec", "inputs"), EACH, ids=["info_nce", "info_nce_hard"])
 
 
-def test_the_plugin_provides_all_it_exports() -> None:
+def test_the_plugin_registers_every_loss_that_it_exports() -> None:
     assert {spec.name for spec in register_losses()} == set(package.__all__) - {"register_losses"}
 
 
 @pytest.mark.parametrize("spec", register_losses(), ids=lambda spec: spec.name)
-def test_a_server_finds_it_to_read_what_it_says(spec: LossSpec) -> None:
+def test_a_dry_run_finds_the_declared_inputs(spec: LossSpec) -> None:
     assert dry_run(spec, 11).inputs == spec.inputs
 
 
 @each_loss
-def test_it_keeps_the_rules_every_loss_keeps(spec: LossSpec, inputs: dict[str, Tensor]) -> None:
+def test_the_loss_passes_the_conformance_checks(spec: LossSpec, inputs: dict[str, Tensor]) -> None:
     check_loss(spec)
     check_loss(spec, example_inputs={"weights": batch()[1]["weights"], **inputs})
     check_loss(spec, hyperparameters={"pooling": "mean", "aggregation": "token-mean"})
@@ -47,12 +47,14 @@ def test_it_keeps_the_rules_every_loss_keeps(spec: LossSpec, inputs: dict[str, T
 @each_loss
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_what_masks_hide_does_nothing(spec: LossSpec, inputs: dict[str, Tensor], pooling: str, normalize: bool) -> None:
+def test_masked_positions_have_no_effect(
+    spec: LossSpec, inputs: dict[str, Tensor], pooling: str, normalize: bool
+) -> None:
     check_masks(spec, inputs, pooling=pooling, normalize=normalize)
 
 
 @each_loss
-def test_training_brings_positives_nearer(spec: LossSpec, inputs: dict[str, Tensor]) -> None:
+def test_training_brings_positives_nearer_to_their_anchors(spec: LossSpec, inputs: dict[str, Tensor]) -> None:
     descend(
         spec,
         inputs,
@@ -64,11 +66,11 @@ def test_training_brings_positives_nearer(spec: LossSpec, inputs: dict[str, Tens
 
 
 @pytest.mark.parametrize(("record", "entry"), RECORDS, ids=lambda value: value["id"] if isinstance(value, dict) else "")
-def test_value_and_gradient_are_those_of_the_record(record: Record, entry: Entry) -> None:
+def test_value_and_gradient_equal_those_of_the_record(record: Record, entry: Entry) -> None:
     assert difference(record, entry, REGISTRY) == ""
 
 
-def test_pairs_are_groups_without_negatives() -> None:
+def test_info_nce_equals_info_nce_hard_without_negatives() -> None:
     logits, inputs = batch()
     grouped = {**inputs, "group_ids": torch.tensor([0, 0, 1, 1, 2, 2]), "roles": torch.tensor([0, 1] * 3)}
     torch.testing.assert_close(
@@ -76,7 +78,7 @@ def test_pairs_are_groups_without_negatives() -> None:
     )
 
 
-def test_own_negatives_alone_leave_other_groups_out() -> None:
+def test_without_in_batch_the_groups_are_independent() -> None:
     logits, inputs = batch(**GROUPS)
     half = {key: value[:3] for key, value in inputs.items()}
     alone, _ = run(info_nce_hard, logits[:3], half, {"in_batch": False})
@@ -85,23 +87,23 @@ def test_own_negatives_alone_leave_other_groups_out() -> None:
     torch.testing.assert_close(both.loss, alone.loss + rest.loss)
 
 
-def test_a_negative_nearer_than_the_positive_may_be_left_out() -> None:
+def test_fake_negative_margin_ignores_a_negative_nearer_than_the_positive() -> None:
     logits, inputs = batch(**GROUPS)
-    logits[2] = logits[0]  # the negative says what the anchor says
+    logits[2] = logits[0]  # the negative equals the anchor
     inputs["weights"][:] = 1
-    harsh, _ = run(info_nce_hard, logits, inputs, {})
-    kind, gradient = run(info_nce_hard, logits, inputs, {"fake_negative_margin": 0.0})
-    assert kind.loss < harsh.loss
+    plain, _ = run(info_nce_hard, logits, inputs, {})
+    lenient, gradient = run(info_nce_hard, logits, inputs, {"fake_negative_margin": 0.0})
+    assert lenient.loss < plain.loss
     assert gradient.isfinite().all()
 
 
-def test_anchors_may_be_rivals() -> None:
+def test_anchor_anchor_compares_anchors_with_each_other() -> None:
     logits, inputs = batch(**GROUPS)
     more, fewer = run(info_nce_hard, logits, inputs, {"anchor_anchor": True}), run(info_nce_hard, logits, inputs, {})
     assert more[0].loss > fewer[0].loss
 
 
-def test_positives_may_have_rivals_of_their_own() -> None:
+def test_positive_other_compares_positives_with_the_other_rows() -> None:
     logits, inputs = batch(**GROUPS)
     inputs["weights"][:] = 1
     output, gradient = run(info_nce_hard, logits, inputs, {"positive_other": True, "temperature": 0.5})
@@ -116,7 +118,7 @@ def test_positives_may_have_rivals_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("aggregation", ["sum", "token-mean", "seq-mean-token-mean"])
-def test_without_anchors_it_is_0_and_says_how_many(aggregation: str) -> None:
+def test_the_loss_of_a_batch_without_anchors_is_0(aggregation: str) -> None:
     logits, inputs = batch(**GROUPS)
     output, gradient = run(info_nce_hard, logits, {**inputs, "roles": torch.ones(6)}, {"aggregation": aggregation})
     assert output.loss.item() == 0
@@ -125,7 +127,7 @@ def test_without_anchors_it_is_0_and_says_how_many(aggregation: str) -> None:
     assert run(info_nce_hard, logits, inputs, {})[0].diagnostics["anchors:sum"] == 2
 
 
-def test_an_unknown_pooling_is_refused() -> None:
+def test_an_unknown_pooling_is_rejected() -> None:
     logits, inputs = batch(**GROUPS)
     with pytest.raises(BadHyperparameter, match="no pooling 'max'"):
         run(info_nce, logits, inputs, {"pooling": "max"})

@@ -1,4 +1,4 @@
-"""Distillation losses agree with other projects and keep the rules every loss keeps."""
+"""Distillation losses agree with other projects and pass the conformance checks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ each_divergence = pytest.mark.parametrize(
 
 
 def teaching(k: int = 4) -> dict[str, Tensor]:
-    """A teacher `[B, T, V]`, its top k, its log-probabilities of the targets, and the sampler's."""
+    """Logits of a teacher `[B, T, V]`, its top k, and the targets' log-probabilities under it and the sampler."""
     generator = torch.Generator().manual_seed(7)
     logits, inputs = batch()
     teacher = torch.randn(B, T, V, generator=generator)
@@ -67,7 +67,7 @@ def teaching(k: int = 4) -> dict[str, Tensor]:
     }
 
 
-def test_the_plugin_provides_all_it_exports() -> None:
+def test_the_plugin_registers_every_loss_that_it_exports() -> None:
     assert {spec.name for spec in register_losses()} == set(package.__all__) - {"LOSSES", "register_losses"}
 
 
@@ -80,18 +80,18 @@ def test_the_readme_names_every_loss_and_every_hyperparameter() -> None:
 
 
 @each_loss
-def test_it_keeps_the_rules_every_loss_keeps(spec: LossSpec) -> None:
+def test_the_loss_passes_the_conformance_checks(spec: LossSpec) -> None:
     check_loss(spec)
     check_loss(spec, hyperparameters={"aggregation": "token-mean"})
 
 
 @each_loss
-def test_what_masks_hide_does_nothing(spec: LossSpec) -> None:
+def test_masked_positions_have_no_effect(spec: LossSpec) -> None:
     check_masks(spec, teaching())
 
 
 @each_loss
-def test_a_teacher_that_is_not_a_number_under_the_mask_does_nothing(spec: LossSpec) -> None:
+def test_invalid_teacher_numbers_at_masked_positions_have_no_effect(spec: LossSpec) -> None:
     logits, inputs = batch(**teaching())
     hidden = inputs["weights"] == 0
     poisoned = dict(inputs)
@@ -101,14 +101,14 @@ def test_a_teacher_that_is_not_a_number_under_the_mask_does_nothing(spec: LossSp
         ("teacher_topk_ids", -100),
     ):
         poisoned[key] = inputs[key].masked_fill(hidden[..., None], poison)
-    before, slope = run(spec, logits, inputs, {})
+    before, gradient = run(spec, logits, inputs, {})
     after, same = run(spec, logits, poisoned, {})
     torch.testing.assert_close(after.loss, before.loss)
-    torch.testing.assert_close(same, slope)
+    torch.testing.assert_close(same, gradient)
 
 
 @each_loss
-def test_however_far_apart_teacher_and_student_are_it_is_finite(spec: LossSpec) -> None:
+def test_the_loss_is_finite_if_teacher_and_student_are_far_apart(spec: LossSpec) -> None:
     logits, inputs = batch(**teaching())
     for student, teacher in ((100.0, 1.0), (1.0, 100.0), (100.0, -100.0)):
         loud = inputs["teacher_logits"] * teacher
@@ -122,16 +122,17 @@ def test_however_far_apart_teacher_and_student_are_it_is_finite(spec: LossSpec) 
 
 
 @pytest.mark.parametrize(("record", "entry"), RECORDS, ids=lambda value: value["id"] if isinstance(value, dict) else "")
-def test_value_and_gradient_are_those_of_the_record(record: Record, entry: Entry) -> None:
+def test_value_and_gradient_equal_those_of_the_record(record: Record, entry: Entry) -> None:
     assert difference(record, entry, REGISTRY) == ""
 
 
 @each_divergence
-def test_training_brings_the_student_to_the_teacher(spec: LossSpec) -> None:
+def test_training_lowers_the_divergence_from_the_teacher(spec: LossSpec) -> None:
     descend(spec, teaching(), lambda a, b: b.diagnostics["divergence:mean"] < a.diagnostics["divergence:mean"])
 
 
-def test_training_on_samples_brings_them_to_the_teacher() -> None:
+@pytest.mark.parametrize("spec", [on_policy_distillation, iw_opd], ids=lambda spec: spec.name)
+def test_training_on_samples_brings_their_probabilities_nearer_to_the_teacher(spec: LossSpec) -> None:
     counts = batch()[1]["weights"] != 0
 
     def gap(output: LossFnOutput) -> Tensor:
@@ -141,12 +142,11 @@ def test_training_on_samples_brings_them_to_the_teacher() -> None:
     def nearer(first: LossFnOutput, last: LossFnOutput) -> bool:
         return bool(gap(last) < gap(first))
 
-    descend(on_policy_distillation, teaching(), nearer, steps=5)
-    descend(iw_opd, teaching(), nearer, steps=5)
+    descend(spec, teaching(), nearer, steps=5)
 
 
 DISTANCES = (forward_kl, reverse_kl, symmetric_kl, jsd, total_variation, cosine_distance, uld, sdft)
-FEW = (
+TOP_K = (
     teacher_topk_partial_kl,
     teacher_topk_renormalised_jsd,
     teacher_topk_tail_jsd,
@@ -155,8 +155,8 @@ FEW = (
 )
 
 
-@pytest.mark.parametrize("spec", [*DISTANCES, *FEW], ids=lambda spec: spec.name)
-def test_a_student_that_is_the_teacher_costs_nothing_and_stays(spec: LossSpec) -> None:
+@pytest.mark.parametrize("spec", [*DISTANCES, *TOP_K], ids=lambda spec: spec.name)
+def test_a_student_equal_to_the_teacher_has_neither_loss_nor_gradient(spec: LossSpec) -> None:
     logits, inputs = batch(**teaching())
     logprobs, ids = logits.log_softmax(-1).topk(4)
     same = {**inputs, "teacher_logits": logits, "teacher_topk_ids": ids, "teacher_topk_logprobs": logprobs}
@@ -164,11 +164,11 @@ def test_a_student_that_is_the_teacher_costs_nothing_and_stays(spec: LossSpec) -
     for settings in [{"beta": 0.0}, {"beta": 0.3}, {"beta": 1.0}] if mixes else [{}]:
         output, gradient = run(spec, logits, same, settings)
         assert output.loss.item() == pytest.approx(0.0, abs=1e-4)
-        if spec not in (uld, total_variation, teacher_topk_partial_kl):  # a kink, and a term that is no divergence
+        if spec not in (uld, total_variation, teacher_topk_partial_kl):  # not differentiable there, or not a divergence
             torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-4, rtol=0)
 
 
-def test_the_ends_of_jsd_are_forward_and_reverse_kl() -> None:
+def test_jsd_with_beta_0_and_1_is_forward_and_reverse_kl() -> None:
     logits, inputs = batch(**teaching())
     for beta, spec in ((0.0, forward_kl), (1.0, reverse_kl)):
         torch.testing.assert_close(
@@ -178,7 +178,7 @@ def test_the_ends_of_jsd_are_forward_and_reverse_kl() -> None:
     assert near.item() == pytest.approx(run(forward_kl, logits, inputs, {})[0].loss.item(), rel=1e-3)
 
 
-def test_symmetric_kl_is_between_its_ends() -> None:
+def test_symmetric_kl_is_the_weighted_mean_of_forward_and_reverse_kl() -> None:
     logits, inputs = batch(**teaching())
     ends = [run(spec, logits, inputs, {})[0].loss for spec in (forward_kl, reverse_kl)]
     torch.testing.assert_close(
@@ -186,16 +186,16 @@ def test_symmetric_kl_is_between_its_ends() -> None:
     )
 
 
-def test_soft_cross_entropy_is_forward_kl_and_the_teachers_entropy() -> None:
+def test_soft_cross_entropy_is_forward_kl_plus_the_entropy_of_the_teacher() -> None:
     logits, inputs = batch(**teaching())
-    soft, slope = run(soft_cross_entropy, logits, inputs, {})
+    soft, gradient = run(soft_cross_entropy, logits, inputs, {})
     divergence, same = run(forward_kl, logits, inputs, {})
     counts = (inputs["weights"] != 0).sum()
     torch.testing.assert_close(soft.loss, divergence.loss + divergence.diagnostics["teacher_entropy:mean"] * counts)
-    torch.testing.assert_close(slope, same)
+    torch.testing.assert_close(gradient, same)
 
 
-def test_all_of_the_vocabulary_as_the_top_is_the_vocabulary() -> None:
+def test_top_k_losses_with_the_whole_vocabulary_equal_the_full_divergence() -> None:
     logits, inputs = batch(**teaching(k=V))
     for few in (teacher_topk_partial_kl, teacher_topk_renormalised_jsd):
         torch.testing.assert_close(run(few, logits, inputs, {})[0].loss, run(forward_kl, logits, inputs, {})[0].loss)
@@ -205,7 +205,7 @@ def test_all_of_the_vocabulary_as_the_top_is_the_vocabulary() -> None:
         torch.testing.assert_close(few_loss, whole)
 
 
-def test_a_tail_never_overstates_the_divergence() -> None:
+def test_a_tail_divergence_is_at_most_the_full_divergence() -> None:
     logits, inputs = batch(**teaching())
     for beta in (0.0, 0.5, 1.0):
         whole = run(jsd, logits, inputs, {"beta": beta})[0].loss
@@ -216,7 +216,7 @@ def test_a_tail_never_overstates_the_divergence() -> None:
 @pytest.mark.parametrize(
     "spec", [forward_kl, jsd, soft_cross_entropy, total_variation, uld], ids=lambda spec: spec.name
 )
-def test_a_teacher_may_rule_tokens_out(spec: LossSpec) -> None:
+def test_teacher_logits_may_be_minus_infinity(spec: LossSpec) -> None:
     logits, inputs = batch(**teaching())
     inputs["teacher_logits"][..., 0] = -torch.inf
     output, gradient = run(spec, logits, inputs, {})
@@ -225,14 +225,14 @@ def test_a_teacher_may_rule_tokens_out(spec: LossSpec) -> None:
     assert all(value.isfinite() for value in output.diagnostics.values() if isinstance(value, Tensor))
 
 
-def test_reverse_kl_to_a_teacher_that_rules_out_what_the_student_says_is_refused() -> None:
+def test_an_infinite_reverse_kl_is_rejected() -> None:
     logits, inputs = batch(**teaching())
     inputs["teacher_logits"][..., 0] = -torch.inf
     with pytest.raises(BadLoss, match="loss is inf"):
         run(reverse_kl, logits, inputs, {})
 
 
-def test_a_teacher_of_another_vocabulary_is_compared_by_rank() -> None:
+def test_uld_compares_the_probabilities_of_another_vocabulary_by_rank() -> None:
     logits, inputs = batch(**teaching())
     shuffled = {**inputs, "teacher_logits": torch.cat([logits.flip(-1), torch.full((B, T, 5), -torch.inf)], -1)}
     assert run(uld, logits, shuffled, {})[0].loss.item() == pytest.approx(0.0, abs=1e-5)
@@ -243,15 +243,17 @@ def test_sampled_reverse_kl_has_the_gradient_of_reverse_kl_in_expectation() -> N
     probabilities = logits.softmax(-1)
     expected = torch.zeros_like(logits)
     for token in range(V):
-        said = torch.full((B, T), token)
+        sampled = torch.full((B, T), token)
         theirs = inputs["teacher_logits"].log_softmax(-1)[..., token]
-        _, slope = run(sampled_reverse_kl, logits, {**inputs, "target_tokens": said, "teacher_logprobs": theirs}, {})
-        expected += probabilities[..., token, None] * slope
+        _, gradient = run(
+            sampled_reverse_kl, logits, {**inputs, "target_tokens": sampled, "teacher_logprobs": theirs}, {}
+        )
+        expected += probabilities[..., token, None] * gradient
     _, exact = run(reverse_kl, logits, inputs, {})
     torch.testing.assert_close(expected, exact, atol=1e-5, rtol=1e-4)
 
 
-def test_fresh_samples_make_sdft_a_jsd_and_stale_ones_are_capped() -> None:
+def test_sdft_is_jsd_times_the_capped_ratio() -> None:
     logits, inputs = batch(**teaching())
     fresh = {**inputs, "logprobs": run(sampled_reverse_kl, logits, inputs, {})[0].logprobs}
     whole = run(jsd, logits, inputs, {})[0].loss
@@ -260,7 +262,7 @@ def test_fresh_samples_make_sdft_a_jsd_and_stale_ones_are_capped() -> None:
     torch.testing.assert_close(run(sdft, logits, stale, {"ratio_cap": 2.0})[0].loss, 2 * whole)
 
 
-def test_position_weights_fall_along_a_response() -> None:
+def test_the_weights_of_iw_opd_decrease_along_a_response() -> None:
     logits, inputs = batch(**teaching())
     even = run(iw_opd, logits, inputs, {"gamma": 0.0})[1]
     weighted = run(iw_opd, logits, inputs, {"gamma": 1.0})[1]

@@ -1,4 +1,4 @@
-"""Preference losses with a reference agree with six other projects and keep the rules every loss keeps."""
+"""Preference losses with a reference agree with six other projects and pass the conformance checks."""
 
 from __future__ import annotations
 
@@ -44,27 +44,27 @@ REGISTRY = LossRegistry(register_losses())
 each_loss = pytest.mark.parametrize("spec", register_losses(), ids=lambda spec: spec.name)
 
 
-def test_the_plugin_provides_all_it_exports() -> None:
+def test_the_plugin_registers_every_loss_that_it_exports() -> None:
     assert {spec.name for spec in register_losses()} == set(package.__all__) - {"register_losses"}
 
 
 @each_loss
-def test_a_server_finds_it_to_read_what_it_says(spec: LossSpec) -> None:
+def test_a_dry_run_finds_the_declared_inputs(spec: LossSpec) -> None:
     assert dry_run(spec, 11).inputs == spec.inputs
 
 
 @each_loss
-def test_it_keeps_the_rules_every_loss_keeps(spec: LossSpec) -> None:
+def test_the_loss_passes_the_conformance_checks(spec: LossSpec) -> None:
     check_loss(spec)
 
 
 @each_loss
-def test_what_masks_hide_does_nothing(spec: LossSpec) -> None:
+def test_masked_positions_have_no_effect(spec: LossSpec) -> None:
     check_masks(spec, {})
 
 
 @each_loss
-def test_far_from_the_reference_it_is_finite(spec: LossSpec) -> None:
+def test_the_loss_is_finite_far_from_the_reference(spec: LossSpec) -> None:
     check_extremes(spec, {})
 
 
@@ -73,8 +73,8 @@ def test_training_widens_the_margin(spec: LossSpec) -> None:
     descend(spec, {}, lambda first, last: last.diagnostics["reward_margin"] > first.diagnostics["reward_margin"])
 
 
-def test_discopop_widens_a_margin_that_is_not_near_0() -> None:
-    """At 0 its slope has the other sign: it is not convex there, as its authors say."""
+def test_discopop_widens_a_large_margin_and_narrows_one_near_0() -> None:
+    """The loss is not convex: its gradient changes sign between the two margins, as in its paper."""
     logits, inputs = batch()
     ahead = {**inputs, "ref_logprobs": inputs["ref_logprobs"] + torch.tensor([-4.0, 4.0] * 3)[:, None]}
     for given, sign in ((inputs, 1), (ahead, -1)):
@@ -85,7 +85,7 @@ def test_discopop_widens_a_margin_that_is_not_near_0() -> None:
 
 
 @pytest.mark.parametrize(("record", "entry"), RECORDS, ids=lambda value: value["id"] if isinstance(value, dict) else "")
-def test_value_and_gradient_are_those_of_the_record(record: Record, entry: Entry) -> None:
+def test_value_and_gradient_equal_those_of_the_record(record: Record, entry: Entry) -> None:
     assert difference(record, entry, REGISTRY) == ""
 
 
@@ -93,7 +93,7 @@ COOKBOOK = [record for record, _ in RECORDS if record["id"].startswith("tinker-c
 
 
 @pytest.mark.parametrize("record", COOKBOOK, ids=lambda record: record["id"])
-def test_diagnostics_are_those_of_the_cookbook(record: Record) -> None:
+def test_the_diagnostics_of_dpo_equal_those_of_the_cookbook(record: Record) -> None:
     inputs = {name: tensor(value) for name, value in record["inputs"].items()}
     logits = inputs.pop("logits").requires_grad_()
     mask = torch.ones_like(inputs["target_tokens"])
@@ -105,19 +105,19 @@ def test_diagnostics_are_those_of_the_cookbook(record: Record) -> None:
 
 
 @pytest.mark.parametrize("spec", [s for s in register_losses() if s is not ld_dpo], ids=lambda spec: spec.name)
-def test_reference_logprobs_may_be_summed_already(spec: LossSpec) -> None:
+def test_reference_logprobs_may_be_sums_over_the_completion(spec: LossSpec) -> None:
     logits, inputs = batch()
     summed = {**inputs, "ref_logprobs": (inputs["ref_logprobs"] * inputs["weights"]).sum(-1)}
     torch.testing.assert_close(run(spec, logits, inputs, {})[0].loss, run(spec, logits, summed, {})[0].loss)
 
 
-def test_lengths_cannot_be_desensitised_in_a_sum() -> None:
+def test_ld_dpo_rejects_summed_reference_logprobs() -> None:
     logits, inputs = batch(ref_logprobs=torch.zeros(6))
-    with pytest.raises(BadData, match="a sum cannot be cut"):
+    with pytest.raises(BadData, match="one sum per row"):
         run(ld_dpo, logits, inputs, {})
 
 
-def test_a_pair_with_no_counted_token_adds_nothing() -> None:
+def test_a_pair_without_a_counted_token_has_no_loss() -> None:
     logits, inputs = batch()
     hidden = {**inputs, "weights": inputs["weights"].clone()}
     hidden["weights"][:2] = 0
@@ -125,24 +125,23 @@ def test_a_pair_with_no_counted_token_adds_nothing() -> None:
     torch.testing.assert_close(run(dpo, logits, hidden, {})[0].loss, run(dpo, logits[2:], rest, {})[0].loss)
 
 
-def test_at_the_reference_each_pair_costs_log_2() -> None:
+def test_the_dpo_loss_of_a_pair_at_the_reference_is_log_2() -> None:
     logits, inputs = batch()
     at_reference = {**inputs, "ref_logprobs": run(dpo, logits, inputs, {})[0].logprobs}
     assert run(dpo, logits, at_reference, {})[0].loss.item() == pytest.approx(len(logits) / 2 * math.log(2))
 
 
-def test_an_odd_number_of_rows_is_refused() -> None:
+def test_an_odd_number_of_rows_is_rejected() -> None:
     logits, inputs = batch()
     with pytest.raises(BadData, match="3 rows, but a batch of pairs has an even number"):
         run(dpo, logits[:3], {k: v[:3] for k, v in inputs.items()}, {})
 
 
-def test_a_share_of_flipped_labels_out_of_range_is_refused() -> None:
+@pytest.mark.parametrize(("spec", "share"), [(robust_dpo, 0.5), (exo, 0.0)], ids=["robust_dpo", "exo"])
+def test_label_smoothing_out_of_range_is_rejected(spec: LossSpec, share: float) -> None:
     logits, inputs = batch()
-    with pytest.raises(BadHyperparameter, match=r"loss 'robust_dpo': label_smoothing is 0\.5"):
-        run(robust_dpo, logits, inputs, {"label_smoothing": 0.5})
-    with pytest.raises(BadHyperparameter, match="loss 'exo': label_smoothing is 0"):
-        run(exo, logits, inputs, {"label_smoothing": 0.0})
+    with pytest.raises(BadHyperparameter, match=rf"loss '{spec.name}': label_smoothing is {share:g}\b"):
+        run(spec, logits, inputs, {"label_smoothing": share})
 
 
 @pytest.mark.parametrize(
@@ -156,18 +155,18 @@ def test_a_share_of_flipped_labels_out_of_range_is_refused() -> None:
     ],
     ids=lambda value: value.name if isinstance(value, LossSpec) else "",
 )
-def test_at_its_limit_it_is_dpo(spec: LossSpec, settings: dict[str, float]) -> None:
+def test_a_variant_with_its_term_switched_off_is_dpo(spec: LossSpec, settings: dict[str, float]) -> None:
     logits, inputs = batch()
     torch.testing.assert_close(run(spec, logits, inputs, settings)[0].loss, run(dpo, logits, inputs, {})[0].loss)
 
 
-def test_the_alpha_divergence_of_1_is_the_forward_kl() -> None:
+def test_dpo_alpha_with_alpha_1_is_dpo_forward_kl() -> None:
     logits, inputs = batch()
     alpha, forward = run(dpo_alpha, logits, inputs, {"alpha": 1.0}), run(dpo_forward_kl, logits, inputs, {})
     torch.testing.assert_close(alpha[1], forward[1])
 
 
-def test_discopop_is_written_without_an_exponential_that_overflows() -> None:
+def test_discopop_does_not_overflow_far_from_the_reference() -> None:
     logits, inputs = batch()
     at_a_distance = {**inputs, "ref_logprobs": inputs["ref_logprobs"] + torch.tensor([900.0, 0] * 3)[:, None]}
     output, gradient = run(discopop, logits, at_a_distance, {})
@@ -175,43 +174,43 @@ def test_discopop_is_written_without_an_exponential_that_overflows() -> None:
     assert gradient.isfinite().all()
 
 
-def test_weights_of_pairs_have_no_gradient() -> None:
-    """With the weight held fixed, wpo's gradient is its weight times dpo's: in one pair, a multiple of it."""
+def test_the_weight_of_a_pair_in_wpo_has_no_gradient() -> None:
+    """For one pair, the gradient of wpo is therefore that of dpo times the weight."""
     logits, inputs = batch()
     pair = {key: value[:2] for key, value in inputs.items()}
     weighted, gradient = run(wpo, logits[:2], pair, {})
     torch.testing.assert_close(gradient, weighted.diagnostics["pair_weight"] * run(dpo, logits[:2], pair, {})[1])
 
 
-def test_aot_forgets_who_was_paired_with_whom() -> None:
+def test_only_unpaired_aot_ignores_the_pairing_of_rows() -> None:
     logits, inputs = batch()
-    order = torch.tensor([0, 3, 2, 5, 4, 1])  # the rejected rows go round
+    order = torch.tensor([0, 3, 2, 5, 4, 1])  # the rejected rows change places
     mixed = {key: value[order] for key, value in inputs.items()}
     for spec, same in ((aot_unpaired, True), (aot, False)):
         ours, theirs = run(spec, logits, inputs, {})[0].loss, run(spec, logits[order], mixed, {})[0].loss
         assert torch.isclose(ours, theirs).item() is same
 
 
-def test_the_mean_over_pairs_is_an_aggregation() -> None:
+def test_the_aggregation_seq_mean_token_sum_is_the_mean_over_pairs() -> None:
     logits, inputs = batch()
     total = run(ipo, logits, inputs, {})[0].loss
     torch.testing.assert_close(run(ipo, logits, inputs, {"aggregation": "seq-mean-token-sum"})[0].loss, total / 3)
 
 
-def test_dpop_adds_its_penalty_only_where_a_chosen_completion_became_unlikelier() -> None:
+def test_dpop_adds_its_penalty_only_if_a_chosen_completion_became_less_likely() -> None:
     logits, inputs = batch()
-    for shift, same in ((-9.0, True), (9.0, False)):  # of the reference: chosen rows gained, or lost
+    for shift, same in ((-9.0, True), (9.0, False)):  # of the reference: chosen rows became more, or less, likely
         moved = {**inputs, "ref_logprobs": inputs["ref_logprobs"] + shift}
         penalised, plain = run(dpop, logits, moved, {})[0].loss, run(dpop, logits, moved, {"penalty": 0.0})[0].loss
         assert torch.isclose(penalised, plain).item() is same
 
 
-def test_cal_dpo_is_dpo_at_a_beta_of_1_and_what_its_rewards_miss() -> None:
+def test_cal_dpo_is_dpo_with_beta_1_plus_the_squared_errors_of_its_log_ratios() -> None:
     logits, inputs = batch()
     output, _ = run(cal_dpo, logits, inputs, {"beta": 0.25})
     ratio = ((output.logprobs - inputs["ref_logprobs"]) * inputs["weights"]).sum(-1)
-    missed = (ratio - torch.tensor([2.0, -2.0] * 3)).square().sum()
-    torch.testing.assert_close(output.loss, run(dpo, logits, inputs, {"beta": 1.0})[0].loss + missed)
+    error = (ratio - torch.tensor([2.0, -2.0] * 3)).square().sum()
+    torch.testing.assert_close(output.loss, run(dpo, logits, inputs, {"beta": 1.0})[0].loss + error)
 
 
 def test_bco_pair_shifts_both_rewards() -> None:

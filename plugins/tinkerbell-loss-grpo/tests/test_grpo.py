@@ -1,4 +1,4 @@
-"""Policy losses agree with eight other projects and keep the rules every loss keeps."""
+"""Policy losses agree with eight other projects and pass the conformance checks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ RECORDS = [(record, entry) for record, entry in mapped(ORACLES, MAPPING) if not 
 REGISTRY = LossRegistry([*register_losses(), ppo, cispo, dro, importance_sampling])
 PENALTIES = (kl_k1, kl_k2, kl_k3, kl_abs, entropy_bonus, a2po)
 NOTHING_RANDOM = {"share": 1.0, "covariance_low": 0.1}
-"""With these clip_cov draws nothing at random."""
+"""With these hyperparameters clip_cov is not random."""
 
 
 def policies(*specs: LossSpec) -> Any:  # Any: a mark of pytest
@@ -74,7 +74,7 @@ each_policy = policies(*(spec for spec in register_losses() if spec not in PENAL
 
 
 def rollouts(drift: float = 0.3) -> dict[str, Tensor]:
-    """Samples of a policy near the batch's: the log-probabilities of trainer and engine, and advantages `[B, T]`."""
+    """Log-probabilities of a trainer and an engine near the policy of the batch, advantages `[B, T]`, and rewards."""
     generator = torch.Generator().manual_seed(11)
     logits, inputs = batch()
     logprobs = logits.log_softmax(-1).gather(-1, inputs["target_tokens"][..., None])[..., 0]
@@ -89,7 +89,7 @@ def rollouts(drift: float = 0.3) -> dict[str, Tensor]:
 
 
 def settings_of(spec: LossSpec) -> dict[str, Any]:
-    """Nothing drawn at random, and enough tokens left for something to train."""
+    """Hyperparameters with which nothing is random and some tokens train."""
     if spec is clip_cov:
         return NOTHING_RANDOM
     if spec is high_entropy_dapo:
@@ -101,7 +101,7 @@ def logprobs_of(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     return logits.log_softmax(-1).gather(-1, inputs["target_tokens"][..., None])[..., 0]
 
 
-def test_the_plugin_provides_all_it_exports() -> None:
+def test_the_plugin_registers_every_loss_that_it_exports() -> None:
     assert {spec.name for spec in register_losses()} == set(package.__all__) - {"LOSSES", "register_losses"}
 
 
@@ -114,25 +114,25 @@ def test_the_readme_names_every_loss_and_every_hyperparameter() -> None:
 
 
 @each_loss
-def test_it_keeps_the_rules_every_loss_keeps(spec: LossSpec) -> None:
+def test_the_loss_passes_the_conformance_checks(spec: LossSpec) -> None:
     check_loss(spec)
     check_loss(spec, hyperparameters={"aggregation": "sum"})
 
 
 @each_loss
-def test_what_masks_hide_does_nothing(spec: LossSpec) -> None:
+def test_masked_positions_have_no_effect(spec: LossSpec) -> None:
     check_masks(spec, rollouts(), **settings_of(spec))
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
-def test_what_masks_hide_does_nothing_to_a_correction(correction: str) -> None:
+def test_masked_positions_have_no_effect_on_a_correction(correction: str) -> None:
     bounds = {"correction_low": 0.0, "correction_high": 1.1}
     check_loss(grpo, hyperparameters={"aggregation": "sum"})
     check_masks(grpo, rollouts(), correction=correction, **bounds)
 
 
 @each_loss
-def test_however_far_the_policy_has_gone_it_is_finite(spec: LossSpec) -> None:
+def test_the_loss_is_finite_however_far_the_policy_is_from_the_sampler(spec: LossSpec) -> None:
     logits, inputs = batch(**rollouts())
     for scale, shift in ((1.0, 200.0), (1.0, -200.0), (100.0, 0.0)):
         far = {**inputs, **{key: inputs[key] + shift for key in ("logprobs", "rollout_logprobs", "ref_logprobs")}}
@@ -146,7 +146,7 @@ def test_however_far_the_policy_has_gone_it_is_finite(spec: LossSpec) -> None:
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
-def test_however_far_the_engine_is_a_correction_is_finite(correction: str) -> None:
+def test_a_correction_is_finite_however_far_the_engine_is_from_the_trainer(correction: str) -> None:
     logits, inputs = batch(**rollouts())
     for shift in (200.0, -200.0):
         far = {**inputs, "rollout_logprobs": inputs["rollout_logprobs"] + shift}
@@ -156,12 +156,12 @@ def test_however_far_the_engine_is_a_correction_is_finite(correction: str) -> No
 
 
 @pytest.mark.parametrize(("record", "entry"), RECORDS, ids=lambda value: value["id"] if isinstance(value, dict) else "")
-def test_value_and_gradient_are_those_of_the_record(record: Record, entry: Entry) -> None:
+def test_value_and_gradient_equal_those_of_the_record(record: Record, entry: Entry) -> None:
     assert difference(record, entry, REGISTRY) == ""
 
 
 @each_policy
-def test_a_step_makes_good_responses_likelier(spec: LossSpec) -> None:
+def test_a_step_raises_the_likelihood_of_good_responses(spec: LossSpec) -> None:
     logits, inputs = batch(**rollouts(drift=0.02))
     settings = settings_of(spec)
     _, gradient = run(spec, logits, inputs, settings)
@@ -171,7 +171,7 @@ def test_a_step_makes_good_responses_likelier(spec: LossSpec) -> None:
     assert after > before
 
 
-# a detached weight makes the number no measure of the policy
+# not the losses with a detached weight: their value is not a measure of the policy
 MEASURED = [
     spec
     for spec in register_losses()
@@ -195,12 +195,15 @@ def test_a_penalty_brings_the_policy_to_the_reference(spec: LossSpec) -> None:
     descend(spec, {}, lambda a, b: b.diagnostics["ref_kl_k3:mean"] < a.diagnostics["ref_kl_k3:mean"])
 
 
-def test_an_entropy_bonus_raises_entropy_and_a2po_fits_its_advantage() -> None:
+def test_the_entropy_bonus_raises_the_entropy() -> None:
     descend(entropy_bonus, {}, lambda a, b: b.diagnostics["entropy:mean"] > a.diagnostics["entropy:mean"])
+
+
+def test_training_lowers_the_loss_of_a2po() -> None:
     descend(a2po, rollouts(), lambda a, b: True, beta=1.0)
 
 
-ALIKE: list[tuple[LossSpec, dict[str, Any], LossSpec, dict[str, Any]]] = [
+EQUAL: list[tuple[LossSpec, dict[str, Any], LossSpec, dict[str, Any]]] = [
     (grpo, {"aggregation": "sum"}, ppo, {}),
     (grpo, {"aggregation": "token-mean"}, bnpo, {}),
     (bnpo, {"clip_high_threshold": 1.28}, dapo, {}),
@@ -219,18 +222,18 @@ ALIKE: list[tuple[LossSpec, dict[str, Any], LossSpec, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("one", "its", "other", "others"), ALIKE, ids=lambda value: getattr(value, "name", ""))
-def test_losses_meet_where_their_papers_say_so(
+@pytest.mark.parametrize(("one", "its", "other", "others"), EQUAL, ids=lambda value: getattr(value, "name", ""))
+def test_two_losses_are_equal_for_these_hyperparameters(
     one: LossSpec, its: dict[str, Any], other: LossSpec, others: dict[str, Any]
 ) -> None:
     logits, inputs = batch(**rollouts())
-    (left, left_slope), (right, right_slope) = run(one, logits, inputs, its), run(other, logits, inputs, others)
+    (left, left_gradient), (right, right_gradient) = run(one, logits, inputs, its), run(other, logits, inputs, others)
     torch.testing.assert_close(left.loss, right.loss)
-    torch.testing.assert_close(left_slope, right_slope)
+    torch.testing.assert_close(left_gradient, right_gradient)
 
 
 @policies(gspo, luspo, sapo, gmpo, rloo_ppo, vespo, reinforce, grpo)
-def test_on_policy_every_gradient_is_reinforces_of_its_average(spec: LossSpec) -> None:
+def test_the_on_policy_gradient_is_that_of_reinforce(spec: LossSpec) -> None:
     logits, inputs = batch(**rollouts())
     fresh = {**inputs, "logprobs": logprobs_of(logits, inputs)}
     settings = {**settings_of(spec)}
@@ -241,7 +244,7 @@ def test_on_policy_every_gradient_is_reinforces_of_its_average(spec: LossSpec) -
     torch.testing.assert_close(run(spec, logits, fresh, settings)[1], expected, atol=1e-6, rtol=1e-4)
 
 
-def test_a_dual_clip_bounds_what_a_bad_token_costs() -> None:
+def test_a_dual_clip_bounds_the_loss_of_a_token_with_a_negative_advantage() -> None:
     logits, inputs = batch(**rollouts())
     far = {**inputs, "logprobs": inputs["logprobs"] - 5.0, "advantages": torch.full((B, T), -1.0)}
     output, gradient = run(grpo, logits, far, {"dual_clip": 3.0, "aggregation": "token-mean"})
@@ -249,7 +252,7 @@ def test_a_dual_clip_bounds_what_a_bad_token_costs() -> None:
     assert not gradient.any()
 
 
-def test_prompts_count_alike_however_long_their_responses() -> None:
+def test_grpo_prompt_mean_gives_each_prompt_the_same_weight() -> None:
     logits, inputs = batch(**rollouts())
     both = run(grpo_prompt_mean, logits, inputs, {"responses_per_prompt": 2})[0].loss
     each = [
@@ -257,11 +260,15 @@ def test_prompts_count_alike_however_long_their_responses() -> None:
         for rows in (slice(0, 2), slice(2, 4), slice(4, 6))
     ]
     torch.testing.assert_close(both, torch.stack(each).mean())
-    with pytest.raises(BadData, match="6 rows, but they come in prompts of 4 responses"):
+
+
+def test_rows_that_are_not_whole_prompts_are_rejected() -> None:
+    logits, inputs = batch(**rollouts())
+    with pytest.raises(BadData, match="6 rows, not a multiple of responses_per_prompt=4"):
         run(grpo_prompt_mean, logits, inputs, {"responses_per_prompt": 4})
 
 
-def test_only_tokens_of_high_entropy_train() -> None:
+def test_high_entropy_dapo_trains_only_the_tokens_of_highest_entropy() -> None:
     logits, inputs = batch(**rollouts(drift=0.01))
     counts = inputs["weights"] != 0
     _, gradient = run(high_entropy_dapo, logits, inputs, {"top_entropy": 0.25})
@@ -282,7 +289,7 @@ def test_only_tokens_of_high_entropy_train() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_correction_weighs_what_the_engine_sampled_by_what_the_trainer_would_have(
+def test_a_correction_multiplies_the_advantages_by_a_function_of_the_ratio(
     correction: str, bounds: tuple[float, float], factor: Callable[[Tensor], Tensor]
 ) -> None:
     logits, inputs = batch(**rollouts())
@@ -293,7 +300,7 @@ def test_a_correction_weighs_what_the_engine_sampled_by_what_the_trainer_would_h
     torch.testing.assert_close(run(grpo, logits, inputs, settings)[0].loss, run(grpo, logits, weighed, {})[0].loss)
 
 
-def test_a_correction_of_an_engine_that_is_the_trainer_changes_nothing() -> None:
+def test_a_correction_has_no_effect_if_engine_and_trainer_agree() -> None:
     logits, inputs = batch(**rollouts())
     same = {**inputs, "rollout_logprobs": inputs["logprobs"]}
     for correction in set(CORRECTIONS) - {"off-policy-sequence"}:
@@ -302,40 +309,49 @@ def test_a_correction_of_an_engine_that_is_the_trainer_changes_nothing() -> None
             torch.testing.assert_close(corrected.loss, plain.loss)
 
 
-def test_a_correction_without_the_engines_numbers_or_of_no_known_name_is_refused() -> None:
+def test_an_unknown_correction_is_rejected() -> None:
     logits, inputs = batch(**rollouts())
     with pytest.raises(BadHyperparameter, match="no correction 'truncate-tokens'; did you mean 'truncate-token'"):
         run(grpo, logits, inputs, {"correction": "truncate-tokens"})
+
+
+def test_a_correction_without_rollout_logprobs_is_rejected() -> None:
+    logits, inputs = batch(**rollouts())
     del inputs["rollout_logprobs"]
     with pytest.raises(BadData, match="needs rollout_logprobs"):
         run(grpo, logits, inputs, {"correction": "truncate-token"})
 
 
 @policies(kl_k1, kl_k2, kl_k3)
-def test_an_unbiased_gradient_is_that_of_the_divergence_in_expectation(spec: LossSpec) -> None:
+def test_the_expected_unbiased_gradient_is_that_of_the_kl_divergence(spec: LossSpec) -> None:
     logits, inputs = batch()
     reference = torch.randn(B, T, V, generator=torch.Generator().manual_seed(5)).log_softmax(-1)
     expected = torch.zeros_like(logits)
     for token in range(V):
-        said = {**inputs, "target_tokens": torch.full((B, T), token), "ref_logprobs": reference[..., token]}
-        _, slope = run(spec, logits, said, {"unbiased_gradient": True})
-        expected += logits.softmax(-1)[..., token, None] * slope
+        sampled = {**inputs, "target_tokens": torch.full((B, T), token), "ref_logprobs": reference[..., token]}
+        _, gradient = run(spec, logits, sampled, {"unbiased_gradient": True})
+        expected += logits.softmax(-1)[..., token, None] * gradient
     leaf = logits.clone().requires_grad_()
     divergence = (leaf.softmax(-1) * (leaf.log_softmax(-1) - reference)).sum(-1)
     (exact,) = torch.autograd.grad((divergence * inputs["weights"]).sum(), leaf)
     torch.testing.assert_close(expected, exact, atol=1e-5, rtol=1e-4)
 
 
-def test_clip_cov_draws_as_many_as_it_is_told() -> None:
+def test_clip_cov_draws_the_given_share_of_the_tokens() -> None:
     logits, inputs = batch(**rollouts())
     count = int((inputs["weights"] != 0).sum())
-    held = run(clip_cov, logits, inputs, {"share": 2.5 / count, "covariance_low": -9.0, "covariance_high": 9.0})[0]
-    assert float(held.diagnostics["held_back:mean"]) * count == pytest.approx(2.0)
-    pays = run(kl_cov, logits, inputs, {"share": 3.5 / count})[0]
-    assert float(pays.diagnostics["held_back:mean"]) * count == pytest.approx(3.0)
+    drawn = run(clip_cov, logits, inputs, {"share": 2.5 / count, "covariance_low": -9.0, "covariance_high": 9.0})[0]
+    assert float(drawn.diagnostics["held_back:mean"]) * count == pytest.approx(2.0)
 
 
-def test_a_response_with_one_advantage_may_be_given_one() -> None:
+def test_kl_cov_penalises_the_given_share_of_the_tokens() -> None:
+    logits, inputs = batch(**rollouts())
+    count = int((inputs["weights"] != 0).sum())
+    penalised = run(kl_cov, logits, inputs, {"share": 3.5 / count})[0]
+    assert float(penalised.diagnostics["held_back:mean"]) * count == pytest.approx(3.0)
+
+
+def test_advantages_may_be_one_number_per_response() -> None:
     logits, inputs = batch(**rollouts())
     for spec in (grpo, gspo, sapo, gmpo, rloo_ppo):
         one = {**inputs, "advantages": inputs["advantages"][:, 0]}

@@ -1,4 +1,4 @@
-"""Losses of single judged completions agree with other projects, and the KL they need may come in the same batch."""
+"""Losses of single judged completions agree with other projects; the batch may contain the rows for the KL."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ def inputs_of(spec: LossSpec) -> dict[str, torch.Tensor]:
     return MEASURED if spec is kto else JUDGED
 
 
-def test_the_plugin_provides_all_it_exports() -> None:
+def test_the_plugin_registers_every_loss_that_it_exports() -> None:
     assert {spec.name for spec in register_losses()} == set(package.__all__) - {"register_losses"}
 
 
 @each_loss
-def test_a_server_finds_it_to_read_what_it_says(spec: LossSpec) -> None:
+def test_a_dry_run_finds_the_declared_inputs(spec: LossSpec) -> None:
     assert dry_run(spec, 11).inputs == spec.inputs
 
 
 @each_loss
-def test_it_keeps_the_rules_every_loss_keeps(spec: LossSpec) -> None:
+def test_the_loss_passes_the_conformance_checks(spec: LossSpec) -> None:
     check_loss(spec)
     check_loss(spec, example_inputs=batch(**inputs_of(spec))[1], vocab_size=11)
 
 
 @each_loss
-def test_what_masks_hide_does_nothing(spec: LossSpec) -> None:
+def test_masked_positions_have_no_effect(spec: LossSpec) -> None:
     check_masks(spec, inputs_of(spec))
 
 
 @each_loss
-def test_far_from_the_reference_it_is_finite(spec: LossSpec) -> None:
+def test_the_loss_is_finite_far_from_the_reference(spec: LossSpec) -> None:
     check_extremes(spec, inputs_of(spec))
 
 
 @each_loss
-def test_training_parts_the_liked_from_the_others(spec: LossSpec) -> None:
+def test_training_raises_liked_rewards_and_lowers_disliked_ones(spec: LossSpec) -> None:
     descend(
         spec,
         inputs_of(spec),
@@ -69,11 +69,11 @@ def test_training_parts_the_liked_from_the_others(spec: LossSpec) -> None:
 
 
 @pytest.mark.parametrize(("record", "entry"), RECORDS, ids=lambda value: value["id"] if isinstance(value, dict) else "")
-def test_value_and_gradient_are_those_of_the_record(record: Record, entry: Entry) -> None:
+def test_value_and_gradient_equal_those_of_the_record(record: Record, entry: Entry) -> None:
     assert difference(record, entry, REGISTRY) == ""
 
 
-def test_mismatched_rows_measure_the_kl_and_nothing_else() -> None:
+def test_mismatched_rows_only_estimate_the_kl() -> None:
     logits, inputs = batch(desirable=torch.tensor([1.0, 0, 1, 0, -1, -1]))
     output, gradient = run(kto, logits, inputs, {})
     assert not gradient[4:].any()
@@ -85,19 +85,19 @@ def test_mismatched_rows_measure_the_kl_and_nothing_else() -> None:
     torch.testing.assert_close(gradient[:4], rest)
 
 
-def test_a_kl_nobody_measured_is_refused() -> None:
+def test_kto_without_an_estimate_of_the_kl_is_rejected() -> None:
     logits, inputs = batch(**JUDGED)
-    with pytest.raises(BadData, match="add such rows, desirable -1, or kl_log_ratio"):
+    with pytest.raises(BadData, match="kto cannot estimate the KL"):
         run(kto, logits, inputs, {})
 
 
-def test_a_dry_run_finds_what_it_reads() -> None:
+def test_a_dry_run_finds_the_required_and_optional_inputs_of_kto() -> None:
     found = dry_run(kto, 11)
     assert found.inputs == ("target_tokens", "ref_logprobs", "desirable")
     assert set(found.optional_inputs) == {"weights", "kl_log_ratio"}
 
 
-def test_a_density_ratio_weighs_the_disliked() -> None:
+def test_density_ratio_is_the_weight_of_disliked_rows() -> None:
     logits, inputs = batch(**JUDGED)
     _, plain = run(bco, logits, inputs, {})
     _, weighed = run(bco, logits, {**inputs, "density_ratio": torch.full((6,), 2.0)}, {})
@@ -106,12 +106,12 @@ def test_a_density_ratio_weighs_the_disliked() -> None:
     torch.testing.assert_close(weighed[~disliked], plain[~disliked])
 
 
-def test_apo_zero_is_kto_without_drift() -> None:
+def test_apo_zero_unpaired_is_kto_with_a_kl_of_0() -> None:
     logits, inputs = batch(**JUDGED, kl_log_ratio=torch.zeros(6))
     torch.testing.assert_close(run(apo_zero_unpaired, logits, inputs, {})[0].loss, run(kto, logits, inputs, {})[0].loss)
 
 
-def test_bco_is_a_classifier_of_rewards_about_their_shift() -> None:
+def test_bco_is_the_binary_cross_entropy_of_shifted_rewards() -> None:
     logits, inputs = batch(**JUDGED)
     output, _ = run(bco, logits, inputs, {"beta": 0.5, "reward_shift": 0.2})
     reward = 0.5 * ((output.logprobs - inputs["ref_logprobs"]) * inputs["weights"]).sum(-1)

@@ -1,4 +1,4 @@
-"""Losses of scores agree with other projects, and read the score of a token where the row ends."""
+"""Losses of scores agree with other projects, and use the logit of one token as the score."""
 
 from __future__ import annotations
 
@@ -32,42 +32,43 @@ SETTINGS = {"prm_tokens": {"good_token": 3, "bad_token": 5}}
 each_loss = pytest.mark.parametrize("spec", register_losses(), ids=lambda spec: spec.name)
 
 
-def test_the_plugin_provides_all_it_exports() -> None:
+def test_the_plugin_registers_every_loss_that_it_exports() -> None:
     assert {spec.name for spec in register_losses()} == set(package.__all__) - {"register_losses"}
 
 
 @each_loss
-def test_a_server_finds_it_to_read_what_it_says(spec: LossSpec) -> None:
+def test_a_dry_run_finds_the_declared_inputs(spec: LossSpec) -> None:
     assert dry_run(spec, 11).inputs == spec.inputs
 
 
 @each_loss
-def test_it_keeps_the_rules_every_loss_keeps(spec: LossSpec) -> None:
+def test_the_loss_passes_the_conformance_checks(spec: LossSpec) -> None:
     check_loss(spec, hyperparameters=SETTINGS.get(spec.name, {}))
 
 
 @each_loss
-def test_what_masks_hide_does_nothing(spec: LossSpec) -> None:
+def test_masked_positions_have_no_effect(spec: LossSpec) -> None:
     check_masks(spec, INPUTS, **SETTINGS.get(spec.name, {}))
 
 
 @each_loss
-def test_scores_may_be_large(spec: LossSpec) -> None:
+def test_the_loss_of_large_scores_is_finite(spec: LossSpec) -> None:
     check_extremes(spec, INPUTS, **SETTINGS.get(spec.name, {}))
 
 
-SHOWN = {
+IMPROVED = {
     "bradley_terry": ("reward_margin", 1),
     "prm": ("step_accuracy:mean", 1),
     "prm_tokens": ("step_accuracy:mean", 1),
     "value_clip": ("value_error:mean", -1),
     "mse": ("value_error:mean", -1),
 }
+"""The diagnostic that training improves, and the sign of its change."""
 
 
 @each_loss
-def test_training_betters_what_it_is_for(spec: LossSpec) -> None:
-    name, sign = SHOWN[spec.name]
+def test_training_improves_the_diagnostic_of_the_loss(spec: LossSpec) -> None:
+    name, sign = IMPROVED[spec.name]
     descend(
         spec,
         INPUTS,
@@ -77,32 +78,32 @@ def test_training_betters_what_it_is_for(spec: LossSpec) -> None:
 
 
 @pytest.mark.parametrize(("record", "entry"), RECORDS, ids=lambda value: value["id"] if isinstance(value, dict) else "")
-def test_value_and_gradient_are_those_of_the_record(record: Record, entry: Entry) -> None:
+def test_value_and_gradient_equal_those_of_the_record(record: Record, entry: Entry) -> None:
     assert difference(record, entry, REGISTRY) == ""
 
 
-def test_a_reward_is_one_logit_at_the_last_position_that_counts() -> None:
+def test_a_reward_is_one_logit_at_the_last_counted_position() -> None:
     logits, inputs = batch()
     _, gradient = run(bradley_terry, logits, inputs, {"reward_token": 7})
     last = [3, 2, 3, 5, 1, 2]
-    touched = {tuple(place) for place in gradient.nonzero().tolist()}
+    touched = {tuple(index) for index in gradient.nonzero().tolist()}
     assert touched == {(row, position, 7) for row, position in enumerate(last)}
 
 
-def test_rewards_far_apart_do_not_overflow() -> None:
+def test_bradley_terry_does_not_overflow_if_rewards_are_far_apart() -> None:
     logits, inputs = batch()
     output, gradient = run(bradley_terry, logits * 1e4, inputs, {})
     assert output.loss.isfinite()
     assert gradient.isfinite().all()
 
 
-def test_only_two_tokens_matter_to_a_step() -> None:
+def test_prm_tokens_depends_on_two_tokens_only() -> None:
     logits, inputs = batch(**INPUTS)
     _, gradient = run(prm_tokens, logits, inputs, SETTINGS["prm_tokens"])
     assert sorted(set(gradient.nonzero()[:, -1].tolist())) == [3, 5]
 
 
-def test_two_tokens_are_one_score_when_one_is_silent() -> None:
+def test_prm_tokens_is_prm_if_the_logit_of_the_bad_token_is_0() -> None:
     logits, inputs = batch(**INPUTS)
     logits[..., 5] = 0
     torch.testing.assert_close(
@@ -111,7 +112,7 @@ def test_two_tokens_are_one_score_when_one_is_silent() -> None:
     )
 
 
-def test_regression_is_the_squared_error_of_the_scores() -> None:
+def test_mse_is_the_squared_error_of_the_scores() -> None:
     logits, inputs = batch(**INPUTS)
     counts = inputs["weights"] != 0
     expected = (logits[..., 4] - INPUTS["labels"])[counts].square().sum()
@@ -120,5 +121,5 @@ def test_regression_is_the_squared_error_of_the_scores() -> None:
 
 def test_a_value_past_the_clip_has_no_gradient_towards_its_return() -> None:
     logits, inputs = batch(old_values=torch.zeros(B, T), returns=torch.full((B, T), 5.0))
-    logits[..., 0] = 1.0  # 0.8 past the clip, short of the return: the clipped error is the larger one
+    logits[..., 0] = 1.0  # 0.8 above the clip, below the return: the clipped error is the larger one
     assert not run(value_clip, logits, inputs, {})[1].any()

@@ -1,4 +1,4 @@
-"""Supervised losses agree with other projects and keep the rules every loss keeps."""
+"""Supervised losses agree with other projects and pass the conformance checks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REGISTRY = LossRegistry([*register_losses(), cross_entropy])
 each_loss = pytest.mark.parametrize("spec", register_losses(), ids=lambda spec: spec.name)
 
 
-def test_the_plugin_provides_all_it_exports() -> None:
+def test_the_plugin_registers_every_loss_that_it_exports() -> None:
     assert {spec.name for spec in register_losses()} == set(package.__all__) - {"LOSSES", "register_losses"}
 
 
@@ -41,23 +41,23 @@ def test_the_readme_names_every_loss_and_every_hyperparameter() -> None:
 
 
 @each_loss
-def test_it_keeps_the_rules_every_loss_keeps(spec: LossSpec) -> None:
+def test_the_loss_passes_the_conformance_checks(spec: LossSpec) -> None:
     check_loss(spec)
     check_loss(spec, hyperparameters={"aggregation": "token-mean"})
 
 
 @each_loss
-def test_what_masks_hide_does_nothing(spec: LossSpec) -> None:
+def test_masked_positions_have_no_effect(spec: LossSpec) -> None:
     check_masks(spec, {})
 
 
 @each_loss
-def test_large_logits_are_finite(spec: LossSpec) -> None:
+def test_the_loss_of_large_logits_is_finite(spec: LossSpec) -> None:
     check_extremes(spec, {})
 
 
 @pytest.mark.parametrize(("record", "entry"), RECORDS, ids=lambda value: value["id"] if isinstance(value, dict) else "")
-def test_value_and_gradient_are_those_of_the_record(record: Record, entry: Entry) -> None:
+def test_value_and_gradient_equal_those_of_the_record(record: Record, entry: Entry) -> None:
     assert difference(record, entry, REGISTRY) == ""
 
 
@@ -66,46 +66,53 @@ def test_training_makes_the_targets_likelier(spec: LossSpec) -> None:
     descend(spec, {}, lambda first, last: last.diagnostics["nll:mean"] < first.diagnostics["nll:mean"])
 
 
-def test_training_with_dft_raises_their_probability() -> None:
-    # -p log p, p detached, has no lowest value to go to: it first rises with p
+def test_training_with_dft_raises_the_probability_of_the_targets() -> None:
+    # a lower dft loss is no measure of training: with p detached, the value -p log p first rises with p
     logits, inputs = batch()
     output, gradient = run(dft, logits, inputs, {})
     after, _ = run(dft, logits - gradient, inputs, {})
     assert after.diagnostics["probability:mean"] > output.diagnostics["probability:mean"]
 
 
-def test_training_makes_what_is_unlikely_rarer_and_logits_smaller() -> None:
+def test_training_with_unlikelihood_lowers_the_probability() -> None:
     descend(unlikelihood, {}, lambda a, b: b.diagnostics["probability:mean"] < a.diagnostics["probability:mean"])
+
+
+def test_training_with_z_loss_brings_log_z_nearer_to_0() -> None:
     descend(z_loss, {}, lambda a, b: b.diagnostics["log_z:mean"].abs() < a.diagnostics["log_z:mean"].abs())
 
 
 @pytest.mark.parametrize(("spec", "settings"), [(focal, {"gamma": 0.0}), (label_smoothing, {"epsilon": 0.0})])
-def test_without_its_term_a_loss_is_cross_entropy(spec: LossSpec, settings: dict[str, Any]) -> None:
+def test_a_loss_with_its_term_switched_off_is_cross_entropy(spec: LossSpec, settings: dict[str, Any]) -> None:
     logits, inputs = batch()
     ours, plain = run(spec, logits, inputs, settings), run(cross_entropy, logits, inputs, {})
     torch.testing.assert_close(ours[0].loss, plain[0].loss)
     torch.testing.assert_close(ours[1], plain[1])
 
 
-def test_a_token_the_model_is_sure_of_has_a_finite_slope_for_any_gamma() -> None:
+@pytest.mark.parametrize(("spec", "settings"), [(focal, {"gamma": 0.5}), (unlikelihood, {})])
+def test_the_gradient_of_a_token_with_probability_1_is_finite(spec: LossSpec, settings: dict[str, Any]) -> None:
     logits, inputs = batch()
-    sure = torch.full_like(logits, -200.0).scatter(-1, inputs["target_tokens"][..., None], 200.0)
-    for spec, settings in ((focal, {"gamma": 0.5}), (unlikelihood, {})):
-        output, gradient = run(spec, sure, inputs, settings)
-        assert output.loss.isfinite()
-        assert gradient.isfinite().all()
+    certain = torch.full_like(logits, -200.0).scatter(-1, inputs["target_tokens"][..., None], 200.0)
+    output, gradient = run(spec, certain, inputs, settings)
+    assert output.loss.isfinite()
+    assert gradient.isfinite().all()
 
 
-def test_a_high_cap_is_none_and_a_low_one_bounds_what_a_token_costs() -> None:
+def test_softcap_with_a_high_cap_is_cross_entropy() -> None:
     logits, inputs = batch()
     plain = run(cross_entropy, logits, inputs, {})[0].loss
     torch.testing.assert_close(run(softcap, logits, inputs, {"cap": 1e4})[0].loss, plain)
+
+
+def test_a_low_cap_bounds_the_loss_of_a_token() -> None:
+    logits, inputs = batch()
     output, gradient = run(softcap, logits * 1e4, inputs, {"cap": 2.0})
     assert output.loss / (inputs["weights"] != 0).sum() <= 4 + math.log(V)
     assert gradient.isfinite().all()
 
 
-def test_label_smoothing_is_torchs() -> None:
+def test_label_smoothing_equals_that_of_torch() -> None:
     logits, inputs = batch()
     counts = inputs["weights"] != 0
     theirs = torch.nn.functional.cross_entropy(
@@ -114,7 +121,7 @@ def test_label_smoothing_is_torchs() -> None:
     torch.testing.assert_close(run(label_smoothing, logits, inputs, {"epsilon": 0.3})[0].loss, theirs)
 
 
-def test_k_tokens_a_position_may_be_unlikely_beside_a_likely_one() -> None:
+def test_unlikelihood_accepts_k_negative_tokens_per_position() -> None:
     negative = torch.randint(V, (B, T, 3), generator=torch.Generator().manual_seed(1))
     marks = torch.ones(B, T, 3)
     marks[..., 2] = 0

@@ -1,4 +1,4 @@
-"""Contrastive losses on hidden states: embeddings from a language model."""
+"""Contrastive losses on hidden states, which train a language model to produce embeddings."""
 
 from __future__ import annotations
 

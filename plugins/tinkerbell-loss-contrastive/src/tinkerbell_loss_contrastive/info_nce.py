@@ -1,4 +1,4 @@
-"""InfoNCE: an anchor is nearer to its positive than to all others."""
+"""InfoNCE: an anchor becomes nearer to its positive than to all other rows."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def info_nce(
 ) -> LossFnOutput:
     """-log softmax of anchor * positive / temperature among all positives of the batch: InfoNCE (arXiv:1807.03748).
 
-    Rows 2i are anchors, rows 2i + 1 their positives. Embeddings are hidden states at the last position that counts
-    (pooling "mean": of all that do), of length 1 if normalized.
+    Rows 2i are anchors, rows 2i + 1 their positives. An embedding is the hidden state at the last counted position, or
+    with pooling "mean" the mean over the counted positions. normalize scales it to length 1.
     """
     roles = torch.arange(len(attention_mask), device=attention_mask.device) % 2
     groups = torch.arange(len(attention_mask), device=attention_mask.device) // 2
@@ -57,11 +57,12 @@ def info_nce_hard(
 ) -> LossFnOutput:
     """-log softmax of anchor * positive / temperature, hard negatives among the others: InfoNCE (arXiv:1807.03748).
 
-    roles `[B]` are 0 for an anchor, 1 for a positive, 2 for a negative; group_ids `[B]` say whose they are. in_batch
-    contrasts an anchor with other groups' rows too, anchor_anchor with their anchors; positive_other, its first
-    positive with all rows that are no anchor (twinkle's include_qq, include_dd). fake_negative_margin of at least
-    0 leaves out negatives that are nearer to the anchor than its positive by more than that: likely positives. An
-    anchor without a positive costs nothing; the diagnostic `anchors:sum` counts the others.
+    roles: `[B]`, 0 for an anchor, 1 for a positive, 2 for a negative. group_ids: `[B]`, the group of each row. in_batch
+    compares an anchor also with the rows of other groups, and anchor_anchor with their anchors (twinkle's include_qq).
+    positive_other compares the first positive with all rows that are not anchors (twinkle's include_dd). If
+    fake_negative_margin is at least 0, a negative is ignored as a probable positive if it is nearer to the anchor than
+    the positive by more than the margin. An anchor without a positive has no loss. The diagnostic `anchors:sum` is the
+    number of anchors with a positive.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)
     vectors = embeddings(model_outputs, mask, pooling, normalize)  # [B, H]
@@ -96,7 +97,7 @@ def _contrast(
     anchor, other = counts & (roles == 0), counts & (roles != 0)
     own = groups[:, None] == groups  # [B, B]
     positive = own & (counts & (roles == 1))
-    rivals = other & (own | in_batch)  # [B, B]: whom a row is compared with
+    rivals = other & (own | in_batch)  # [B, B]: the rows that a row is compared with
     if anchor_anchor:
         rivals = rivals | (anchor & ~own)
     anchors = anchor & positive.any(-1)  # [B]
@@ -123,7 +124,7 @@ def _contrast(
             "negative_similarity": _mean(alike[anchors], rivals & ~positive),
         }
     per_row = torch.zeros(len(mask), dtype=vectors.dtype, device=vectors.device).masked_scatter(anchors, per_anchor)
-    # anchors, whether or not any token of theirs counts; without one every row, to count nothing
+    # all anchors, also those without a counted token; in a batch without anchors, all rows, each with a loss of 0
     meant = (roles == 0) | (roles != 0).all()  # [B]
     return LossFnOutput(aggregate_sequences(per_row[meant], anchors[meant], aggregation), None, diagnostics)
 

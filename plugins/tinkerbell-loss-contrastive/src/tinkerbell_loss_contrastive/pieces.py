@@ -1,4 +1,4 @@
-"""What the losses here are made of: one embedding a row, from the hidden states, and how alike two of them are."""
+"""Shared parts of the losses: one embedding per row, computed from the hidden states."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Pooling = Literal["last", "mean"]
 
 
 def embeddings(model_outputs: Tensor, mask: Tensor, pooling: str, normalize: bool) -> Tensor:
-    """One vector a row, `[B, H]`: the hidden state at the last position that counts, or their mean; 0 where none does.
+    """One vector per row, `[B, H]`: the hidden state at the last counted position, or the mean of all; 0 for none.
 
-    Raises BadHyperparameter for another pooling.
+    Raises BadHyperparameter if the pooling is neither "last" nor "mean".
     """
     if pooling not in get_args(Pooling):
         known = get_args(Pooling)

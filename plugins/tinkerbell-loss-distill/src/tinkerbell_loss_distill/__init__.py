@@ -1,4 +1,4 @@
-"""Distillation: divergences from a teacher, on all of its vocabulary, on its top tokens, or on the sampled one."""
+"""Distillation: divergences from a teacher on the whole vocabulary, on top tokens, or on sampled tokens."""
 
 from __future__ import annotations
 

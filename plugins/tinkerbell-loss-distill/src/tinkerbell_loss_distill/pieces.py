@@ -1,4 +1,4 @@
-"""What distillation losses are made of: rows of teacher and student, and divergences between them."""
+"""Shared parts of the losses: log-probabilities of teacher and student, and divergences between them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Diagnostics = dict[str, Tensor]
 
 
 class Rows(NamedTuple):
-    """Log-probabilities of student and teacher at the n positions that count, `[n, V]` or `[n, K]`; mask is `[B, T]`.
+    """Log-probabilities of student and teacher at the n counted positions, `[n, V]` or `[n, K]`. mask: `[B, T]`.
 
-    The student's are attached to the graph; the teacher's may be -inf.
+    Those of the student are attached to the graph; those of the teacher may be -inf.
     """
 
     mask: Tensor
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
 def whole_vocabulary(
     model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, temperature: float = 1.0
 ) -> Rows:
-    """Rows over V; both softmaxes are of logits / temperature."""
+    """Log-probabilities over the vocabulary; both sets of logits are divided by the temperature."""
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     student = counted_rows(model_outputs, mask)
     teacher = counted_rows(loss_fn_inputs["teacher_logits"], mask)
@@ -39,12 +39,12 @@ def whole_vocabulary(
 
 
 def finite(logprobs: Tensor) -> Tensor:
-    """-inf becomes the lowest finite number, so that 0 * log 0 is 0."""
+    """Replaces -inf with the lowest finite number, so that 0 * log 0 is 0."""
     return logprobs.clamp(min=torch.finfo(logprobs.dtype).min)
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) of each row, `[n]`; p must be finite, q may be -inf where p is 0 or the divergence infinite."""
+    """KL(p || q) of each row, `[n]`. log_p must be finite. For a log_q of -inf it is inf, or NaN if p is 0."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -56,7 +56,8 @@ def entropy_of(log_p: Tensor) -> Tensor:
 def jensen_shannon(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """beta * KL(T || M) + (1 - beta) * KL(S || M) of each row, M = beta * T + (1 - beta) * S: `[n]`.
 
-    At 0 and 1, where that is 0, it is what it tends to per unit of beta: KL(T || S) and KL(S || T).
+    For beta 0 and 1 this formula is 0. The result is then the limit of the formula divided by beta or by 1 - beta:
+    KL(T || S) for beta 0, KL(S || T) for beta 1.
     """
     if beta == 0:
         return kl(finite(teacher), student)
@@ -67,18 +68,18 @@ def jensen_shannon(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 
 
 def renormalised(logprobs: Tensor) -> Tensor:
-    """Of a part of the vocabulary, as if it were all."""
+    """Log-probabilities given that the token is one of these."""
     return logprobs - logprobs.logsumexp(-1, keepdim=True)
 
 
 def with_tail(logprobs: Tensor) -> Tensor:
-    """`[n, K + 1]`: the last column is all the rest of the vocabulary, taken as one token."""
+    """`[n, K + 1]`: the last column is the log-probability of the rest of the vocabulary."""
     mass = logprobs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
     return torch.cat([logprobs, (-torch.expm1(mass)).log()], -1)
 
 
 def output(per_row: Tensor, mask: Tensor, aggregation: str, diagnostics: Mapping[str, Tensor]) -> LossFnOutput:
-    """The loss of divergences `[n]`; what to watch is given `[n]` too."""
+    """The loss of divergences `[n]`; the diagnostics are also `[n]`."""
     per_token = spread_rows(per_row, mask)  # [B, T]
     shown = {f"{name}:mean": masked_mean(spread_rows(x.detach(), mask), mask) for name, x in diagnostics.items()}
     shown["divergence:mean"] = masked_mean(per_token, mask)

@@ -1,4 +1,4 @@
-"""On-policy distillation from one number a token: how likely the teacher finds what the student said."""
+"""On-policy distillation from one number per token: the teacher's log-probability of the sampled token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ on_samples = family(
     optional_inputs=("weights",),
     finite=("teacher_logprobs", "logprobs", "weights"),
 )
-"""Declares a loss of samples' log-probabilities."""
+"""Declares a loss of the log-probabilities of sampled tokens."""
 
 
 @on_samples()
@@ -29,10 +29,11 @@ def on_policy_distillation(
     coef: float = 1.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """-ratio * coef * (log p_teacher - log p_sampler), summed: importance_sampling, rewarded for pleasing the teacher.
+    """-ratio * coef * (log p_teacher - log p_sampler), summed: importance sampling, the advantage from the teacher.
 
-    Tinker's cookbook (thinkingmachines.ai/blog/on-policy-distillation). target_tokens are the student's samples,
-    logprobs `[B, T]` theirs when they were sampled, teacher_logprobs `[B, T]` the teacher's of the same tokens.
+    The loss of Tinker's cookbook (thinkingmachines.ai/blog/on-policy-distillation). target_tokens: tokens sampled from
+    the student. logprobs: `[B, T]`, their log-probabilities at the time of sampling. teacher_logprobs: `[B, T]`, their
+    log-probabilities under the teacher.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)  # [B, T]
@@ -52,8 +53,9 @@ def sampled_reverse_kl(
 ) -> LossFnOutput:
     """(log p - log p_teacher), detached, * log p, summed: the gradient of reverse_kl, estimated from the samples.
 
-    TRL's SDFT and SDPO in mode sampled_token. For samples of this very policy: stale ones want on_policy_distillation.
-    target_tokens and teacher_logprobs `[B, T]`. The number itself means nothing: watch teacher_kl.
+    TRL's SDFT and SDPO in the mode sampled_token. The samples must be from the current policy; for older samples, use
+    on_policy_distillation. target_tokens and teacher_logprobs: `[B, T]`. The value of the loss is not a measure of
+    progress; use the diagnostic teacher_kl.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)  # [B, T]
@@ -72,11 +74,11 @@ def iw_opd(
     temperature: float = 1.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """-w * (log p_teacher - log p_sampler) * log p, summed; w falls from 1 + gamma to 1 along each response.
+    """-w * (log p_teacher - log p_sampler) * log p, summed; w decreases from 1 + gamma to 1 along each response.
 
     Position-weighted on-policy distillation (arXiv:2606.22600): w is 1 + gamma * (1 - the share of the response's
-    disagreement that came before the token). temperature: what the samples were drawn with. Inputs as for
-    on_policy_distillation.
+    disagreement before the token). The disagreement of a token is |log p_teacher - log p_sampler|. temperature: that of
+    the sampling. The inputs are those of on_policy_distillation.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     outputs = model_outputs if temperature == 1.0 else model_outputs / temperature

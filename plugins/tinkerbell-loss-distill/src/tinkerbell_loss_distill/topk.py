@@ -1,7 +1,8 @@
-"""Divergences on a few tokens a position: three ways to treat what is left out, each by its own name.
+"""Divergences on K tokens per position. The names of the losses state how they treat the other tokens.
 
-partial: the left-out tokens are ignored, and the divergence can be negative. renormalised: both sides are taken as if
-the few were all. tail: all the rest counts as one token more, which never overstates the divergence over all.
+partial: the other tokens are ignored, and the divergence can be negative. renormalised: both distributions are
+conditioned on the K tokens. tail: the other tokens count as one token, and the result is at most the divergence over
+the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ of_student = partial(distillation, allowed={"k": at_least(1), "beta": SHARE})
 def _teachers_top(
     model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor
 ) -> tuple[Rows, dict[str, Tensor]]:
-    """Log-probabilities of the teacher's K tokens, `[n, K]`, and the mass they hold on each side."""
+    """Log-probabilities of the teacher's K tokens, `[n, K]`, and their mass under student and teacher, `[n]`."""
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     student = target_logprobs(model_outputs, loss_fn_inputs["teacher_topk_ids"], where=mask)  # [B, T, K]
     teacher = loss_fn_inputs["teacher_topk_logprobs"]  # [B, T, K]
@@ -43,7 +44,7 @@ def _teachers_top(
 def _students_top(
     model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, k: int
 ) -> tuple[Rows, dict[str, Tensor]]:
-    """Log-probabilities of the student's k likeliest tokens, `[n, k]`, and the mass they hold on each side."""
+    """Log-probabilities of the student's k likeliest tokens, `[n, k]`, and their mass under both, `[n]`."""
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logits = counted_rows(model_outputs, mask)  # [n, V]
     theirs = counted_rows(loss_fn_inputs["teacher_logits"], mask).log_softmax(-1)  # [n, V]
@@ -61,10 +62,11 @@ def _watched(rows: Rows) -> tuple[Rows, dict[str, Tensor]]:
 def teacher_topk_partial_kl(
     model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, *, aggregation: str = "sum"
 ) -> LossFnOutput:
-    """Sum over the teacher's top K of p_teacher * (log p_teacher - log p), nothing renormalised; summed.
+    """Sum over the teacher's top K of p_teacher * (log p_teacher - log p), not renormalised; summed.
 
-    Forward KL with the rest left out, verl's forward_kl_topk: negative where the student holds more of the few.
-    teacher_topk_ids, teacher_topk_logprobs `[B, T, K]`. The trainer of verl then holds each position at 0 or more.
+    Forward KL without the other tokens, verl's forward_kl_topk. It can be negative if the student has more mass on the
+    K tokens than the teacher. The trainer of verl clamps each position to at least 0. teacher_topk_ids,
+    teacher_topk_logprobs: `[B, T, K]`.
     """
     rows, masses = _teachers_top(model_outputs, loss_fn_inputs, attention_mask)
     return output(kl(finite(rows.teacher), rows.student), rows.mask, aggregation, masses)
@@ -81,8 +83,8 @@ def teacher_topk_renormalised_jsd(
 ) -> LossFnOutput:
     """jsd between teacher and student given that the token is one of the teacher's top K, summed; twinkle's GKD top-k.
 
-    Says nothing of how much the student puts elsewhere. beta 0: forward KL. teacher_topk_ids, teacher_topk_logprobs
-    `[B, T, K]`.
+    It does not depend on the student's mass on the other tokens. beta 0 is forward KL. teacher_topk_ids,
+    teacher_topk_logprobs: `[B, T, K]`.
     """
     rows, masses = _teachers_top(model_outputs, loss_fn_inputs, attention_mask)
     divergence = jensen_shannon(renormalised(rows.student), renormalised(rows.teacher), beta)
@@ -98,10 +100,10 @@ def teacher_topk_tail_jsd(
     beta: float = 0.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """jsd over the teacher's top K and one token more that is all the rest, summed.
+    """jsd over the teacher's top K and one more token for the rest of the vocabulary, summed.
 
-    The best of the three where a teacher gives K log-probabilities only. beta 0: forward KL. teacher_topk_ids (no
-    position has one twice), teacher_topk_logprobs `[B, T, K]`.
+    The recommended loss if the teacher returns only K log-probabilities. beta 0 is forward KL. teacher_topk_ids,
+    teacher_topk_logprobs: `[B, T, K]`; a position must not have the same id twice.
     """
     rows, masses = _teachers_top(model_outputs, loss_fn_inputs, attention_mask)
     divergence = jensen_shannon(with_tail(rows.student), with_tail(rows.teacher), beta)
@@ -120,7 +122,7 @@ def student_topk_renormalised_jsd(
 ) -> LossFnOutput:
     """jsd between student and teacher given that the token is one of the student's top k, summed; TRL's SDFT, no tail.
 
-    teacher_logits `[B, T, V]`. beta is TRL's distillation_alpha.
+    teacher_logits: `[B, T, V]`. beta is TRL's distillation_alpha.
     """
     rows, masses = _students_top(model_outputs, loss_fn_inputs, attention_mask, k)
     divergence = jensen_shannon(renormalised(rows.student), renormalised(rows.teacher), beta)
@@ -137,9 +139,9 @@ def student_topk_tail_jsd(
     beta: float = 0.5,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """jsd over the student's top k and one token more that is all the rest, summed; TRL's SDFT with add_tail.
+    """jsd over the student's top k and one more token for the rest, summed; TRL's SDFT with add_tail.
 
-    teacher_logits `[B, T, V]`. beta is TRL's distillation_alpha.
+    teacher_logits: `[B, T, V]`. beta is TRL's distillation_alpha.
     """
     rows, masses = _students_top(model_outputs, loss_fn_inputs, attention_mask, k)
     divergence = jensen_shannon(with_tail(rows.student), with_tail(rows.teacher), beta)

@@ -1,4 +1,4 @@
-"""Divergences from a teacher whose logits are all there."""
+"""Divergences from a teacher, computed from its logits of the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def forward_kl(
     temperature: float = 1.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """KL(teacher || student) at each position, summed: the student covers all that the teacher says (arXiv:1503.02531).
+    """KL(teacher || student) at each position, summed: mode-covering distillation (arXiv:1503.02531).
 
-    teacher_logits `[B, T, V]` may hold -inf. Both are softened by temperature; nothing is multiplied by its square.
-    torchtune's leaves out the teacher's entropy: that is soft_cross_entropy.
+    teacher_logits: `[B, T, V]`, may contain -inf. temperature divides the logits of both; the loss is not multiplied by
+    its square. torchtune omits the entropy of the teacher, which is soft_cross_entropy.
     """
     rows = whole_vocabulary(model_outputs, loss_fn_inputs, attention_mask, temperature)
     shown = {"teacher_entropy": entropy_of(rows.teacher)}
@@ -49,7 +49,7 @@ def soft_cross_entropy(
 ) -> LossFnOutput:
     """-sum over the vocabulary of p_teacher * log p, summed: forward_kl plus the teacher's entropy, the same gradient.
 
-    teacher_logits `[B, T, V]`.
+    teacher_logits: `[B, T, V]`.
     """
     rows = whole_vocabulary(model_outputs, loss_fn_inputs, attention_mask, temperature)
     shown = {"teacher_entropy": entropy_of(rows.teacher)}
@@ -65,9 +65,10 @@ def reverse_kl(
     temperature: float = 1.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """KL(student || teacher) at each position, summed: the student keeps to what the teacher says (arXiv:2306.08543).
+    """KL(student || teacher) at each position, summed: mode-seeking distillation (arXiv:2306.08543).
 
-    teacher_logits `[B, T, V]`; where they are -inf and the student's are not, the divergence is infinite and refused.
+    teacher_logits: `[B, T, V]`. If a logit of the teacher is -inf and that of the student is not, the divergence is
+    infinite and the call is rejected.
     """
     rows = whole_vocabulary(model_outputs, loss_fn_inputs, attention_mask, temperature)
     shown = {"teacher_entropy": entropy_of(rows.teacher), "student_entropy": entropy_of(rows.student.detach())}
@@ -86,7 +87,7 @@ def symmetric_kl(
 ) -> LossFnOutput:
     """alpha * KL(teacher || student) + (1 - alpha) * KL(student || teacher) at each position, summed.
 
-    teacher_logits `[B, T, V]`. torchtune's leaves out the teacher's entropy of the first part.
+    teacher_logits: `[B, T, V]`. torchtune omits the entropy of the teacher in the first term.
     """
     rows = whole_vocabulary(model_outputs, loss_fn_inputs, attention_mask, temperature)
     forward, reverse = kl(finite(rows.teacher), rows.student), kl(rows.student, rows.teacher)
@@ -106,8 +107,8 @@ def jsd(
 ) -> LossFnOutput:
     """beta * KL(T || M) + (1 - beta) * KL(S || M), M = beta * T + (1 - beta) * S, summed (GKD, arXiv:2306.13649).
 
-    T is the teacher, S the student; beta 0 is forward_kl, 1 reverse_kl. teacher_logits `[B, T, V]`, -inf allowed.
-    On the student's own samples it is on-policy distillation over the whole vocabulary.
+    T is the teacher, S the student. beta 0 is forward_kl, beta 1 is reverse_kl. teacher_logits: `[B, T, V]`, may
+    contain -inf. On samples from the student, it is on-policy distillation over the whole vocabulary.
     """
     rows = whole_vocabulary(model_outputs, loss_fn_inputs, attention_mask, temperature)
     shown = {"teacher_entropy": entropy_of(rows.teacher)}
@@ -128,11 +129,12 @@ def sdft(
     ratio_cap: float = 2.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """jsd to the model shown a demonstration, times min(ratio of the sampled token, ratio_cap), detached; summed.
+    """jsd to the model with a demonstration, times min(ratio of the sampled token, ratio_cap), detached; summed.
 
-    Self-distillation fine-tuning: target_tokens are the student's own samples, logprobs `[B, T]` theirs when they were
-    sampled, teacher_logits `[B, T, V]` the same model's with the demonstration in its prompt. beta is TRL's
-    distillation_alpha: 0 forward, 1 reverse. Where samples are fresh, ratios are 1 and it is jsd.
+    Self-distillation fine-tuning. target_tokens: tokens sampled from the student. logprobs: `[B, T]`, their
+    log-probabilities at the time of sampling. teacher_logits: `[B, T, V]`, of the same model with the demonstration in
+    its prompt. beta is TRL's distillation_alpha: 0 is forward KL, 1 reverse KL. For samples from the current policy,
+    the ratios are 1 and it is jsd.
     """
     rows = whole_vocabulary(model_outputs, loss_fn_inputs, attention_mask)
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=rows.mask)  # [B, T]
@@ -154,7 +156,7 @@ def total_variation(
 ) -> LossFnOutput:
     """Half the sum over the vocabulary of |p_teacher - p| at each position, summed (arXiv:2307.15190).
 
-    teacher_logits `[B, T, V]`.
+    teacher_logits: `[B, T, V]`.
     """
     rows = whole_vocabulary(model_outputs, loss_fn_inputs, attention_mask, temperature)
     return output((rows.teacher.exp() - rows.student.exp()).abs().sum(-1) / 2, rows.mask, aggregation, {})
@@ -164,9 +166,9 @@ def total_variation(
 def cosine_distance(
     model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, *, aggregation: str = "sum"
 ) -> LossFnOutput:
-    """1 - cosine of the angle between teacher's and student's logits at each position, summed; as Liger has it.
+    """1 - cosine similarity of the logits of teacher and student at each position, summed; as in Liger.
 
-    teacher_logits `[B, T, V]`, finite.
+    teacher_logits: `[B, T, V]`, finite.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)
     student = counted_rows(model_outputs, mask)
@@ -180,8 +182,8 @@ def uld(
 ) -> LossFnOutput:
     """Sum of |teacher - student| over probabilities sorted by size, summed: for a teacher of another vocabulary.
 
-    Universal logit distillation (arXiv:2402.12030). teacher_logits `[B, T, V']`, of the teacher's position that stands
-    for each of the student's: which that is, the caller decides.
+    Universal logit distillation (arXiv:2402.12030). teacher_logits: `[B, T, V']`. The caller aligns the positions of
+    teacher and student.
     """
     rows = whole_vocabulary(model_outputs, loss_fn_inputs, attention_mask)
     student, teacher = (x.exp().sort(-1, descending=True).values for x in (rows.student, rows.teacher))

@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its variants: raise the chosen completion over the rejected one."""
+"""Direct preference optimisation and its variants: make the chosen completion more likely than the rejected one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Alignment by optimal transport: the chosen as a distribution above the rejected, so that all pairs see each other."""
+"""Alignment by optimal transport (AOT): compares the sorted rewards of a batch, so every pair depends on the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def aot(
 ) -> LossFnOutput:
     """-log sigmoid(beta * (sorted model margins - sorted reference margins)): paired AOT (arXiv:2406.05882).
 
-    A margin is log p(chosen) - log p(rejected), sorted over the pairs that count. label_smoothing: as in dpo.
+    A margin is log p(chosen) - log p(rejected). Only pairs with a counted token are sorted. label_smoothing: as in dpo.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     chosen, rejected = pairs(sequence_sum(found.logprobs, found.mask))  # [P]
@@ -42,7 +42,7 @@ def aot_unpaired(
 ) -> LossFnOutput:
     """-log sigmoid(beta * (sorted chosen - sorted rejected)), of log-ratios: unpaired AOT (arXiv:2406.05882).
 
-    Which chosen completion came with which rejected one does not matter. label_smoothing: as in dpo.
+    The pairing of chosen and rejected completions has no effect. label_smoothing: as in dpo.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     return _output(found, found.chosen, found.rejected, beta, label_smoothing, aggregation)

@@ -1,4 +1,4 @@
-"""DPO under another divergence from the reference than the reverse KL (f-DPO, arXiv:2309.16240)."""
+"""DPO with divergences from the reference other than the reverse KL (f-DPO, arXiv:2309.16240)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinkerbell_core import LossFnOutput
 from tinkerbell_loss_dpo.pieces import Inputs, Pairs, on_pairs, read
 
 _LARGEST = 80.0
-"""Exponents end here: exp(80) is a float32, and a margin that wide has no gradient left."""
+"""The largest exponent: exp(80) is finite in float32. A larger exponent is clamped, so it has no gradient."""
 
 
 @on_pairs()
@@ -24,7 +24,7 @@ def dpo_forward_kl(
     beta: float = 0.1,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """-log sigmoid(beta * (f'(chosen) - f'(rejected))), f'(u) = 1 - 1 / u: forward KL (2309.16240)."""
+    """-log sigmoid(beta * (f'(chosen) - f'(rejected))), f'(u) = 1 - 1 / u: f-DPO, forward KL (2309.16240)."""
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     return _output(found, lambda log_ratio: _alpha(log_ratio, 1.0), beta, aggregation)
 
@@ -38,7 +38,7 @@ def dpo_js(
     beta: float = 0.1,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """-log sigmoid(beta * (f'(chosen) - f'(rejected))), f'(u) = log(2u / (1 + u)): Jensen-Shannon (2309.16240)."""
+    """-log sigmoid(beta * (f'(chosen) - f'(rejected))), f'(u) = log(2u / (1 + u)): f-DPO, JS (2309.16240)."""
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     return _output(found, lambda log_ratio: math.log(2) + F.logsigmoid(log_ratio), beta, aggregation)
 
@@ -55,7 +55,8 @@ def dpo_alpha(
 ) -> LossFnOutput:
     """-log sigmoid(beta * (f'(chosen) - f'(rejected))), f'(u) = (1 - u^-alpha) / alpha (2309.16240).
 
-    f-DPO with an alpha-divergence; 0 is DPO, 1 the forward KL. TRL's f_alpha_divergence_coef is 1 - alpha.
+    f-DPO with an alpha-divergence: alpha 0 is DPO, alpha 1 is dpo_forward_kl. TRL's f_alpha_divergence_coef is
+    1 - alpha.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     return _output(found, lambda log_ratio: _alpha(log_ratio, alpha), beta, aggregation)
@@ -70,5 +71,5 @@ def _alpha(log_ratio: Tensor, alpha: float) -> Tensor:
 def _output(found: Pairs, derivative: Callable[[Tensor], Tensor], beta: float, aggregation: str) -> LossFnOutput:
     scored = Pairs(
         found.mask, found.logprobs, found.reference, derivative(found.chosen), derivative(found.rejected)
-    )  # rewards are shown as the divergence sees them
+    )  # the reward diagnostics are those of f'
     return scored.output(-F.logsigmoid(beta * scored.margin), beta, aggregation)

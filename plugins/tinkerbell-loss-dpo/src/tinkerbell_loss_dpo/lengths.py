@@ -1,4 +1,4 @@
-"""DPO that minds long completions, and DPO that minds whose they are: weights on tokens and on pairs."""
+"""DPO with weights of tokens, against a bias to long completions, and with weights of pairs by their likelihood."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ld_dpo(
 ) -> LossFnOutput:
     """-log sigmoid(beta * margin), tokens past the shorter completion's length times alpha: LD-DPO (arXiv:2409.06411).
 
-    alpha 1 is DPO; 0 leaves those tokens out. Raises BadData for ref_logprobs that are sums, `[B]`.
+    alpha 1 is DPO; alpha 0 ignores those tokens. Raises BadData if ref_logprobs are sums, `[B]`.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     counts = found.mask != 0  # [B, T]
@@ -33,7 +33,7 @@ def ld_dpo(
     shorter = torch.minimum(chosen, rejected).repeat_interleave(2)[:, None]  # [B, 1]
     mask = torch.where(counts.cumsum(-1) > shorter, alpha * found.mask, found.mask)  # [B, T]
     if found.reference.dim() != 2:
-        raise BadData("ld_dpo needs ref_logprobs for each token, [B, T]: a sum cannot be cut")
+        raise BadData("ld_dpo needs ref_logprobs per token, [B, T], but got one sum per row, [B]")
     desensitised = under(mask, found.logprobs, found.reference)
     margin = beta * desensitised.margin  # [P]
     return found.output(-F.logsigmoid(margin), beta, aggregation)
@@ -48,10 +48,10 @@ def wpo(
     beta: float = 0.1,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """-w log sigmoid(beta * margin), w = w_chosen * w_rejected, detached: weighted preferences (2406.11827).
+    """-w log sigmoid(beta * margin), w = w_chosen * w_rejected, detached: WPO (arXiv:2406.11827).
 
-    A completion's weight is exp of the mean over its tokens of log p(token) - log sum_v p(v)^2: how much it is the
-    model's own, against what the model would sample. The authors' code and older TRL clamp a pair's weight at 1.
+    The weight of a completion is exp of the mean over its tokens of log p(token) - log sum_v p(v)^2. It is high if the
+    model is likely to generate the completion. The authors' code and older TRL clamp the weight of a pair at 1.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     weights = _likeness(model_outputs, found)  # [P]

@@ -1,4 +1,4 @@
-"""Losses of the margin: by how much the chosen completion gained more on the reference than the rejected one did."""
+"""Losses of the margin: the log-ratio of the chosen completion minus the log-ratio of the rejected one."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ def dpo(
 ) -> LossFnOutput:
     """-log sigmoid(beta * margin): direct preference optimisation (arXiv:2305.18290).
 
-    The margin is the chosen row's log-ratio to the reference less the rejected row's, each summed over the tokens that
-    count. label_smoothing is the share of flipped labels (cDPO, ericmitchell.ai/cdpo.pdf); TRL and Liger ignore theirs.
+    The margin is the log-ratio of the chosen row to the reference minus that of the rejected row, each summed over the
+    counted tokens. label_smoothing is the share of flipped labels (cDPO, ericmitchell.ai/cdpo.pdf). TRL and Liger
+    ignore label_smoothing.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     margin = beta * found.margin  # [P]
@@ -60,9 +61,9 @@ def robust_dpo(
     label_smoothing: float = 0.1,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """(-(1 - e) log sigmoid(u) + e log sigmoid(-u)) / (1 - 2e), u = beta * margin: unbiased under noise (2403.00409).
+    """(-(1 - e) log sigmoid(u) + e log sigmoid(-u)) / (1 - 2e), u = beta * margin: robust DPO (2403.00409).
 
-    label_smoothing, e, is the share of flipped labels, below 0.5.
+    An unbiased estimate of the DPO loss if a share e of the labels is flipped. label_smoothing is e, less than 0.5.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     margin = beta * found.margin  # [P]
@@ -93,10 +94,11 @@ def ipo(
     beta: float = 0.1,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """(margin - 1 / (2 beta))^2: identity preference optimisation, beta being its tau (arXiv:2310.12036).
+    """(margin - 1 / (2 beta))^2: identity preference optimisation, IPO (arXiv:2310.12036).
 
-    Log-ratios are summed, as in the paper and in OpenRLHF; TRL averages them over tokens: that is ipo_norm. twinkle
-    multiplies the margin by beta first: beta^2 times this loss at a tau of beta^2.
+    beta is the paper's tau. Log-ratios are summed, as in the paper and in OpenRLHF. TRL averages them over tokens,
+    which is ipo_norm. twinkle multiplies the margin by beta before the square, which equals beta^2 times this loss with
+    its beta set to beta^2.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     return found.output((found.margin - 1 / (2 * beta)).square(), beta, aggregation)
@@ -128,7 +130,7 @@ def exo(
 ) -> LossFnOutput:
     """KL(sigmoid(beta * margin) || 1 - e), of two outcomes: efficient exact optimisation of pairs (arXiv:2402.00856).
 
-    label_smoothing, e, is between 0 and 1.
+    label_smoothing is e, between 0 and 1.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     margin = beta * found.margin  # [P]
@@ -149,12 +151,13 @@ def discopop(
 ) -> LossFnOutput:
     """(1 - g) * -log sigmoid(u) + g * exp(-u), u = beta * margin, g = sigmoid(u / tau): DiscoPOP (arXiv:2406.08414).
 
-    Found by search, and not convex: at a margin of 0, where training begins, its slope has the other sign.
+    An automated search found this loss, and it is not convex. At a margin of 0, which is the start of training, its
+    gradient decreases the margin.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     margin = beta * found.margin  # [P]
     gate = (margin / tau).sigmoid()
-    # g * exp(-u) in logarithms: where u is far below 0, exp(-u) alone overflows
+    # g * exp(-u) in logarithms: exp(-u) alone overflows if u is far below 0
     exponential = (F.logsigmoid(margin / tau) - margin).exp()
     return found.output(-F.logsigmoid(margin) * (1 - gate) + exponential, beta, aggregation)
 

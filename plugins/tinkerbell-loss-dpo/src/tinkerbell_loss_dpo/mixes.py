@@ -1,4 +1,4 @@
-"""Preference, absolute quality and likelihood at once."""
+"""Sums of a preference loss, a loss of absolute quality and a likelihood."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def mpo(
 ) -> LossFnOutput:
     """0.8 dpo + 0.2 bco_pair + 1.0 NLL of the chosen completion: mixed preference optimisation (arXiv:2411.10442).
 
-    The NLL of a completion is the mean over its tokens; with aggregation "token-mean", that over all tokens of the
-    batch, as in TRL (its loss_type ["sigmoid", "bco_pair", "sft"] with loss_weights). reward_shift: as in bco_pair.
+    The NLL of a completion is the mean over its tokens. With aggregation "token-mean", the NLL is the mean over all
+    tokens of the batch, as in TRL (loss_type ["sigmoid", "bco_pair", "sft"] with loss_weights). reward_shift: as in
+    bco_pair.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     chosen, rejected = beta * found.chosen, beta * found.rejected  # [P]

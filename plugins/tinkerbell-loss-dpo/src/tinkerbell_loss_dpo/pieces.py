@@ -1,4 +1,4 @@
-"""What the losses here are made of: the log-ratio of each completion to its reference, and a loss per pair made one."""
+"""Shared parts of the losses: the log-ratios of the pairs of a batch, and the aggregation of a loss per pair."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ on_pairs = family(
     optional_inputs=("weights",),
     finite=("ref_logprobs", "weights"),
 )
-"""Declares a loss of pairs that do not see each other."""
+"""Declares a loss in which each pair is independent of the others."""
 
 on_batches_of_pairs = partial(on_pairs, coupling="batch")
 """Declares a loss in which every pair depends on the others."""
@@ -36,9 +36,10 @@ on_batches_of_pairs = partial(on_pairs, coupling="batch")
 
 @dataclass(frozen=True)
 class Pairs:
-    """P pairs of a chosen and a rejected completion, each with its log-ratio: log p(y) - log reference(y), summed.
+    """P pairs of a chosen and a rejected completion.
 
-    mask, logprobs: `[B, T]`, of all B = 2P rows. reference: as it came, `[B, T]` or `[B]`.
+    mask, logprobs: `[B, T]`, of all B = 2P rows. reference: the input ref_logprobs, `[B, T]` or `[B]`. chosen and
+    rejected: `[P]`, the log-ratios log p(y) - log reference(y), summed over tokens.
     """
 
     mask: Tensor
@@ -49,29 +50,29 @@ class Pairs:
 
     @property
     def margin(self) -> Tensor:
-        """By how much the chosen one gained more than the rejected one, `[P]`."""
+        """The chosen log-ratio minus the rejected one, `[P]`."""
         return self.chosen - self.rejected
 
     @property
     def count(self) -> Tensor:
-        """Whether any token of a pair counts, `[P]`."""
+        """Whether a pair has a counted token, `[P]`."""
         chosen, rejected = pairs((self.mask != 0).any(-1))
         return chosen | rejected
 
     def averaged(self) -> Pairs:
-        """The same with each log-ratio divided by how many tokens count, so that length does not."""
+        """The same pairs, with each log-ratio divided by the number of counted tokens."""
         chosen, rejected = pairs((self.mask != 0).sum(-1).clamp(min=1))  # [P]
         return Pairs(self.mask, self.logprobs, self.reference, self.chosen / chosen, self.rejected / rejected)
 
     def output(self, per_pair: Tensor, beta: float, aggregation: str, plus: Tensor | None = None) -> LossFnOutput:
-        """A loss `[P]` aggregated, `plus` a scalar; beta * log-ratio are shown as rewards."""
+        """The aggregated loss of per_pair `[P]`, plus `plus`, a scalar. Reward diagnostics: beta * log-ratio."""
         loss = aggregate_sequences(per_pair, self.count, aggregation)
         shown = reward_diagnostics(beta * self.chosen, beta * self.rejected)
         return LossFnOutput(loss if plus is None else loss + plus, self.logprobs, shown)
 
 
 def read(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> Pairs:
-    """The pairs of a batch. Raises BadData for an odd number of rows."""
+    """The pairs of a batch. Raises BadData if the number of rows is odd."""
     pairs(attention_mask)
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)  # [B, T]
@@ -79,6 +80,6 @@ def read(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) 
 
 
 def under(mask: Tensor, logprobs: Tensor, reference: Tensor) -> Pairs:
-    """The pairs these numbers make under a mask `[B, T]`."""
+    """The pairs with log-ratios that are summed with a mask `[B, T]`."""
     chosen, rejected = pairs(sequence_log_ratio(logprobs, reference, mask))  # [P]
     return Pairs(mask, logprobs, reference, chosen, rejected)

@@ -1,4 +1,4 @@
-"""Losses of each completion's own reward, beta * log-ratio: they say where each goes, not only how far apart."""
+"""Losses of the reward of each completion, beta * log-ratio, and not only of the difference of two rewards."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def bco_pair(
     reward_shift: float = 0.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """-log sigmoid(chosen - shift) - log sigmoid(shift - rejected): a binary classifier of rewards (arXiv:2404.04656).
+    """-log sigmoid(chosen - shift) - log sigmoid(shift - rejected), of rewards: BCO on pairs (arXiv:2404.04656).
 
-    reward_shift is the paper's delta, a running mean of `chosen_reward` and `rejected_reward` that the caller keeps;
-    TRL and Liger have none, which is 0.
+    reward_shift is the paper's delta: a running mean of the diagnostics `chosen_reward` and `rejected_reward`, which
+    the caller computes. TRL and Liger have no shift, which equals 0.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     chosen, rejected = beta * found.chosen - reward_shift, beta * found.rejected - reward_shift  # [P]
@@ -56,9 +56,9 @@ def sppo_hard(
     beta: float = 0.1,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """(chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2, of log-ratios: self-play, hard labels (2405.00675).
+    """(chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2, of log-ratios: SPPO with hard labels (2405.00675).
 
-    beta is the inverse of the paper's eta.
+    beta is 1 / eta of the paper.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     goal = 1 / (2 * beta)
@@ -76,8 +76,8 @@ def cal_dpo(
 ) -> LossFnOutput:
     """-log sigmoid(margin) + (chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2, log-ratios: Cal-DPO (2412.14516).
 
-    DPO that also pins the size of its rewards: beta sets that size, and does not multiply the margin.
-    The authors' code halves the squares.
+    DPO with two terms that calibrate the log-ratios to +-1 / (2 beta); beta does not multiply the margin. The authors'
+    code multiplies the squares by 0.5.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     goal = 1 / (2 * beta)
@@ -94,10 +94,10 @@ def apo_zero(
     beta: float = 0.1,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """1 - sigmoid(chosen) + sigmoid(rejected), of rewards: anchored preferences (arXiv:2408.06266).
+    """1 - sigmoid(chosen) + sigmoid(rejected), of rewards: APO-zero (arXiv:2408.06266).
 
-    Where the chosen completions are better than the model's own; where they are worse, apo_down.
-    twinkle calls it kto_pair.
+    Use it if the chosen completions are better than those of the model; if they are worse, use apo_down. twinkle calls
+    this loss kto_pair.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     chosen, rejected = beta * found.chosen, beta * found.rejected  # [P]
@@ -113,10 +113,10 @@ def apo_down(
     beta: float = 0.1,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """sigmoid(chosen) + 1 - sigmoid(chosen - rejected), of rewards: anchored preferences (2408.06266).
+    """sigmoid(chosen) + 1 - sigmoid(chosen - rejected), of rewards: APO-down (2408.06266).
 
-    Where the model's own completions are better than the chosen ones: both become less likely, the
-    rejected ones more so.
+    Use it if the completions of the model are better than the chosen ones. It makes both completions less likely, the
+    rejected one more than the chosen one.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     chosen, margin = beta * found.chosen, beta * found.margin  # [P]

@@ -1,4 +1,4 @@
-"""Policy losses of reinforcement learning from groups of samples: GRPO and what came of it."""
+"""GRPO and related policy losses: reinforcement learning from groups of samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The clipped surrogate of PPO on groups of samples, and the losses that differ by how it is averaged."""
+"""The clipped surrogate of PPO for groups of samples; most losses differ only in how it is averaged."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def grpo(
 ) -> LossFnOutput:
     """-min(ratio * A, clip(ratio) * A), the mean over each response, then over responses.
 
-    Group relative policy optimisation (DeepSeekMath, arXiv:2402.03300) without its KL term, as all use it now; with it:
-    grpo_kl. advantages: `[B]` one a response (rewards less the group's mean, over its deviation), or `[B, T]`.
-    logprobs: `[B, T]`, of the policy that sampled. dual_clip: where A < 0 the loss goes no higher than -dual_clip * A
-    (arXiv:1912.09729); verl always does, with 3; TRL calls it delta.
-    correction: a factor from rollout_logprobs, see corrections.py.
+    Group relative policy optimisation (DeepSeekMath, arXiv:2402.03300) without its KL term; grpo_kl has it. advantages:
+    `[B]`, one per response (the reward minus the mean of the group, divided by its standard deviation), or `[B, T]`.
+    logprobs: `[B, T]`, of the policy that sampled. dual_clip: if A < 0, the loss is at most -dual_clip * A
+    (arXiv:1912.09729). verl always uses it, with 3; TRL calls it delta. correction: the name of a factor that is
+    computed from rollout_logprobs, see corrections.py.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     per_token, shown = clipped(policy, policy.log_ratio.exp(), clip_low_threshold, clip_high_threshold, dual_clip)
@@ -60,7 +60,8 @@ def bnpo(
 ) -> LossFnOutput:
     """-min(ratio * A, clip(ratio) * A), the mean over the tokens of this call.
 
-    GRPO normalised by the batch's tokens, TRL's and Liger's `bnpo`; inputs and the rest as for grpo.
+    GRPO normalised by the number of tokens in the batch; TRL's and Liger's `bnpo`. Other inputs and hyperparameters: as
+    for grpo.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     per_token, shown = clipped(policy, policy.log_ratio.exp(), clip_low_threshold, clip_high_threshold, dual_clip)
@@ -84,8 +85,9 @@ def dapo(
 ) -> LossFnOutput:
     """-min(ratio * A, clip(ratio) * A) with a higher upper clip, the mean over all tokens (arXiv:2503.14476).
 
-    The mean is over the tokens of this call; for all tokens of an accumulated step, ask for aggregation="sum" and
-    optim_step(normalize="tokens"). TRL's and Liger's `dapo` keep an upper clip of 1.2. Inputs and the rest as for grpo.
+    The mean is over the tokens of this call. For the mean over all calls of a step, use aggregation="sum" and
+    optim_step(normalize="tokens"). TRL's and Liger's `dapo` have an upper clip of 1.2. Other inputs and
+    hyperparameters: as for grpo.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     per_token, shown = clipped(policy, policy.log_ratio.exp(), clip_low_threshold, clip_high_threshold, dual_clip)
@@ -108,11 +110,12 @@ def dr_grpo(
     correction_high: float = 2.0,
     aggregation: str = "seq-mean-token-sum",
 ) -> LossFnOutput:
-    """-min(ratio * A, clip(ratio) * A), summed over each response, over a constant length, the mean over responses.
+    """-min(ratio * A, clip(ratio) * A), summed over each response / a constant length; the mean over responses.
 
-    GRPO done right (arXiv:2503.20783): no response is weighted by its own length. Its advantages are rewards less the
-    group's mean, not over the deviation. verl's seq-mean-token-sum-norm divides by the longest response of the batch,
-    and leaves responses without a token out of the mean. Inputs and the rest as for grpo.
+    Dr. GRPO, "GRPO done right" (arXiv:2503.20783): the weight of a response does not depend on its length. An advantage
+    is the reward minus the mean of the group, not divided by the standard deviation. verl's seq-mean-token-sum-norm
+    divides by the width of the batch, and ignores responses without a token in the mean. Other inputs and
+    hyperparameters: as for grpo.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     per_token, shown = clipped(policy, policy.log_ratio.exp(), clip_low_threshold, clip_high_threshold, dual_clip)
@@ -137,13 +140,16 @@ def grpo_prompt_mean(
 ) -> LossFnOutput:
     """-min(ratio * A, clip(ratio) * A), the mean over the tokens of each prompt's responses, then over prompts.
 
-    SkyRL's prompt_mean. The responses of a prompt are consecutive rows, and one sequence to aggregation. Inputs and the
-    rest as for grpo.
-    Raises BadData where the rows are no whole number of prompts.
+    SkyRL's prompt_mean. The responses of a prompt are consecutive rows, and one sequence for the aggregation. Other
+    inputs and hyperparameters: as for grpo. Raises BadData if the number of rows is not a multiple of
+    responses_per_prompt.
     """
     rows = len(attention_mask)
     if rows % responses_per_prompt:
-        raise BadData(f"grpo_prompt_mean got {rows} rows, but they come in prompts of {responses_per_prompt} responses")
+        raise BadData(
+            f"grpo_prompt_mean got {rows} rows, not a multiple of responses_per_prompt={responses_per_prompt}: "
+            "send all responses of a prompt as consecutive rows"
+        )
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     per_token, shown = clipped(policy, policy.log_ratio.exp(), clip_low_threshold, clip_high_threshold, dual_clip)
     per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
@@ -173,9 +179,9 @@ def grpo_kl(
 ) -> LossFnOutput:
     """-min(ratio * A, clip(ratio) * A) + beta * k3(policy, reference), averaged as grpo (arXiv:2402.03300, eq. 3).
 
-    ref_logprobs `[B, T]` come from the server where none are sent. ratio_weighted_kl: k3 times the ratio, so that its
-    mean over the sampler's tokens is the policy's (DeepSeek-V3.2, arXiv:2512.02556; TRL's use_bias_correction_kl).
-    A correction does not touch the KL term. Inputs and the rest as for grpo.
+    ref_logprobs: `[B, T]`; the server computes them if they are not sent. ratio_weighted_kl: k3 times the ratio, so
+    that its mean over sampled tokens is an estimate for the current policy (DeepSeek-V3.2, arXiv:2512.02556; TRL's
+    use_bias_correction_kl). A correction does not change the KL term. Other inputs and hyperparameters: as for grpo.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     per_token, shown = clipped(policy, policy.log_ratio.exp(), clip_low_threshold, clip_high_threshold, dual_clip)
@@ -204,8 +210,8 @@ def high_entropy_dapo(
 ) -> LossFnOutput:
     """-min(ratio * A, clip(ratio) * A) on the tokens of highest entropy only, 0 on the others (arXiv:2506.01939).
 
-    top_entropy: the share of the batch's tokens that train; a mean still divides by all of them, as TRL's
-    top_entropy_quantile does. Inputs and the rest as for grpo.
+    top_entropy: the share of the tokens of the batch that train. A mean divides by the number of all tokens, as with
+    TRL's top_entropy_quantile. Other inputs and hyperparameters: as for grpo.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     per_token, shown = clipped(policy, policy.log_ratio.exp(), clip_low_threshold, clip_high_threshold, dual_clip)

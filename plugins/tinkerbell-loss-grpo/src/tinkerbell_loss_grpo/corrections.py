@@ -1,7 +1,7 @@
-"""Corrections for an engine that sampled with other probabilities than the trainer's: TIS, MIS and their kin.
+"""Corrections (TIS, MIS and others) for an engine that sampled with other probabilities than those of the trainer.
 
-A correction is a factor of each token's loss made from `rollout_logprobs` (the engine's) and `logprobs` (the
-trainer's, at the time); it never changes how many tokens a mean divides by.
+A correction is a factor of the loss of each token. It is computed from `rollout_logprobs` (of the engine) and
+`logprobs` (of the trainer at that time). It does not change the number of tokens that a mean divides by.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tinkerbell_loss_grpo.pieces import FURTHEST, Diagnostics, Policy, effective
 
 
 class Drift(NamedTuple):
-    """Trainer against engine; `[B, T]`, 0 where nothing counts."""
+    """Log-probabilities of trainer and engine, `[B, T]`, 0 at positions that do not count."""
 
     policy: Policy
     trainer: Tensor
@@ -30,7 +30,7 @@ class Drift(NamedTuple):
 
 
 def token_ratio(drift: Drift) -> Tensor:
-    """`[B, T]`."""
+    """The ratio of each token, `[B, T]`."""
     return drift.log_ratio.exp()
 
 
@@ -56,21 +56,21 @@ def binary_tv(drift: Drift) -> Tensor:
 
 
 def inside(statistic: Tensor, low: float, high: float) -> Tensor:
-    """1 where low <= statistic <= high."""
+    """1 if low <= statistic <= high, else 0."""
     return ((statistic >= low) & (statistic <= high)).to(statistic.dtype)
 
 
 def off_policy_sequence(drift: Drift, low: float, high: float) -> Tensor:
-    """OPSM (arXiv:2512.02556): drops negative advantages in a sequence the policy has left, mean KL > high."""
+    """OPSM (arXiv:2512.02556): drops a token if A < 0 and the mean KL of its sequence is greater than high."""
     left = drift.policy.mean(drift.engine - drift.policy.logprobs.detach())  # [B, 1]
     return ((drift.policy.advantages >= 0) | (left <= high)).to(left.dtype)
 
 
 CORRECTIONS: Mapping[str, Callable[[Drift, float, float], Tensor]] = {
-    # truncated importance sampling: the ratio, held within the bounds
+    # truncated importance sampling: the ratio, clamped to the bounds
     "truncate-token": lambda d, low, high: token_ratio(d).clamp(low, high),
     "truncate-sequence": lambda d, low, high: sequence_ratio(d).clamp(low, high),
-    # masked importance sampling: the ratio, dropped outside the bounds
+    # masked importance sampling: the ratio, or 0 outside the bounds
     "mask-token": lambda d, low, high: token_ratio(d) * inside(token_ratio(d), low, high),
     "mask-sequence": lambda d, low, high: sequence_ratio(d) * inside(sequence_ratio(d), low, high),
     "mask-geometric": lambda d, low, high: token_ratio(d) * inside(geometric_ratio(d), low, high),
@@ -78,7 +78,7 @@ CORRECTIONS: Mapping[str, Callable[[Drift, float, float], Tensor]] = {
     "mask-sequence-kl": lambda d, low, high: token_ratio(d) * inside(d.policy.mean(binary_kl(d)), low, high),
     "mask-token-tv": lambda d, low, high: token_ratio(d) * inside(binary_tv(d), low, high),
     "mask-sequence-tv": lambda d, low, high: token_ratio(d) * inside(d.policy.mean(binary_tv(d)), low, high),
-    # rejection: tokens or sequences dropped, the rest not weighted
+    # rejection: 0 outside the bounds, else 1
     "reject-token": lambda d, low, high: inside(token_ratio(d), low, high),
     "reject-sequence": lambda d, low, high: inside(sequence_ratio(d), low, high),
     "reject-geometric": lambda d, low, high: inside(geometric_ratio(d), low, high),
@@ -90,9 +90,9 @@ CORRECTIONS: Mapping[str, Callable[[Drift, float, float], Tensor]] = {
 def corrected(
     per_token: Tensor, policy: Policy, loss_fn_inputs: Mapping[str, Tensor], name: str, low: float, high: float
 ) -> tuple[Tensor, Diagnostics]:
-    """per_token `[B, T]` times the correction of this name ("none": as it is), and what to watch of it.
+    """per_token `[B, T]` times the named correction ("none" changes nothing), and the diagnostics of the correction.
 
-    Raises BadHyperparameter for another name, BadData without rollout_logprobs.
+    Raises BadHyperparameter for an unknown name, and BadData if there are no rollout_logprobs.
     """
     if name == "none":
         return per_token, {}
@@ -102,7 +102,7 @@ def corrected(
         )
     engine = loss_fn_inputs.get("rollout_logprobs")
     if engine is None:
-        raise BadData(f"correction={name!r} needs rollout_logprobs: the log-probabilities of the engine that sampled")
+        raise BadData(f"correction={name!r} needs rollout_logprobs, the log-probabilities from the engine that sampled")
     trainer, engine = (counted(x, policy.mask) for x in (loss_fn_inputs["logprobs"], engine))
     with torch.no_grad():
         factor = CORRECTIONS[name](Drift(policy, trainer, engine), low, high).expand_as(policy.mask)

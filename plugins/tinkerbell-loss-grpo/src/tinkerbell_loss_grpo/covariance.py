@@ -1,6 +1,6 @@
-"""Losses that hold back the few tokens whose log-probability and advantage rise together, which cost entropy most.
+"""Losses that restrain tokens with a high covariance of log-probability and advantage, which lower the entropy most.
 
-The entropy mechanism of reinforcement learning (arXiv:2505.22617).
+"The entropy mechanism of reinforcement learning" (arXiv:2505.22617).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tinkerbell_loss_grpo.pieces import (
 
 
 def _covariance(policy: Policy) -> Tensor:
-    """(A - mean A) * (log p - mean log p) of each token that counts, the means over the batch's; detached, `[B, T]`."""
+    """(A - mean A) * (log p - mean log p) of each token, detached, `[B, T]`; the means are over the counted tokens."""
     logprobs = policy.logprobs.detach()
     advantages = policy.advantages
     return (advantages - masked_mean(advantages, policy.mask)) * (logprobs - masked_mean(logprobs, policy.mask))
@@ -42,10 +42,11 @@ def clip_cov(
     covariance_high: float = 5.0,
     aggregation: str = "token-mean",
 ) -> LossFnOutput:
-    """-min(ratio * A, clip(ratio) * A), but 0 for a few tokens drawn from those of high covariance.
+    """-min(ratio * A, clip(ratio) * A), but 0 for a few random tokens of high covariance (arXiv:2505.22617).
 
-    share: of all tokens, how many are drawn, at least 1; with 1.0 all whose covariance is between the bounds, and
-    nothing is random. Tokens the clip has stopped already are not drawn. Inputs as for grpo.
+    share: the number of drawn tokens as a share of all tokens; at least one is drawn. With a share of 1, all tokens
+    with a covariance between the bounds are drawn, which is not random. Tokens that the clip affects are not drawn.
+    Inputs: as for grpo.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     ratio = policy.log_ratio.exp()
@@ -77,9 +78,10 @@ def kl_cov(
     kl_coef: float = 1.0,
     aggregation: str = "token-mean",
 ) -> LossFnOutput:
-    """-ratio * A, plus kl_coef * |log-ratio| for the few tokens of highest covariance.
+    """-ratio * A, plus kl_coef * |log-ratio| for the few tokens of highest covariance (arXiv:2505.22617).
 
-    share: of all tokens, how many pay, at least 1: 2e-4 in the paper and verl, 0.2 in SkyRL. Inputs as for grpo.
+    share: the number of penalised tokens as a share of all tokens, at least one token; 2e-4 in the paper and verl, 0.2
+    in SkyRL. Inputs: as for grpo.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     ratio = policy.log_ratio.exp()
@@ -87,7 +89,7 @@ def kl_cov(
     number = (share * counts.sum()).long().clamp(min=1)
     covariance = torch.where(counts, _covariance(policy), -torch.inf)
     rank = covariance.flatten().argsort(descending=True, stable=True).argsort().view_as(covariance)
-    pays = counts & (rank < number)
-    per_token = -ratio * policy.advantages + torch.where(pays, kl_coef * policy.log_ratio.abs(), 0.0)
-    diagnostics = ratio_diagnostics(policy, ratio) | {"held_back:mean": masked_mean(pays.float(), policy.mask)}
+    penalised = counts & (rank < number)
+    per_token = -ratio * policy.advantages + torch.where(penalised, kl_coef * policy.log_ratio.abs(), 0.0)
+    diagnostics = ratio_diagnostics(policy, ratio) | {"held_back:mean": masked_mean(penalised.float(), policy.mask)}
     return policy.output(per_token, aggregation, diagnostics)

@@ -1,4 +1,4 @@
-"""DPPO (arXiv:2602.04879): tokens leave the loss by a divergence between probabilities, not by a ratio."""
+"""DPPO (arXiv:2602.04879): masks tokens by a divergence between probabilities instead of clipping a ratio."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ _SMALL = 1e-8
 
 
 def _probabilities(policy: Policy, sampler: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the sampled tokens, `[B, T]`: under the policy, under the one that sampled."""
+    """Probabilities of the sampled tokens, `[B, T]`: under the policy, and under the policy that sampled."""
     return policy.logprobs.detach().exp(), counted(sampler, policy.mask).exp()
 
 
 def binary_tv_mask(policy: Policy, sampler: Tensor, low: float, high: float) -> Tensor:
-    """1 but where the policy has moved by more than low or high, the way the advantage points (eq. 13)."""
+    """0 if the probability has moved by more than low or high in the direction of the advantage, else 1 (eq. 13)."""
     now, then = _probabilities(policy, sampler)
     return _kept(policy, now - then > high, then - now > low)
 
 
 def binary_kl_mask(policy: Policy, sampler: Tensor, low: float, high: float) -> Tensor:
-    """1 but where KL(sampler || policy) of "this token or another" is over low or high, the way A points (eq. 14)."""
+    """As binary_tv_mask, with KL(sampler || policy) of the binary choice "this token or another" (eq. 14)."""
     now, then = _probabilities(policy, sampler)
     kl = -then * policy.log_ratio.detach() + (1 - then) * ((1 - then + _SMALL) / (1 - now + _SMALL)).log()
     return _kept(policy, (now > then) & (kl > high), (now < then) & (kl > low))
 
 
 def _kept(policy: Policy, up: Tensor, down: Tensor) -> Tensor:
-    """0 where the policy has gone too far up and A would have it go on, or too far down likewise; 1 elsewhere."""
-    gone = ((policy.advantages > 0) & up) | ((policy.advantages < 0) & down)
-    return (~gone).to(policy.advantages.dtype)
+    """0 if the probability is too far up and A > 0, or too far down and A < 0; else 1. up, down: bool `[B, T]`."""
+    masked = ((policy.advantages > 0) & up) | ((policy.advantages < 0) & down)
+    return (~masked).to(policy.advantages.dtype)
 
 
 def _surrogate(policy: Policy, kept: Tensor, aggregation: str) -> LossFnOutput:
@@ -63,10 +63,10 @@ def dppo_tv(
     delta_high: float = 0.2,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """-ratio * A where the token's probability has not moved by more than delta the way A points, else 0.
+    """-ratio * A if the token's probability has moved by at most delta in the direction of A, else 0.
 
-    logprobs: of the engine that sampled. SkyRL's `dppo`; verl's is dppo_tv_truncated, of the same gradient while no
-    ratio is over its cap, but of another value.
+    DPPO (arXiv:2602.04879), SkyRL's `dppo`. logprobs: of the engine that sampled. verl's version is dppo_tv_truncated:
+    its gradient is the same if no ratio is above the cap, but its value differs.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     kept = binary_tv_mask(policy, loss_fn_inputs["logprobs"], delta_low, delta_high)
@@ -83,9 +83,9 @@ def dppo_kl(
     delta_high: float = 0.05,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """-ratio * A where the binary KL divergence from the sampler is within delta, or A points back; else 0.
+    """-ratio * A if the binary KL from the sampler is at most delta or A points back to the sampler, else 0.
 
-    logprobs and peers as for dppo_tv.
+    DPPO (arXiv:2602.04879). logprobs: of the engine that sampled. The versions of SkyRL and verl: as for dppo_tv.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     kept = binary_kl_mask(policy, loss_fn_inputs["logprobs"], delta_low, delta_high)
@@ -103,7 +103,10 @@ def dppo_tv_truncated(
     ratio_cap: float = 20.0,
     aggregation: str = "token-mean",
 ) -> LossFnOutput:
-    """-min(ratio, cap), detached, * A * log p, on the tokens that dppo_tv keeps (section 5.4; verl's `dppo_tv`)."""
+    """-min(ratio, cap), detached, * A * log p, on the tokens that dppo_tv keeps.
+
+    DPPO (arXiv:2602.04879, section 5.4), verl's `dppo_tv`. logprobs: of the engine that sampled.
+    """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     kept = binary_tv_mask(policy, loss_fn_inputs["logprobs"], delta_low, delta_high)
     return _truncated(policy, kept, ratio_cap, aggregation)
@@ -120,7 +123,10 @@ def dppo_kl_truncated(
     ratio_cap: float = 20.0,
     aggregation: str = "token-mean",
 ) -> LossFnOutput:
-    """-min(ratio, cap), detached, * A * log p, on the tokens that dppo_kl keeps (section 5.4; verl's `dppo_kl`)."""
+    """-min(ratio, cap), detached, * A * log p, on the tokens that dppo_kl keeps.
+
+    DPPO (arXiv:2602.04879, section 5.4), verl's `dppo_kl`. logprobs: of the engine that sampled.
+    """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     kept = binary_kl_mask(policy, loss_fn_inputs["logprobs"], delta_low, delta_high)
     return _truncated(policy, kept, ratio_cap, aggregation)

@@ -1,4 +1,4 @@
-"""Policy gradients through log p itself, and a regression on it."""
+"""Policy gradients of log p, and a regression of the log-ratio on advantages."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def reinforce(
 ) -> LossFnOutput:
     """-log p * A, summed over each response; the mean over responses (Williams 1992).
 
-    With aggregation="token-mean" it is GPG (arXiv:2504.02546). logprobs, of the policy that sampled, serve
-    diagnostics and the correction alone; inputs and correction as for grpo.
+    With aggregation="token-mean" it is GPG (arXiv:2504.02546). logprobs are only used for diagnostics and the
+    correction. Inputs and correction: as for grpo.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     per_token = -policy.logprobs * policy.advantages
@@ -42,7 +42,7 @@ def reinforce(
     return policy.output(per_token, aggregation, diagnostics)
 
 
-# of made-up log-probabilities hardly one is within the bounds that a real sampler keeps
+# few random log-probabilities have a ratio within the default bounds
 @uncorrected_policy_loss(example_hyperparameters={"clip_low_threshold": 1e-3, "clip_high_threshold": 1e3})
 def rollout_is(
     model_outputs: Tensor,
@@ -53,10 +53,10 @@ def rollout_is(
     clip_high_threshold: float = 1.2,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """-ratio, detached, * A * log p where clip_low_threshold < ratio < clip_high_threshold, else 0 (arXiv:2602.15763).
+    """-ratio, detached, * A * log p if clip_low_threshold < ratio < clip_high_threshold, else 0 (arXiv:2602.15763).
 
-    IcePop's double-sided calibration: cispo that drops a token where cispo clips its weight. logprobs are those of the
-    engine that sampled (SkyRL's rollout_logprobs).
+    IcePop's double-sided calibration. It drops a token outside the bounds; cispo clips the weight of such a token.
+    logprobs: of the engine that sampled (SkyRL's rollout_logprobs).
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     ratio = policy.log_ratio.detach().exp()
@@ -82,8 +82,8 @@ def a2po(
 ) -> LossFnOutput:
     """(beta * log-ratio to the reference - (reward - V*))^2, the mean over responses (A*-PO, arXiv:2505.20686).
 
-    rewards `[B]`; optimal_values `[B]`, V* of the prompt, estimated from samples of the reference; ref_logprobs
-    `[B, T]`, or `[B]` summed.
+    rewards: `[B]`. optimal_values: `[B]`, V* of the prompt, which the caller estimates from samples of the reference.
+    ref_logprobs: `[B, T]`, or `[B]` if they are summed.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)  # [B, T]

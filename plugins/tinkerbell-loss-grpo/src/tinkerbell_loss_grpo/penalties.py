@@ -1,4 +1,4 @@
-"""Penalties to add to a policy loss: estimators of the KL divergence to a reference, and the entropy bonus."""
+"""Terms to add to a policy loss: estimators of the KL divergence from the reference, and the entropy bonus."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ penalty = family(
     finite=("ref_logprobs", "weights", "logprobs"),
     allowed={"ratio_cap": above(0)},
 )
-"""Declares an estimator of the divergence from a reference, with or without the weights of a stale sampler."""
+"""Declares an estimator of the KL divergence from the reference. `logprobs` are those of the sampler, if it differs."""
 
 
 def k2(log_ratio: Tensor) -> Tensor:
-    """log_ratio^2 / 2: low variance, and the one whose gradient is that of the KL divergence in expectation."""
+    """log_ratio^2 / 2: low variance; its expected gradient is that of the KL divergence."""
     return log_ratio.square() / 2
 
 
@@ -35,14 +35,14 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 
 class Gap(NamedTuple):
-    """Policy and reference on the sampled tokens: mask, log-probabilities and log-ratio to it, all `[B, T]`."""
+    """The policy on sampled tokens: mask, log-probabilities and log-ratio to the reference, all `[B, T]`."""
 
     mask: Tensor
     logprobs: Tensor
     log_ratio: Tensor
 
     def unbiased(self, value: Tensor, sampler: Tensor | None, cap: float) -> Tensor:
-        """`value` with the gradient of k2, weighted by the ratio to the policy that sampled where that is given."""
+        """`value` with the gradient of k2, times the ratio to the policy that sampled if `sampler` is given."""
         surrogate = k2(self.log_ratio)
         if sampler is not None:
             drift = counted(self.logprobs.detach() - sampler, self.mask).clamp(-FURTHEST, FURTHEST)
@@ -58,7 +58,7 @@ class Gap(NamedTuple):
 
 
 def read_gap(model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor) -> Gap:
-    """The gap where `weights` times attention_mask is not 0."""
+    """The gap at positions with `weights` times attention_mask other than 0."""
     mask = effective_mask(loss_fn_inputs, attention_mask)
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)
     return Gap(mask, logprobs, counted(logprobs - loss_fn_inputs["ref_logprobs"], mask))
@@ -76,8 +76,8 @@ def kl_k1(
 ) -> LossFnOutput:
     """log p - log p_ref of the sampled tokens, summed: unbiased for KL(policy || reference), of high variance.
 
-    Its own gradient is 0 in expectation: as a loss it wants unbiased_gradient (the gradient of k2; verl's `k1+`,
-    OpenRLHF's unbiased_gradient), where `logprobs`, of the policy that sampled, weigh each token by the ratio, at most
+    Its expected gradient is 0, so use unbiased_gradient if it is a loss (verl's `k1+`, OpenRLHF's unbiased_gradient):
+    the gradient is then that of k2, and with `logprobs`, of the policy that sampled, times the ratio, which is at most
     ratio_cap. Estimators: http://joschu.net/blog/kl-approx.html.
     """
     gap = read_gap(model_outputs, loss_fn_inputs, attention_mask)
@@ -97,9 +97,9 @@ def kl_k2(
     ratio_cap: float = 10.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """(log p - log p_ref)^2 / 2 of the sampled tokens, summed: biased as a number, right as a gradient.
+    """(log p - log p_ref)^2 / 2 of the sampled tokens, summed: a biased value with an unbiased gradient.
 
-    unbiased_gradient: as for kl_k1, it adds the weights only.
+    unbiased_gradient: as for kl_k1; here it only adds the ratio to the policy that sampled.
     """
     gap = read_gap(model_outputs, loss_fn_inputs, attention_mask)
     value = k2(gap.log_ratio)  # [B, T]
@@ -118,10 +118,10 @@ def kl_k3(
     ratio_cap: float = 10.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """p_ref / p - 1 - log(p_ref / p) of the sampled tokens, summed: unbiased, never negative, what GRPO adds.
+    """p_ref / p - 1 - log(p_ref / p) of the sampled tokens, summed: unbiased, never negative, the term of GRPO.
 
-    Its own gradient is that of KL(reference || policy) in expectation; unbiased_gradient as for kl_k1 (verl's `k3+`).
-    verl and OpenRLHF hold it below 10.
+    Its expected gradient is that of KL(reference || policy). unbiased_gradient: as for kl_k1 (verl's `k3+`). verl and
+    OpenRLHF clamp it to at most 10.
     """
     gap = read_gap(model_outputs, loss_fn_inputs, attention_mask)
     value = k3(gap.log_ratio)  # [B, T]
@@ -134,7 +134,7 @@ def kl_k3(
 def kl_abs(
     model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, *, aggregation: str = "sum"
 ) -> LossFnOutput:
-    """|log p - log p_ref| of the sampled tokens, summed; no estimator of a KL divergence, but bounded in gradient."""
+    """|log p - log p_ref| of the sampled tokens, summed; no estimator of a KL divergence; its gradient is bounded."""
     gap = read_gap(model_outputs, loss_fn_inputs, attention_mask)
     return gap.output(gap.log_ratio.abs(), aggregation)
 
@@ -143,7 +143,10 @@ def kl_abs(
 def entropy_bonus(
     model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, *, aggregation: str = "sum"
 ) -> LossFnOutput:
-    """-entropy of the next-token distribution at each position, summed: to be added, with a small weight, to a loss."""
+    """-entropy of the next-token distribution at each position, summed: entropy bonus.
+
+    Add it with a small weight to another loss. weights: `[B, T]`.
+    """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     entropies = entropy(model_outputs, where=mask)  # [B, T]
     return LossFnOutput(

@@ -1,4 +1,4 @@
-"""What policy losses are made of: the policy read once, ratios, the clipped surrogate, what people watch."""
+"""Shared parts of the losses: the policy on sampled tokens, ratios, the clipped surrogate, and diagnostics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tinkerbell_core.functional import (
 )
 
 FURTHEST = 20.0
-"""Log-ratios are held within this of 0: exp(89) is infinite in float32, and its gradient NaN."""
+"""Log-ratios are clamped to plus or minus this: exp(89) is infinite in float32, and its gradient is NaN."""
 
 Diagnostics = dict[str, Tensor]
 
@@ -37,13 +37,13 @@ policy_loss = family(
 uncorrected_policy_loss = partial(
     policy_loss, optional_inputs=("weights",), finite=("logprobs", "advantages", "weights")
 )
-"""Declares one that takes no correction: where it matters, logprobs are the engine's already."""
+"""Declares a loss without a correction. `logprobs` may be those of the engine that sampled."""
 
 
 class Policy(NamedTuple):
-    """The policy on sampled tokens, as every policy loss reads it; all `[B, T]` and 0 where nothing counts.
+    """The policy on sampled tokens; all tensors are `[B, T]`, and 0 at positions that do not count.
 
-    log_ratio: of the policy to the one in `logprobs`. logprobs and log_ratio are attached to the graph.
+    log_ratio: of the policy to the policy of the input `logprobs`. logprobs and log_ratio are attached to the graph.
     """
 
     mask: Tensor
@@ -57,21 +57,21 @@ class Policy(NamedTuple):
         return self.log_ratio.sum(-1, keepdim=True).clamp(-FURTHEST, FURTHEST)
 
     def mean(self, x: Tensor) -> Tensor:
-        """Of x `[B, T]` over the tokens of each sequence that count, each once, `[B, 1]`; 0 for none."""
+        """The unweighted mean of x `[B, T]` over the counted tokens of each sequence, `[B, 1]`; 0 for none."""
         return sequence_mean(x, (self.mask != 0).to(x.dtype))[:, None]
 
     def output(self, per_token: Tensor, aggregation: str, shown: Diagnostics) -> LossFnOutput:
-        """A loss of tokens, `[B, T]`, aggregated."""
+        """The aggregated loss of per_token `[B, T]`."""
         return LossFnOutput(aggregate(per_token, self.mask, aggregation), self.logprobs, shown)
 
     def output_of_sequences(self, per_sequence: Tensor, aggregation: str, shown: Diagnostics) -> LossFnOutput:
-        """A loss of sequences, `[B, 1]`, aggregated over those in which anything counts."""
+        """The aggregated loss of per_sequence `[B, 1]`, over the sequences with a counted token."""
         counts = (self.mask != 0).any(-1)  # [B]
         return LossFnOutput(aggregate_sequences(per_sequence[:, 0], counts, aggregation), self.logprobs, shown)
 
 
 def read_policy(model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor) -> Policy:
-    """The policy where `weights` times attention_mask is not 0."""
+    """The policy at positions with `weights` times attention_mask other than 0."""
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)  # [B, T]
     log_ratio = counted(logprobs - loss_fn_inputs["logprobs"], mask).clamp(-FURTHEST, FURTHEST)  # [B, T]
@@ -79,14 +79,14 @@ def read_policy(model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], att
 
 
 def straight_through(value: Tensor, gradient_of: Tensor) -> Tensor:
-    """The number `value`, with the gradient of another expression."""
+    """The value of `value` with the gradient of `gradient_of`."""
     return value.detach() + gradient_of - gradient_of.detach()
 
 
 def clipped(
     policy: Policy, ratio: Tensor, low: float, high: float, dual_clip: float | None = None
 ) -> tuple[Tensor, Diagnostics]:
-    """-min(ratio * A, clip(ratio, low, high) * A), where A < 0 no more than -dual_clip * A; and what to watch of it."""
+    """-min(ratio * A, clip(ratio, low, high) * A), at most -dual_clip * A if A < 0; and the diagnostics of it."""
     advantages = policy.advantages
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
     if dual_clip is not None:
@@ -95,7 +95,7 @@ def clipped(
 
 
 def ratio_diagnostics(policy: Policy, ratio: Tensor) -> Diagnostics:
-    """How far the policy is from the one that sampled, and which share of the tokens the ratios leave."""
+    """The distance of the policy from the policy that sampled, and the effective sample size."""
     return {
         "ratio:mean": masked_mean(ratio.expand_as(policy.mask), policy.mask),
         "kl:mean": masked_mean(-policy.log_ratio, policy.mask),
@@ -104,7 +104,7 @@ def ratio_diagnostics(policy: Policy, ratio: Tensor) -> Diagnostics:
 
 
 def clip_diagnostics(policy: Policy, ratio: Tensor, low: float, high: float) -> Diagnostics:
-    """The share of tokens whose gradient the clip takes: above where the advantage is positive, below where not."""
+    """The share of tokens without a gradient due to the clip: above high if A > 0, below low if A < 0."""
     above = (ratio > high) & (policy.advantages > 0)
     below = (ratio < low) & (policy.advantages < 0)
     return {
@@ -115,7 +115,7 @@ def clip_diagnostics(policy: Policy, ratio: Tensor, low: float, high: float) -> 
 
 
 def effective_share(weight: Tensor, mask: Tensor) -> Tensor:
-    """Effective sample size of importance weights as a share of the tokens that count, from 1/n to 1; 0 for none."""
+    """The effective sample size of importance weights divided by the n counted tokens, from 1/n to 1; 0 for none."""
     kept = counted(weight.detach(), mask)
     n = (mask != 0).sum().clamp(min=1)
     return kept.sum().square() / (n * kept.square().sum()).clamp(min=1e-12)

@@ -1,4 +1,4 @@
-"""Losses that look at a response as a whole: one ratio a sequence."""
+"""Losses with one ratio per response."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tinkerbell_loss_grpo.pieces import (
 
 
 def _sequence_ratio_on_tokens(policy: Policy) -> Tensor:
-    """GSPO's ratio, `[B, T]`: in value the geometric mean of the sequence, in gradient each token's own."""
+    """The ratio of GSPO, `[B, T]`: its value is the geometric mean of the sequence, its gradient that of each token."""
     return straight_through(policy.mean(policy.log_ratio), policy.logprobs).clamp(max=FURTHEST).exp()
 
 
@@ -45,9 +45,9 @@ def gspo(
 ) -> LossFnOutput:
     """-min(s * A, clip(s) * A), s the geometric mean of a response's ratios; the mean over responses.
 
-    Group sequence policy optimisation in its token form (arXiv:2507.18071, eq. 14), so that advantages may be `[B]` or
-    `[B, T]`. The same as TRL's, Liger's and OpenRLHF's sequence form wherever an advantage is one a sequence.
-    logprobs `[B, T]`; dual_clip and correction as for grpo.
+    Group sequence policy optimisation in its token form (arXiv:2507.18071, eq. 14), so advantages may be `[B]` or
+    `[B, T]`. With one advantage per sequence, it equals the sequence form of TRL, Liger and OpenRLHF. logprobs:
+    `[B, T]`. dual_clip and correction: as for grpo.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     ratio = _sequence_ratio_on_tokens(policy)
@@ -72,8 +72,9 @@ def luspo(
 ) -> LossFnOutput:
     """-min(s * A, clip(s) * A) times the response's length, s as in gspo; the mean over responses.
 
-    Length-unbiased sequence policy optimisation. TRL's and Liger's `luspo` take the ratio of each token unless told
-    importance_sampling_level="sequence": that is grpo with aggregation="seq-mean-token-sum"; Liger's, so, has no mask.
+    Length-unbiased sequence policy optimisation. TRL's and Liger's `luspo` use the ratio of each token, which is grpo
+    with aggregation="seq-mean-token-sum", unless importance_sampling_level="sequence". With the ratio of each token,
+    Liger's version has no mask.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     ratio = _sequence_ratio_on_tokens(policy)
@@ -94,8 +95,8 @@ def rloo_ppo(
 ) -> LossFnOutput:
     """-min(s * A, clip(s) * A), s the product of a response's ratios; the mean over responses.
 
-    The whole response is one action (RLOO, arXiv:2402.14740, as TRL trains it). advantages: `[B]`, rewards less the
-    mean of the group's others; of `[B, T]` the mean over the response is taken. logprobs: `[B, T]`.
+    The whole response is one action (RLOO, arXiv:2402.14740, as in TRL). advantages: `[B]`, the reward minus the mean
+    reward of the other responses of the group; `[B, T]` are averaged over the response. logprobs: `[B, T]`.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     responses = policy._replace(advantages=policy.mean(policy.advantages))  # [B, 1]
@@ -114,19 +115,18 @@ def gmpo(
     log_clip_high: float = 0.4,
     aggregation: str = "seq-mean-token-sum",
 ) -> LossFnOutput:
-    """-A * geometric mean of a response's ratios, each clipped where it pays; the mean over responses.
+    """-A * geometric mean of a response's ratios, clipped in the direction of A; the mean over responses.
 
-    Geometric-mean policy optimisation (arXiv:2507.20673): log-ratios are held within [-log_clip_low, log_clip_high] on
-    the side the advantage points to. advantages: `[B]`; of `[B, T]` the mean over the response is taken. logprobs:
-    `[B, T]`.
+    Geometric-mean policy optimisation (arXiv:2507.20673): log-ratios are at most log_clip_high if A > 0, and at least
+    -log_clip_low otherwise. advantages: `[B]`; `[B, T]` are averaged over the response. logprobs: `[B, T]`.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     clipped = policy.log_ratio.clamp(-log_clip_low, log_clip_high)
     advantage = policy.mean(policy.advantages)  # [B, 1]
-    pays = torch.where(
+    limited = torch.where(
         advantage > 0, torch.minimum(policy.log_ratio, clipped), torch.maximum(policy.log_ratio, clipped)
     )
-    ratio = policy.mean(pays).exp()  # [B, 1]
+    ratio = policy.mean(limited).exp()  # [B, 1]
     diagnostics = ratio_diagnostics(policy, ratio) | clip_diagnostics(
         policy, policy.log_ratio.exp(), math.exp(-log_clip_low), math.exp(log_clip_high)
     )
@@ -147,9 +147,9 @@ def vespo(
 ) -> LossFnOutput:
     """-phi(w) * A * log p, phi(w) = w^k e^(lambda (1 - w)) detached, w the product of a response's ratios.
 
-    A gamma-shaped weight, 1 at w = 1 and falling to both sides, for a clip; k and lambda by the advantage's sign.
-    As TRL and Liger have it; w is held within [1e-8, e^20]. To correct for the engine that sampled, give its
-    log-probabilities as `logprobs`: w then holds the whole drift.
+    The weight phi replaces a clip: it is 1 at w = 1, and has the shape of a gamma density, with its maximum at
+    w = k / lambda. k and lambda depend on the sign of A. As in TRL and Liger, w is clamped to [1e-8, e^20]. To correct
+    for the engine that sampled, send its log-probabilities as `logprobs`, so that w is the ratio to the engine.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     with torch.no_grad():

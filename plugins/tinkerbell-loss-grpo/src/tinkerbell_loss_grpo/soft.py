@@ -1,4 +1,4 @@
-"""A soft gate where PPO clips."""
+"""A soft gate instead of the clip of PPO."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def sapo(
     correction_high: float = 2.0,
     aggregation: str = "seq-mean-token-mean",
 ) -> LossFnOutput:
-    """-A * sigmoid(tau * (ratio - 1)) * 4 / tau, tau by the advantage's sign; the mean over responses.
+    """-A * sigmoid(tau * (ratio - 1)) * 4 / tau, tau by the sign of A; the mean over responses.
 
-    Soft adaptive policy optimisation (arXiv:2511.20347): the gradient is that of the ratio at ratio 1 and fades to both
-    sides, faster where A < 0. twinkle takes 1.0 for both unless told. Inputs and correction as for grpo.
+    Soft adaptive policy optimisation (arXiv:2511.20347): the gradient equals that of -A * ratio at ratio 1, and
+    decreases on both sides, by default faster if A < 0. The default of twinkle is 1.0 for both tau. Inputs and
+    correction: as for grpo.
     """
     policy = read_policy(model_outputs, loss_fn_inputs, attention_mask)
     ratio = policy.log_ratio.exp()
@@ -38,6 +39,6 @@ def sapo(
     gate = torch.sigmoid(tau * (ratio - 1)) * 4 / tau
     per_token = -gate * policy.advantages
     per_token, more = corrected(per_token, policy, loss_fn_inputs, correction, correction_low, correction_high)
-    slope = tau * gate.detach() * (1 - tau * gate.detach() / 4)  # of the gate in the ratio: 1 at ratio 1
+    slope = tau * gate.detach() * (1 - tau * gate.detach() / 4)  # derivative of the gate by the ratio: 1 at ratio 1
     shown = ratio_diagnostics(policy, ratio) | {"gate_slope:mean": masked_mean(slope, policy.mask)}
     return policy.output(per_token, aggregation, shown | more)

@@ -1,4 +1,4 @@
-"""Losses of completions that were judged one by one: liked or not, and never in pairs."""
+"""Losses of single judged completions: each is liked or disliked, and there are no pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation: completions liked or disliked, one by one, judged against the model's own drift."""
+"""Kahneman-Tversky optimisation (KTO): compares the log-ratio of a completion with the KL to the reference."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ def kto(
     undesirable_weight: float = 1.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """w * (1 - sigmoid(+-beta * (log-ratio - z0))), + where liked, - where not: KTO (arXiv:2402.01306).
+    """w * (1 - sigmoid(+-beta * (log-ratio - z0))), + if liked, - if not: KTO (arXiv:2402.01306).
 
-    z0 is the KL to the reference, at least 0, detached: the mean log-ratio of completions to other rows' prompts. They
-    come as rows of `desirable` -1 in the same batch, or as `kl_log_ratio` `[B]`, measured before; without a graph
-    either way. desirable `[B]` is 1 for a liked completion, 0 for another. Raises BadData where nothing measures it.
+    w is desirable_weight or undesirable_weight. z0 estimates the KL to the reference: the mean log-ratio of mismatched
+    rows, which are completions with the prompts of other rows; at least 0, detached. The mismatched rows are rows with
+    `desirable` -1 in the same batch, or kl_log_ratio `[B]` contains their log-ratios. desirable: `[B]`, 1 for a liked
+    completion, 0 for a disliked one. Raises BadData if there are neither mismatched rows nor kl_log_ratio.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     z0 = _drift(found, loss_fn_inputs.get("kl_log_ratio"))
@@ -47,6 +48,7 @@ def _drift(found: Judged, kl_log_ratio: Tensor | None) -> Tensor:
     judged = found.liked | found.disliked
     if bool(judged.any()) and not bool(found.mismatched.any()):
         raise BadData(
-            "kto measures the KL by completions to other rows' prompts: add such rows, desirable -1, or kl_log_ratio"
+            "kto cannot estimate the KL: the batch has no mismatched rows (desirable -1, the prompt of another row); "
+            "add such rows, or send kl_log_ratio"
         )
     return mean_over(found.log_ratio, found.mismatched).clamp(min=0)

@@ -1,4 +1,4 @@
-"""What the losses here are made of: each completion's reward and whether it was liked, and the loss they end in."""
+"""Shared parts of the losses: log-ratios and judgements of a batch, and the aggregation of a loss per completion."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Inputs = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Judged:
-    """B completions. logprobs: `[B, T]`. log_ratio: `[B]`, log p(y) - log reference(y), summed over tokens that count.
+    """B completions. logprobs: `[B, T]`. log_ratio: `[B]`, log p(y) - log reference(y), summed over counted tokens.
 
-    liked, disliked: `[B]`, which of those with a token that counts; mismatched: those that only measure the KL.
+    liked, disliked, mismatched: `[B]`, True for the rows of each kind; False for a row without a counted token.
     """
 
     logprobs: Tensor
@@ -37,7 +37,7 @@ class Judged:
     def output(
         self, if_liked: Tensor, if_disliked: Tensor, beta: float, aggregation: str, **diagnostics: Tensor
     ) -> LossFnOutput:
-        """What a completion costs where it is liked and where it is not, both `[B]`, aggregated over the judged."""
+        """The loss of liked and of disliked completions, both `[B]`, aggregated over the rows that are one of them."""
         per_row = torch.where(self.liked, if_liked, torch.where(self.disliked, if_disliked, 0.0))  # [B]
         reward = beta * self.log_ratio
         shown = {
@@ -50,7 +50,7 @@ class Judged:
 
 
 def read(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> Judged:
-    """The completions of a batch. `desirable` `[B]` is 1 for a liked one, 0 for another, -1 for a mismatched one."""
+    """The completions of a batch. desirable: `[B]`, 1 if liked, 0 if disliked, -1 if mismatched."""
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)  # [B, T]
     log_ratio = sequence_log_ratio(logprobs, loss_fn_inputs["ref_logprobs"], mask)  # [B]
@@ -62,5 +62,5 @@ def read(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) 
 
 
 def mean_over(x: Tensor, rows: Tensor) -> Tensor:
-    """Mean of x `[B]` over some rows, 0 for none; a scalar without a graph."""
+    """The mean of x `[B]` over the marked rows, 0 for none; a scalar without a graph."""
     return masked_mean(x[:, None], rows[:, None])

@@ -1,4 +1,4 @@
-"""Losses of completions judged one by one that need no KL: each looks at its own reward."""
+"""Losses of single judged completions that need no estimate of the KL."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def apo_zero_unpaired(
     undesirable_weight: float = 1.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """1 - sigmoid(reward) where liked, sigmoid(reward) where not, reward = beta * log-ratio: APO-zero (2408.06266).
+    """1 - sigmoid(reward) if liked, sigmoid(reward) if not, reward = beta * log-ratio: APO-zero (2408.06266).
 
-    desirable `[B]` is 1 for a liked completion, 0 for another.
+    desirable: `[B]`, 1 for a liked completion, 0 for a disliked one.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     reward = beta * found.log_ratio  # [B]
@@ -52,11 +52,11 @@ def bco(
     reward_shift: float = 0.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """-log sigmoid(+-(reward - shift)), + where liked, - where not, reward = beta * log-ratio: BCO (arXiv:2404.04656).
+    """-log sigmoid(+-(reward - shift)), + if liked, - if not, reward = beta * log-ratio: BCO (arXiv:2404.04656).
 
-    desirable `[B]` is 1 for a liked completion, 0 for another. reward_shift is the paper's delta, a running mean of the
-    two diagnostics `desirable_reward` and `undesirable_reward` that the caller keeps. density_ratio `[B]` is how much
-    likelier the prompt is among liked completions; it weighs disliked ones.
+    desirable: `[B]`, 1 for a liked completion, 0 for a disliked one. reward_shift is the paper's delta: a running mean
+    of the diagnostics `desirable_reward` and `undesirable_reward`, which the caller computes. density_ratio: `[B]`, the
+    weights of disliked rows, the likelihood of the prompt among liked rows divided by that among disliked rows.
     """
     found = read(model_outputs, loss_fn_inputs, attention_mask)
     reward = beta * found.log_ratio - reward_shift  # [B]

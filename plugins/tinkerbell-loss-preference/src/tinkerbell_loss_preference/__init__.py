@@ -1,4 +1,4 @@
-"""Preference losses that need no reference model: one forward pass, of the model that is trained."""
+"""Preference losses without a reference model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contrastive preference optimisation: DPO's loss without its reference, beside the likelihood of the chosen ones."""
+"""Contrastive preference optimisation (CPO): DPO without a reference, plus the likelihood of the chosen completions."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def cpo(
 ) -> LossFnOutput:
     """-log sigmoid(beta * (log p(chosen) - log p(rejected))) + NLL(chosen): CPO (arXiv:2401.08417).
 
-    The NLL is a mean over tokens, as in the authors' code and every peer; the paper's formula sums it. The peers take
-    that mean over the batch: aggregation="token-mean". label_smoothing is the share of flipped labels.
+    The NLL is the mean over the tokens of a completion, as in the authors' code. The paper's formula sums it. Other
+    projects take the mean over the tokens of the batch, which is aggregation="token-mean". label_smoothing is the share
+    of flipped labels.
     """
     found = summed(model_outputs, loss_fn_inputs, attention_mask)
     margin = beta * found.margin  # [P]

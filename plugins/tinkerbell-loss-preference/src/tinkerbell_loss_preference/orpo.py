@@ -1,4 +1,4 @@
-"""Odds ratio preference optimisation: fine-tuning on the chosen ones, with the odds of the rejected ones held down."""
+"""Odds ratio preference optimisation (ORPO): fine-tuning on the chosen completions, plus a term of the odds ratio."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def orpo(
 ) -> LossFnOutput:
     """NLL(chosen) - beta * log sigmoid(log odds(chosen) - log odds(rejected)): ORPO (arXiv:2403.07691).
 
-    The odds are p / (1 - p), p being exp of the mean log-probability of a completion's tokens; beta is the paper's
-    lambda. A pair with a side that counts no token has no odds, only its likelihood. prompt_likelihood: the NLL is
-    that of prompt and completion, whatever the weights, as TRL's is. The peers' NLL is a mean over the batch:
-    aggregation="token-mean".
+    The odds are p / (1 - p), where p is exp of the mean log-probability of a completion's tokens. beta is the paper's
+    lambda. If one completion of a pair has no counted token, the loss of the pair is only its NLL. prompt_likelihood:
+    the NLL includes the prompt and ignores the weights, as in TRL. Other projects average the NLL over the tokens of
+    the batch, which is aggregation="token-mean".
     """
     found = averaged(model_outputs, loss_fn_inputs, attention_mask)
     both = (found.mask != 0).any(-1).view(-1, 2).all(-1)  # [P]
@@ -46,7 +46,7 @@ def orpo(
 
 
 def _log_odds(logprob: Tensor) -> Tensor:
-    """log(p / (1 - p)) of a log-probability, which is kept from 0, where odds are infinite."""
+    """log(p / (1 - p)) of a log-probability, which is clamped below 0, because the odds of p = 1 are infinite."""
     logprob = logprob.clamp(max=-torch.finfo(logprob.dtype).eps)
     return logprob - (-logprob.expm1()).log()
 

@@ -1,4 +1,4 @@
-"""What the losses here are made of: each completion's log-probability, summed or averaged, and the loss they end in."""
+"""Shared parts of the losses: the log-probabilities of the pairs of a batch, and the aggregation of a loss per pair."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ on_pairs = family(
     optional_inputs=("weights",),
     finite=("weights",),
 )
-"""Declares a loss of rows 2i, chosen, and 2i + 1, rejected."""
+"""Declares a loss of pairs: rows 2i are chosen, rows 2i + 1 rejected."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """P pairs of completions. chosen, rejected: `[P]`, log-probabilities. likely: rows whose likelihood rises.
+    """P pairs of completions. chosen, rejected: `[P]`, log-probabilities. likely: the rows of which the NLL is added.
 
-    logprobs: `[B, T]` of every row. mask: `[B, T]`. count: `[P]`, whether any token of a pair counts.
+    logprobs: `[B, T]`, of every row. mask: `[B, T]`. count: `[P]`, whether a pair has a counted token.
     """
 
     mask: Tensor
@@ -49,7 +49,7 @@ class Pairs:
 
     @property
     def margin(self) -> Tensor:
-        """How much likelier the chosen one is, `[P]`, a logarithm."""
+        """The log-probability of the chosen completion minus that of the rejected one, `[P]`."""
         return self.chosen - self.rejected
 
     def output(
@@ -61,7 +61,7 @@ class Pairs:
         likelihood_weight: float,
         likelihood: Tensor | None = None,
     ) -> LossFnOutput:
-        """A loss `[P]` aggregated, and likelihood_weight times the NLL of the likely rows, or `likelihood`."""
+        """The aggregated per_pair `[P]`, plus likelihood_weight times `likelihood`, by default the NLL of `likely`."""
         logprobs, mask = self.logprobs[self.likely], self.mask[self.likely]  # [P, T]
         loss = aggregate_sequences(per_pair, self.count, aggregation)
         if likelihood_weight:
@@ -72,19 +72,19 @@ class Pairs:
 
 
 def summed(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> Pairs:
-    """Pairs of log-probabilities summed over tokens. Raises BadData for an odd number of rows."""
+    """Pairs of log-probabilities that are summed over tokens. Raises BadData if the number of rows is odd."""
     mask, logprobs = score(model_outputs, loss_fn_inputs, attention_mask)
     return _paired(mask, logprobs, sequence_sum(logprobs, mask))
 
 
 def averaged(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> Pairs:
-    """Pairs of log-probabilities averaged over tokens, or 0. Raises BadData for an odd number of rows."""
+    """Pairs of log-probabilities that are averaged over tokens, 0 for none. Raises BadData if the rows are odd."""
     mask, logprobs = score(model_outputs, loss_fn_inputs, attention_mask)
     return _paired(mask, logprobs, sequence_mean(logprobs, mask))
 
 
 def score(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The mask and the target log-probabilities under it, both `[B, T]`."""
+    """The mask, and the target log-probabilities at its counted positions, both `[B, T]`."""
     mask = effective_mask(loss_fn_inputs, attention_mask)
     return mask, target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)
 

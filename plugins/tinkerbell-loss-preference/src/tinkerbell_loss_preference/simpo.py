@@ -1,4 +1,4 @@
-"""Simple preference optimisation: the average log-probability is the reward, and the chosen one's is ahead by gamma."""
+"""Simple preference optimisation (SimPO): the reward is the mean log-probability, and the target margin is gamma."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tinkerbell_core.hyperparameters import SHARE
 from tinkerbell_loss_preference.pieces import Inputs, averaged, on_pairs
 
 _LARGEST = 80.0
-"""Exponents end here: exp(80) is a float32, and a reward that far down has no gradient left to lose."""
+"""The largest exponent: exp(80) is finite in float32. A larger exponent is clamped, so it has no gradient."""
 
 
 @on_pairs(allowed={"label_smoothing": SHARE})
@@ -27,8 +27,8 @@ def simpo(
 ) -> LossFnOutput:
     """-log sigmoid(beta * (mean log p(chosen) - mean log p(rejected)) - gamma): SimPO (arXiv:2405.14734).
 
-    The authors start at beta 2 to 2.5 and gamma / beta 0.5. likelihood_weight above 0 adds the NLL of the chosen ones:
-    CPO-SimPO; Liger's SimPO adds it unless told not to. TRL's gamma is 0.5, its beta 0.1.
+    The authors recommend to start with beta 2 to 2.5 and gamma / beta 0.5. A likelihood_weight above 0 adds the NLL of
+    the chosen completions, which is CPO-SimPO; Liger's SimPO adds it by default. In TRL, gamma is 0.5, beta 0.1.
     """
     found = averaged(model_outputs, loss_fn_inputs, attention_mask)
     margin = beta * found.margin - gamma  # [P]
@@ -56,7 +56,7 @@ def alphapo(
 ) -> LossFnOutput:
     """-log sigmoid(beta * (r(chosen) - r(rejected)) - gamma), r = (1 - p^-alpha) / alpha: AlphaPO (arXiv:2501.03884).
 
-    p is exp of the mean log-probability of a completion's tokens. alpha 0 is SimPO.
+    p is exp of the mean log-probability of a completion's tokens. With alpha 0 it is SimPO.
     """
     found = averaged(model_outputs, loss_fn_inputs, attention_mask)
     chosen, rejected = beta * _alpha(found.chosen, alpha), beta * _alpha(found.rejected, alpha)  # [P]

@@ -1,4 +1,4 @@
-"""Triple preference optimisation: a pair, and beside it a third, gold completion whose likelihood is raised."""
+"""Triple preference optimisation (TPO): a preference loss of a pair, plus the likelihood of a gold completion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinkerbell_core.hyperparameters import SHARE
 from tinkerbell_loss_preference.pieces import Inputs, Pairs, on_pairs, score
 
 on_triples = partial(on_pairs, group_size=3, allowed={"label_smoothing": SHARE})
-"""Declares a loss of rows 3i, chosen, 3i + 1, rejected, and 3i + 2, gold."""
+"""Declares a loss of triples: rows 3i are chosen, rows 3i + 1 rejected, rows 3i + 2 gold."""
 
 
 @on_triples()
@@ -29,7 +29,8 @@ def tpo(
 ) -> LossFnOutput:
     """-log sigmoid(beta * (log p(chosen) - log p(rejected))) + NLL(gold): TPO (arXiv:2405.16681).
 
-    Rows come in threes: chosen, rejected, gold. Without gold rows this is cpo at likelihood_weight 0.
+    Each triple is three consecutive rows: chosen, rejected, gold. Without the gold rows it is cpo with
+    likelihood_weight 0. Raises BadData if the number of rows is not a multiple of 3.
     """
     mask, logprobs = score(model_outputs, loss_fn_inputs, attention_mask)
     found = _tripled(mask, logprobs, sequence_sum(logprobs, mask))
@@ -50,7 +51,8 @@ def tpo_l(
 ) -> LossFnOutput:
     """-log sigmoid(beta * (mean log p(chosen) - mean log p(rejected)) - gamma) + NLL(gold): TPO-L (arXiv:2405.16681).
 
-    Rows come in threes: chosen, rejected, gold. Without gold rows this is simpo.
+    Each triple is three consecutive rows: chosen, rejected, gold. Without the gold rows it is simpo. Raises BadData if
+    the number of rows is not a multiple of 3.
     """
     mask, logprobs = score(model_outputs, loss_fn_inputs, attention_mask)
     found = _tripled(mask, logprobs, sequence_mean(logprobs, mask))
@@ -59,7 +61,9 @@ def tpo_l(
 
 def _tripled(mask: Tensor, logprobs: Tensor, per_row: Tensor) -> Pairs:
     if len(mask) % 3:
-        raise BadData(f"{len(mask)} rows, but they come in threes: chosen, rejected, gold, chosen, ...")
+        raise BadData(
+            f"{len(mask)} rows, but a batch of triples has a multiple of 3: chosen, rejected, gold, chosen, ..."
+        )
     count = (mask != 0).any(-1).view(-1, 3)[:, :2].any(-1)  # [P]
     return Pairs(mask, logprobs, per_row[0::3], per_row[1::3], count, slice(2, None, 3))
 

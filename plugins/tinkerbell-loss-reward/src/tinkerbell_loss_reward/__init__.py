@@ -1,4 +1,4 @@
-"""Losses of scores: reward models from preferences or from steps, and a critic's values."""
+"""Losses of scores: reward models from preferences, process reward models, and the values of a critic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A reward model from preferences: the chosen completion scores above the rejected one."""
+"""A reward model from preferences: the chosen completion gets a higher score than the rejected one."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def bradley_terry(
 ) -> LossFnOutput:
     """-log sigmoid(r(chosen) - r(rejected) - margin) + center_weight * (r(chosen) + r(rejected))^2 (arXiv:2204.05862).
 
-    A reward is the logit of reward_token at the last position that counts. margin `[B]` is read at chosen rows (Llama
-    2, arXiv:2307.09288). center_weight keeps rewards near 0 (arXiv:2312.09244, 0.01). OpenRLHF's LogExpLoss is this
-    without a margin, and overflows.
+    A reward is the logit of reward_token at the last counted position. margin: `[B]`, of which only the chosen rows are
+    used (Llama 2, arXiv:2307.09288). center_weight keeps rewards near 0 (arXiv:2312.09244 uses 0.01). OpenRLHF's
+    LogExpLoss is this loss without a margin, and can overflow.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     chosen, rejected = pairs(rewards(model_outputs, mask, reward_token))  # [P]

@@ -1,4 +1,4 @@
-"""What the losses here are made of: the logit of one token of the vocabulary, read as a score."""
+"""Shared parts of the losses: a score is the logit of one token of the vocabulary."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ Inputs = Mapping[str, Tensor]
 
 
 def scores(model_outputs: Tensor, mask: Tensor, token: int) -> Tensor:
-    """The logit of `token` at each position that counts, `[B, T]`, 0 elsewhere: its row of the head scores.
+    """The logit of `token` at each counted position, `[B, T]`, 0 elsewhere.
 
-    Raises BadHyperparameter for a token that the vocabulary has not.
+    Raises BadHyperparameter if the vocabulary does not contain the token.
     """
     vocabulary = model_outputs.shape[-1]
     if not 0 <= token < vocabulary:
-        raise BadHyperparameter(f"token {token} is to give the scores, but token ids go from 0 to {vocabulary - 1}")
+        raise BadHyperparameter(
+            f"the score token is {token}, but the token ids of this model are 0 to {vocabulary - 1}"
+        )
     score = counted_rows(model_outputs, mask)[..., token]
     return spread_rows(score.to(torch.promote_types(score.dtype, torch.float32)), mask)
 
 
 def rewards(model_outputs: Tensor, mask: Tensor, token: int) -> Tensor:
-    """The score at the last position of each row that counts, `[B]`; 0 where none does."""
+    """The score at the last counted position of each row, `[B]`; 0 if a row has no counted position."""
     counts = mask != 0  # [B, T]
     last = counts & (counts.cumsum(-1) == counts.sum(-1, keepdim=True))
     return scores(model_outputs, last, token).sum(-1)

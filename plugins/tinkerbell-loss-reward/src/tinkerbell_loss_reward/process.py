@@ -1,4 +1,4 @@
-"""Process rewards: each step of a solution is right or wrong, and is scored where it ends."""
+"""Process reward models: each step of a solution is right or wrong, and has its score at its last token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ on_steps = family(
     inputs=("step_labels", "weights"),
     finite=("step_labels", "weights"),
 )
-"""Declares a loss of positions where steps end: weights are not 0 there."""
+"""Declares a loss of steps. weights are not 0 at the last token of each step."""
 
 
 @on_steps()
@@ -29,8 +29,9 @@ def prm(
 ) -> LossFnOutput:
     """Binary cross-entropy of sigmoid(score) and the label of each step: a process reward model (arXiv:2305.20050).
 
-    The score is the logit of reward_token where the step ends. step_labels `[B, T]` are 1, 0, or a share of successful
-    rollouts between them (arXiv:2312.08935). With one label at the end of each row it is an outcome reward model.
+    The score is the logit of reward_token at the last token of the step. step_labels: `[B, T]`, from 0 to 1, such as
+    the share of successful rollouts (arXiv:2312.08935). With one label at the end of each row, it trains an outcome
+    reward model.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     return _output(scores(model_outputs, mask, reward_token), loss_fn_inputs, mask, aggregation)
@@ -48,7 +49,7 @@ def prm_tokens(
 ) -> LossFnOutput:
     """Binary cross-entropy of softmax over two tokens and the label of each step: Math-Shepherd (arXiv:2312.08935).
 
-    good_token and bad_token are ids ("+" and "-", say); what the model thinks of other tokens does not matter.
+    good_token and bad_token are token ids, for example those of "+" and "-". The logits of other tokens have no effect.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     score = scores(model_outputs, mask, good_token) - scores(model_outputs, mask, bad_token)

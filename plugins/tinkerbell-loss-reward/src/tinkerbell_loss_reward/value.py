@@ -1,4 +1,4 @@
-"""Scores that are to be numbers: a critic's values, kept near those the rollouts were made with, and regression."""
+"""Regression of scores: the values of a critic, clipped to those of the rollouts, and the squared error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def value_clip(
 ) -> LossFnOutput:
     """0.5 * max((v - R)^2, (clamp(v, old - clip, old + clip) - R)^2): PPO's clipped value loss (arXiv:1707.06347).
 
-    A value is the logit of reward_token at its position; old_values and returns are `[B, T]`.
+    A value is the logit of reward_token at its position. old_values and returns: `[B, T]`.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     values = scores(model_outputs, mask, reward_token)  # [B, T]
@@ -51,9 +51,10 @@ def mse(
     reward_token: int = 0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """(score - label)^2: regression of the scores, the logit of reward_token, on numbers.
+    """(score - label)^2: regression of scores.
 
-    labels `[B, T]` are read where weights are not 0: at the last token of a row, say, for one score a row.
+    A score is the logit of reward_token. labels: `[B, T]`, used at positions with weights other than 0. For one score
+    per row, set a weight only at the last token of each row.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     values = scores(model_outputs, mask, reward_token)  # [B, T]

@@ -1,4 +1,4 @@
-"""Supervised losses beside cross-entropy, to use instead of it or to add to it."""
+"""Supervised losses: alternatives and additions to cross-entropy."""
 
 from __future__ import annotations
 

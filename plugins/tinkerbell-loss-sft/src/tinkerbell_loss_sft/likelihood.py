@@ -1,4 +1,4 @@
-"""Cross-entropy whose tokens are weighted by how likely the model finds them."""
+"""Cross-entropy with tokens weighted by their probability under the model."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def dft(
 ) -> LossFnOutput:
     """-p, detached, * log p, summed: dynamic fine-tuning (arXiv:2508.05629).
 
-    Rewards what the model half knows, where cross-entropy chases what it finds unlikely. twinkle does not detach p: the
-    same number, another gradient. target_tokens and weights `[B, T]`.
+    The factor p lowers the weight of unlikely tokens, which have the largest gradients in cross-entropy. twinkle does
+    not detach p: its value is the same, its gradient differs. target_tokens and weights: `[B, T]`.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)  # [B, T]
@@ -42,14 +42,14 @@ def focal(
     gamma: float = 2.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """-(1 - p)^gamma * log p, summed: what the model knows already counts less (arXiv:1708.02002).
+    """-(1 - p)^gamma * log p, summed: focal loss, likely tokens have less weight (arXiv:1708.02002).
 
-    gamma 0 is cross-entropy. target_tokens and weights `[B, T]`.
+    With gamma 0 it is cross-entropy. target_tokens and weights: `[B, T]`.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)  # [B, T]
     safe = torch.where(mask != 0, logprobs, -1.0)
-    # the slope of a power below 1 is infinite at 0
+    # the derivative of a power below 1 is infinite at 0
     missing = (-torch.expm1(safe)).clamp(min=torch.finfo(safe.dtype).eps)
     return LossFnOutput(
         aggregate(-missing.pow(gamma) * safe, mask, aggregation), logprobs, _diagnostics(logprobs, mask)

@@ -1,4 +1,4 @@
-"""Unlikelihood: pushes tokens down."""
+"""Unlikelihood: lowers the probability of tokens."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from tinkerbell_core.functional import aggregate, effective_mask, masked_mean, t
 def unlikelihood(
     model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, *, aggregation: str = "sum"
 ) -> LossFnOutput:
-    """-log(1 - p) of tokens that should not be said, summed (arXiv:1908.04319).
+    """-log(1 - p) of unwanted tokens, summed (arXiv:1908.04319).
 
-    negative_tokens `[B, T]`, or `[B, T, K]` for K a position, with negative_weights of the same shape; without them
-    target_tokens with `weights` are pushed down. For the paper's objective add it to cross_entropy, which reads
-    target_tokens and weights. A token of probability 1 costs -log of the float's epsilon, 16 in float32.
+    negative_tokens: `[B, T]`, or `[B, T, K]` for K tokens per position; negative_weights: the same shape. If there are
+    no negative_tokens, the unwanted tokens are target_tokens with `weights`. The objective of the paper is the sum of
+    this loss and cross_entropy, which reads target_tokens and weights. The loss of a token is at most -log of the
+    dtype's epsilon, 16 in float32.
     """
     apart = "negative_tokens" in loss_fn_inputs
     tokens = loss_fn_inputs["negative_tokens" if apart else "target_tokens"]  # [B, T] or [B, T, K]
     weights = loss_fn_inputs.get("negative_weights" if apart else "weights")
     mask = effective_mask({} if weights is None else {"weights": weights}, attention_mask)  # [B, T] or [B, T, K]
-    if mask.dim() == 3:  # a token that does not count may be no token at all
+    if mask.dim() == 3:  # a token with weight 0 may have an invalid id
         tokens = torch.where(mask != 0, tokens, 0)
     where = mask if mask.dim() == 2 else (mask != 0).any(-1)  # [B, T]
     logprobs = target_logprobs(model_outputs, tokens, where=where)

@@ -1,4 +1,4 @@
-"""Terms that look at the whole vocabulary."""
+"""Losses that depend on the logits of the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def label_smoothing(
 ) -> LossFnOutput:
     """-(1 - epsilon) * log p(target) - epsilon * the mean of log p over the vocabulary, summed (arXiv:1512.00567).
 
-    Cross-entropy with a share epsilon of the target spread evenly. target_tokens and weights `[B, T]`.
+    Cross-entropy with a target that has a share epsilon of its mass spread evenly over the vocabulary. target_tokens
+    and weights: `[B, T]`.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)  # [B, T]
@@ -63,8 +64,8 @@ def softcap(
 ) -> LossFnOutput:
     """-log p(target) under logits cap * tanh(logits / cap), summed: cross-entropy with soft-capped logits (2408.00118).
 
-    For a model that is to be sampled with the same cap; one that caps its own logits wants cross_entropy. target_tokens
-    and weights `[B, T]`.
+    Use it if the model is sampled with the same cap. For a model that caps its own logits, use cross_entropy.
+    target_tokens and weights: `[B, T]`.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     capped = cap * (counted_rows(model_outputs, mask) / cap).tanh()  # [n, V]
@@ -77,9 +78,9 @@ def softcap(
 def z_loss(
     model_outputs: Tensor, loss_fn_inputs: Mapping[str, Tensor], attention_mask: Tensor, *, aggregation: str = "sum"
 ) -> LossFnOutput:
-    """logsumexp(logits)^2 at each position, summed: add it, with weight 1e-4, to keep logits small (arXiv:2204.02311).
+    """logsumexp(logits)^2 at each position, summed: z-loss, a penalty of large logits (arXiv:2204.02311).
 
-    Liger's lse_square_scale is that weight. weights `[B, T]` say where.
+    Add it to another loss; the paper's weight is 1e-4. Liger calls the weight lse_square_scale. weights: `[B, T]`.
     """
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     log_z = logsumexp(model_outputs, where=mask)  # [B, T]

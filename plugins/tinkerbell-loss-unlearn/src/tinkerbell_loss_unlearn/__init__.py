@@ -1,4 +1,4 @@
-"""Unlearning: make chosen rows unlikely without losing the rest."""
+"""Unlearning losses: make some rows unlikely and keep other rows likely."""
 
 from __future__ import annotations
 

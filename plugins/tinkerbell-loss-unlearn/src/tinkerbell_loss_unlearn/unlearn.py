@@ -1,4 +1,4 @@
-"""Losses that make a model forget rows, and keep it as it was on others."""
+"""Losses that make the rows to forget unlikely, and keep the rows to retain likely."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def gradient_ascent(
     retain_weight: float = 1.0,
     aggregation: str = "sum",
 ) -> LossFnOutput:
-    """log p(target), and retain_weight * -log p(target) on rows to retain: gradient ascent, or difference (2210.01504).
+    """log p(target), and retain_weight * -log p(target) on rows to retain: gradient ascent (arXiv:2210.01504).
 
-    It has no floor: the longer it runs, the less is left of the model. retain `[B]` is 1 on rows to keep, default 0.
+    With rows to retain, it is also called gradient difference. The loss has no lower bound, and long training destroys
+    the model. retain: `[B]`, 1 for rows to retain, default 0.
     """
     mask, logprobs, retain = _read(model_outputs, loss_fn_inputs, attention_mask)
     per_token = torch.where(retain[:, None], -retain_weight * logprobs, logprobs)  # [B, T]
@@ -61,8 +62,8 @@ def npo(
 ) -> LossFnOutput:
     """-2 / beta * log sigmoid(-beta * log-ratio to the reference): negative preference optimisation (arXiv:2404.05868).
 
-    DPO with only the rejected side: never below 0, so it stops where gradient ascent runs away. retain `[B]` is 1 on
-    rows to keep, default 0; retain_weight times the mean NLL of their tokens is added.
+    DPO with only the rejected term. The loss of a row is at least 0, so it has a lower bound, unlike gradient_ascent.
+    retain: `[B]`, 1 for rows to retain, default 0; retain_weight times the mean NLL of their tokens is added.
     """
     mask, logprobs, retain = _read(model_outputs, loss_fn_inputs, attention_mask)
     log_ratio = sequence_log_ratio(logprobs, loss_fn_inputs["ref_logprobs"], mask)  # [B]
@@ -90,7 +91,7 @@ def simnpo(
 ) -> LossFnOutput:
     """-2 / beta * log sigmoid(-beta * mean log p(target) - gamma): NPO without a reference, SimNPO (arXiv:2410.07163).
 
-    retain `[B]` is 1 on rows to keep, default 0; retain_weight times the mean NLL of their tokens is added.
+    retain: `[B]`, 1 for rows to retain, default 0; retain_weight times the mean NLL of their tokens is added.
     """
     mask, logprobs, retain = _read(model_outputs, loss_fn_inputs, attention_mask)
     per_row = -2 / beta * F.logsigmoid(-beta * sequence_mean(logprobs, mask) - gamma)  # [B]
@@ -98,7 +99,7 @@ def simnpo(
 
 
 def _read(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The mask and the target log-probabilities `[B, T]`, and which rows to retain `[B]`."""
+    """The mask and the target log-probabilities, `[B, T]`, and whether to retain each row, `[B]`."""
     mask = effective_mask(loss_fn_inputs, attention_mask)
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)
     retain = loss_fn_inputs.get("retain")
