@@ -73,7 +73,7 @@ def test_a_device_failure_is_blamed_on_its_call_and_the_engine_starts_again(serv
         problem = caller.problem("/forward_backward", model_id="assert-m", data=ROWS)
         assert problem["kind"] == "DeviceFailed"
         caller.done("/forward", model_id="other", data=ROWS)
-        assert caller.http.get("/healthz").json()["engine"]["restarts"] == 1
+        assert caller.health()["restarts"] == 1
 
 
 def test_uploads_are_registered_again(serve: Any, make_upload: Any) -> None:
