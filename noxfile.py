@@ -1,4 +1,4 @@
-"""The sessions of nox: checks, tests, builds, benchmarks. `nox` runs the hooks and fast tests, `nox -t ci` all of CI."""
+"""The sessions of nox: checks, tests, builds, benchmarks. `nox` runs hooks and fast tests; `nox -t ci` all of CI."""
 
 from __future__ import annotations
 
