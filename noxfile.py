@@ -62,7 +62,7 @@ def install_wheels(session: nox.Session, *tools: str) -> None:
 
 def run_hooks(session: nox.Session, *arguments: str) -> None:
     """Run the hooks of .pre-commit-config.yaml on every file, with the tools of this session."""
-    session.run("pre-commit", "run", "--all-files", "--show-diff-on-failure", *arguments)
+    session.run("pre-commit", "run", "--all-files", *arguments)
 
 
 @nox.session
