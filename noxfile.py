@@ -21,7 +21,6 @@ PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.to
 PROJECT = nox.project.load_toml("pyproject.toml")
 LINT_TOOLS = nox.project.dependency_groups(PROJECT, "lint")
 TEST_TOOLS = nox.project.dependency_groups(PROJECT, "test")
-TORCH = "2.13.0"
 SDKS = ["0.25.0", "0.30.4", "0.36.0", "0.38.0"]
 """The versions of the Tinker SDK that the tests use. Older versions send JSON; tests without an SDK cover it."""
 COOKBOOK = "tinker-cookbook==0.6.1"
@@ -42,7 +41,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def install(session: nox.Session, *packages: str) -> None:
-    session.install("-c", CONSTRAINTS, f"torch=={TORCH}")
+    session.install("-c", CONSTRAINTS, "torch")
     session.install("-c", CONSTRAINTS, *packages)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tinkerbell_server.api import native
+
 ROOT = Path(__file__).parents[1]
 DISTRIBUTIONS = [ROOT / "pyproject.toml", *sorted((ROOT / "plugins").glob("*/pyproject.toml"))]
 
@@ -117,3 +119,8 @@ def test_the_workflows_run_sessions_that_exist() -> None:
 def test_contributing_describes_every_session() -> None:
     described = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     assert sessions() <= set(described)
+
+
+def test_the_docstring_of_the_native_api_names_every_route() -> None:
+    documented = re.findall(r"^    (?:GET |POST) (/\w+)", native.__doc__ or "", re.MULTILINE)
+    assert {"/" + route.path.split("/")[1] for route in native.routes()} == set(documented)
