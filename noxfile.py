@@ -105,10 +105,8 @@ def lowest(session: nox.Session) -> None:
 @nox.session(name="torch-latest")
 def torch_latest(session: nox.Session) -> None:
     """The tests of the core, the client and the engine with the newest torch; run it weekly."""
-    session.install("--upgrade", "torch")
-    session.install("-e", ".[demo]", *TEST_TOOLS)
-    for plugin in PLUGINS:
-        session.install("--no-deps", "-e", str(plugin))
+    install_working_tree(session, *TEST_TOOLS)
+    session.install("--upgrade", "torch")  # last, so that every other version is that of the constraints
     folders = ("tests/core", "tests/client", "tests/engine")
     session.run("pytest", "-m", "not slow", *folders, *session.posargs, env=OFFLINE)
 
