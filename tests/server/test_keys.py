@@ -12,6 +12,7 @@ import pytest
 
 from tinkerbell_core.errors import BadRequest
 from tinkerbell_server.access.keys import Keys
+from tinkerbell_server.api import native
 
 ROWS = [[1, 2, 3], [4, 5]]
 
@@ -119,24 +120,31 @@ def test_the_response_is_the_same_for_an_unknown_id_and_a_wrong_secret(serve: An
         assert len({answer.text for answer in answers}) == 1
 
 
+SCOPES = {
+    "/sample": "read",
+    "/forward": "train",
+    "/forward_backward": "train",
+    "/optim_step": "train",
+    "/create_model": "train",
+    "/save": "train",
+    "/load": "train",
+    "/delete_model": "train",
+    "/register_custom_loss": "upload",
+    "/get_custom_loss": "upload",
+    "/delete_custom_loss": "upload",
+    "/publish_custom_loss": "admin",
+}
+"""The scope that each POST of the native API requires."""
+
+
+def test_each_post_has_a_scope_in_these_tests() -> None:
+    assert {route.path for route in native.routes() if "POST" in (route.methods or ())} == set(SCOPES)
+
+
 def test_each_route_requires_its_scope(serve: Any, keys: Keys, make_upload: Any) -> None:
     texts = {scope: keys.create(scope, tenant="a", scopes=[scope])[1] for scope in ("read", "train", "upload", "admin")}
-    wanted = {
-        "/sample": "read",
-        "/forward": "train",
-        "/forward_backward": "train",
-        "/optim_step": "train",
-        "/create_model": "train",
-        "/save": "train",
-        "/load": "train",
-        "/delete_model": "train",
-        "/register_custom_loss": "upload",
-        "/get_custom_loss": "upload",
-        "/delete_custom_loss": "upload",
-        "/publish_custom_loss": "admin",
-    }
     with serve(uploads="trusted") as caller:
-        for path, scope in wanted.items():
+        for path, scope in SCOPES.items():
             for has, text in texts.items():
                 answer = caller.having(text).post(path, {})
                 allowed = scope in {has, "read"} or has == "admin"

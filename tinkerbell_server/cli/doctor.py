@@ -42,7 +42,7 @@ def doctor(as_json: bool) -> None:
 
 def examine() -> Iterator[Check]:
     """Run all checks."""
-    yield Check("python", (3, 11) <= sys.version_info[:2] <= (3, 13), platform.python_version())
+    yield Check("python", sys.version_info >= (3, 11), platform.python_version())
     yield from map(package, NEEDED)
     yield device()
     yield data_dir()
