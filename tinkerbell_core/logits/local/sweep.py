@@ -66,9 +66,14 @@ class Sweep(torch.autograd.Function):
                 total = share if total is None else total.add_(share)
         if total is not None:
             product.add_to_rows(total, part.rows)
-        if "values" in upstream:
+        values = upstream.get("values")
+        if _is_relative(query) and "logsumexp" in upstream:
+            # for a log-probability, value - logsumexp, this sum is exactly 0
+            rest = upstream["logsumexp"][:, None]
+            values = rest if values is None else values + rest
+        if values is not None:
             at_head = ctx.head_derivative[active] if isinstance(ctx.head_derivative, Tensor) else ctx.head_derivative
-            grad = upstream["values"][active] * part.factor() * at_head  # [n, K]
+            grad = values[active] * part.factor() * at_head  # [n, K]
             product.backward_columns(grad, part.rows, ctx.results["columns"][active])
         return product.hidden.new_zeros(()), None, None, None
 
@@ -84,6 +89,8 @@ def _evaluate_in_place(
     head_derivative = product.head_derivative(logits)
     z = times(logits.to(torch.promote_types(logits.dtype, torch.float32)), query.factor())
     found, derivatives = evaluate(z, query)
+    if _is_relative(query) and "logsumexp" in derivatives:
+        derivatives["logsumexp"].scatter_add_(1, found["columns"], -torch.ones_like(found["values"]))
     # a derivative in the memory of the logits stays there
     order = sorted(derivatives, key=lambda name: derivatives[name] is not z)
     for name, buffer in zip(order, buffers, strict=False):
@@ -92,3 +99,12 @@ def _evaluate_in_place(
         elif derivatives[name] is not z or z.dtype != buffer.dtype:
             buffer.copy_(derivatives[name])
     return found, order, head_derivative
+
+
+def _is_relative(query: Query) -> bool:
+    """Whether the derivative that is kept for the logsumexp is that of logsumexp - value.
+
+    At a confident token, the derivatives of the two nearly cancel out. Their difference is computed in float32; in
+    bfloat16, it would be lost in the rounding of each.
+    """
+    return isinstance(query.pick, Tensor) and query.pick.shape[1] == 1
