@@ -27,15 +27,16 @@ def test_peft_loads_a_saved_adapter(make_engine: MakeEngine, bases, base: str, t
     engine.execute(Save(model_id="m", path=str(tmp_path / "saved")))
     assert all("lora_" in name for name in load_file(tmp_path / "saved" / "adapter_model.safetensors"))
     plain = AutoModelForCausalLM.from_pretrained(bases[base], dtype=torch.float64)
-    loaded = PeftModel.from_pretrained(plain, str(tmp_path / "saved")).eval()
-    tokens = torch.arange(10)[None]
     network = engine._models.activate(engine._models.get("m"))
     network.mode(train=False)
+    # on the same device, because these models compute some parts in float32
+    loaded = PeftModel.from_pretrained(plain, str(tmp_path / "saved")).to(network.device).eval()
+    tokens = torch.arange(10, device=network.device)[None]
     with torch.no_grad():
-        logits = network.logits(network.states(tokens.to(network.device), None)).cpu()
+        logits = network.logits(network.states(tokens, None))
         assert torch.allclose(logits, loaded(tokens).logits, atol=1e-12)
         engine._models.activate(None)
-        assert not torch.allclose(logits, network.logits(network.states(tokens.to(network.device), None)).cpu())
+        assert not torch.allclose(logits, network.logits(network.states(tokens, None)))
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,16 +71,17 @@ class Network:
 
         attention_mask: int64 `[B, cached + T]`, if rows are padded on the left; only if `supports_padding`.
         """
-        options: dict[str, Tensor] = {}
+        name: str = _cache_name(self.model.base_model.__class__)
+        options: dict[str, Any] = {name: cache, "use_cache": True}  # Any: tensors, and the cache
         if attention_mask is not None:
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]  # [B, T]
-            options = {"attention_mask": attention_mask, "position_ids": positions}
+            options |= {"attention_mask": attention_mask, "position_ids": positions}
         with self._precision():
             if not self.splits:
-                output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **options)
-                return output.logits, output.past_key_values
-            output = self.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True, **options)
-            return output.last_hidden_state, output.past_key_values
+                output = self.model(input_ids=tokens, **options)
+                return output.logits, output[name]
+            output = self.model.base_model(input_ids=tokens, **options)
+            return output.last_hidden_state, output[name]
 
     def sampling_logits(self, states: Tensor) -> Tensor:
         """Logits `[..., V]`, float32 or better, of states that `extend` returned."""
@@ -122,6 +124,13 @@ class Network:
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
+
+
+@functools.cache
+def _cache_name(backbone: Transformer) -> str:
+    """What a class of transformers calls its KV cache: `cache` from version 5.24 on, `past_key_values` before."""
+    parameters = inspect.signature(backbone.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
