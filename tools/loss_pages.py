@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from tinkerbell_core.dryrun import discover, plausible_settings
+from tinkerbell_core.errors import BadData, BadLoss
 from tinkerbell_core.example_inputs import guess
 from tinkerbell_core.hyperparameters import Hyperparameter
 from tinkerbell_core.logits import plain_logits
 from tinkerbell_core.loss_docstring import parse_docstring
+from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.plugins import BUILT_IN
 from tinkerbell_core.registry import build_registry
 from tinkerbell_core.run import run_loss
@@ -69,7 +72,7 @@ def loss_page(spec: LossSpec) -> str:
         f"```console\n$ pip install '{install.replace('tinkerbell-core', '.')}'\n```",
         "## Inputs\n\n" + _inputs(spec, batch),
         "## Hyperparameters\n\n" + _hyperparameters(spec.hyperparameters),
-        "## Diagnostics\n\n" + _list(_diagnostics(spec, batch)),
+        "## Diagnostics\n\n" + _list([*_run(spec, batch, batch).diagnostics]),
         f"## Example\n\nA call with made-up data:\n\n```python\n{example_call(spec, batch)}\n```",
         f"## Source\n\n```python\n{spec.source.strip()}\n```",
     ]
@@ -88,11 +91,12 @@ def example_call(spec: LossSpec, batch: dict[str, torch.Tensor] | None = None) -
         data = '[{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}]'
     else:
         rows = len(next(iter(spec.example_inputs.values()))) if spec.example_inputs else max(2, spec.group_size)
+        enough = _runs(spec, batch, required)
         data = json.dumps([list(range(4 + row, 4 + row + _POSITIONS)) for row in range(rows)])
-        keys = [key for key in batch if key in required or key not in {*_CONVERTED, *spec.optional_inputs}]
-        arguments.append("    loss_fn_inputs={")
-        arguments += [f'        "{key}": {_example(key, batch[key], spec, rows)},' for key in keys]
-        arguments.append("    },")
+        keys = [key for key in batch if key in required or (not enough and key not in _CONVERTED)]
+        if keys:
+            entries = [f'        "{key}": {_example(key, batch[key], spec, rows)},' for key in keys]
+            arguments += ["    loss_fn_inputs={", *entries, "    },"]
     settings = {h.name: plausible_settings(spec)[h.name] for h in spec.hyperparameters if h.required}
     if settings:
         arguments.append(f"    loss_fn_config={settings!r},".replace("'", '"'))
@@ -154,14 +158,23 @@ def _hyperparameters(hyperparameters: tuple[Hyperparameter, ...]) -> str:
     return "\n".join(rows)
 
 
-def _diagnostics(spec: LossSpec, batch: dict[str, torch.Tensor]) -> list[str]:
-    """The names of the diagnostics that a run on a small batch returns."""
+def _runs(spec: LossSpec, batch: dict[str, torch.Tensor], keys: Collection[str]) -> bool:
+    """Whether the loss runs with these inputs of the batch only."""
+    try:
+        _run(spec, batch, keys)
+    except (BadData, BadLoss):
+        return False
+    return True
+
+
+def _run(spec: LossSpec, batch: dict[str, torch.Tensor], keys: Collection[str]) -> LossFnOutput:
+    """The output of the loss on random logits, with these inputs of the batch."""
     shaped = next((value for value in batch.values() if value.dim() > 1), None)
     mask = torch.ones((*next(iter(batch.values())).shape[:1], 8) if shaped is None else shaped.shape[:2])
     hidden = torch.randn(*mask.shape, _HIDDEN).requires_grad_()
     head = torch.nn.Linear(_HIDDEN, _VOCAB, bias=False)
-    output = run_loss(spec, plain_logits(hidden, head), batch, mask, plausible_settings(spec))
-    return list(output.diagnostics)
+    inputs = {key: value for key, value in batch.items() if key in keys}
+    return run_loss(spec, plain_logits(hidden, head), inputs, mask, plausible_settings(spec))
 
 
 def _list(names: list[str]) -> str:
