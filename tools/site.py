@@ -64,7 +64,6 @@ docs_dir = "docs"
 site_dir = "site"
 use_directory_urls = false
 extra_css = ["site.css"]
-extra_javascript = {scripts}
 nav = {nav}
 
 [project.theme]
@@ -117,8 +116,11 @@ def write_sources() -> None:
     shutil.rmtree(BUILD, ignore_errors=True)
     pages = BUILD / "docs"
     (pages / "losses").mkdir(parents=True)
+    # only on the pages with a diagram, because the script has 3 MB
+    script = '\n<script src="mermaid.min.js"></script>\n' if copy_mermaid(pages) else ""
     for file in sorted(DOCS.glob("*.md")):
-        (pages / file.name).write_text(site_links(file.read_text(), "docs"))
+        text = site_links(file.read_text(), "docs")
+        (pages / file.name).write_text(text + script if "```mermaid" in text else text)
     for name, source in PAGES.items():
         (pages / name).write_text(site_links((ROOT / source).read_text(), ""))
     losses = bundled_losses()
@@ -141,8 +143,7 @@ def write_sources() -> None:
             ],
         )
     )
-    scripts = ["mermaid.min.js"] if copy_mermaid(pages) else []
-    settings = {"root": str(ROOT), "nav": nav, "scripts": scripts}
+    settings = {"root": str(ROOT), "nav": nav}
     (BUILD / "zensical.toml").write_text(CONFIG.format(**{key: _toml(value) for key, value in settings.items()}))
 
 
