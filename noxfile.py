@@ -19,6 +19,7 @@ DIST = ROOT / "dist"
 CONSTRAINTS = str(ROOT / ".ci" / "constraints.txt")
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 PROJECT = nox.project.load_toml("pyproject.toml")
+DOCS_TOOLS = nox.project.dependency_groups(PROJECT, "docs")
 LINT_TOOLS = nox.project.dependency_groups(PROJECT, "lint")
 TEST_TOOLS = nox.project.dependency_groups(PROJECT, "test")
 SDKS = ["0.25.0", "0.30.4", "0.36.0", "0.38.0"]
@@ -180,6 +181,14 @@ def plugins(session: nox.Session) -> None:
     install_wheels(session, *TEST_TOOLS)
     folders = [str(plugin / "tests") for plugin in PLUGINS]
     session.run("pytest", "-n", "2", *folders, *session.posargs, env=OFFLINE)
+
+
+@nox.session(tags=["ci"])
+def docs(session: nox.Session) -> None:
+    """Build the documentation site into site/. A warning, a broken link or a broken anchor is an error."""
+    install_working_tree(session, *DOCS_TOOLS, "pytest", "pytest-timeout")
+    session.run("python", "-m", "tools.site", env=OFFLINE)
+    session.run("pytest", "-k", "valid_openapi", "tests/server/test_openapi.py", env=OFFLINE)
 
 
 @nox.session

@@ -99,5 +99,6 @@ def _refuse_client(name: str, fn: Fn) -> None:
         if isinstance(value, TinkerClient | HFBackend | TrainingFuture | Transport):
             raise BadUpload(
                 f"loss {name!r} uses {variable!r}, a {type(value).__name__}, but a loss runs on the server, without a "
-                "client: call the client outside the loss, and pass its results through loss_fn_inputs"
+                "client: call the client outside the loss, and pass its results through loss_fn_inputs "
+                "(see docs/custom-losses.md#troubleshooting)"
             )

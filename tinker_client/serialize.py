@@ -129,7 +129,7 @@ def _unpicklable(name: str, fn: Fn, error: BaseException, dumps: Callable[[objec
     captured = f"captures {culprits[0]}, which" if culprits else "captures something that"
     return BadUpload(
         f"loss {name!r} {captured} cannot be sent ({error}): "
-        "create it inside the loss, or pass numbers through loss_fn_inputs"
+        "create it inside the loss, or pass numbers through loss_fn_inputs (see docs/custom-losses.md#troubleshooting)"
     )
 
 
@@ -139,5 +139,5 @@ def _too_large(name: str, fn: Fn, size: int, dumps: Callable[[object], bytes]) -
     most = f", mostly {largest!r} ({sizes[largest]:,} bytes)" if largest else ""
     return UploadTooLarge(
         f"the upload of loss {name!r} has {size:,} bytes{most}, but the limit is {UPLOAD_LIMIT:,}: "
-        "pass the data through loss_fn_inputs"
+        "pass the data through loss_fn_inputs (see docs/custom-losses.md#troubleshooting)"
     )

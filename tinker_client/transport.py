@@ -44,7 +44,8 @@ class Transport:
     def __reduce__(self) -> NoReturn:
         raise BadUpload(
             "a TinkerClient cannot be pickled, because it has a connection and your API key: "
-            "do not use the client inside a loss; pass the data that the loss needs through loss_fn_inputs"
+            "do not use the client inside a loss; pass the data that the loss needs through loss_fn_inputs "
+            "(see docs/custom-losses.md#troubleshooting)"
         )
 
     def close(self) -> None:

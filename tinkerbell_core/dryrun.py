@@ -174,7 +174,7 @@ def _with_guesses(error: BadLoss, inputs: ExampleInputs) -> BadLoss:
         return error
     return BadLoss(
         f"{error.message} (the dry run guessed {guessed}, then [B]; if a guess is wrong, "
-        "pass example_inputs={name: tensor}, the inputs of a small batch)",
+        "pass example_inputs={name: tensor}, the inputs of a small batch; see docs/custom-losses.md#data-and-inputs)",
         error.traceback,
     )
 

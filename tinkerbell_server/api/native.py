@@ -10,6 +10,7 @@ are base64. The structs are in `tinkerbell_core.types`; fields with their defaul
                                    "uploads": "off"|"sandboxed"|"trusted", "auth": "auto"|"on"|"off", "queue": int,
                                    "restarts": int};
                                   always 200; without a required key: only status, boot_id and version
+    GET  /openapi.json            the OpenAPI document of this API, as JSON; needs no key
     GET  /list_loss_functions     {"available_loss_functions": [name], "descriptions": {name: summary},
                                    "losses": [LossDescription], "plugins": [PluginDescription]}
     GET  /list_models             {"models": [ModelInfo]}
@@ -48,9 +49,10 @@ from __future__ import annotations
 import math
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from tinkerbell_core import __version__
 from tinkerbell_core.errors import BadRequest, did_you_mean
 from tinkerbell_core.types import (
     CreateModelRequest,
@@ -66,6 +68,7 @@ from tinkerbell_core.types import (
     SaveRequest,
 )
 from tinkerbell_server.access.tenants import unqualified_future
+from tinkerbell_server.api import native_openapi
 from tinkerbell_server.http.auth import Endpoint, allowed, caller_of
 from tinkerbell_server.http.bodies import answer, decode, read_body
 from tinkerbell_server.http.errors import HttpError
@@ -94,6 +97,7 @@ def routes() -> list[Route]:
     """Every path of the native API."""
     return [
         Route("/healthz", healthz),
+        Route(native_openapi.PATH, openapi),
         Route("/list_loss_functions", allowed("read", list_loss_functions)),
         Route("/list_models", allowed("read", list_models)),
         Route("/register_custom_loss", allowed("upload", register_custom_loss), methods=["POST"]),
@@ -112,6 +116,10 @@ async def healthz(request: Request) -> Response:
     service = _service(request)
     known = "read" in request.auth.scopes
     return answer(request, service.health() if known else service.brief_health())
+
+
+async def openapi(request: Request) -> Response:
+    return JSONResponse(native_openapi.openapi_document(__version__))
 
 
 async def list_loss_functions(request: Request) -> Response:

@@ -16,7 +16,8 @@ Inputs = dict[str, TensorData]
 
 FORMS = (
     "data is a list of one kind: strings, chats (lists of {role, content}), token-id lists, "
-    "Datums ({model_input, loss_fn_inputs}) or preference records ({prompt, chosen, rejected})"
+    "Datums ({model_input, loss_fn_inputs}) or preference records ({prompt, chosen, rejected}) "
+    "(see docs/custom-losses.md#data-and-inputs)"
 )
 """The end of an error about data of another form."""
 

@@ -26,7 +26,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 NO_KEY = (
     "this server requires an API key: pass TinkerClient(url, api_key=...), set TINKERBELL_API_KEY, or send "
-    "'Authorization: Bearer tml-...' or 'X-API-Key: tml-...'"
+    "'Authorization: Bearer tml-...' or 'X-API-Key: tml-...' (see docs/operators.md#keys)"
 )
 
 
@@ -122,7 +122,7 @@ def allowed(scope: str, endpoint: Endpoint) -> Endpoint:
             scopes = ", ".join(sorted(caller.scopes))
             raise Forbidden(
                 f"{request.method} {request.url.path} needs a key with the scope {scope!r}, but this key has {scopes}; "
-                "ask the server's operator for another"
+                "ask the server's operator for another (see docs/operators.md#keys)"
             )
         return await endpoint(request)
 

@@ -83,14 +83,16 @@ class Limits:
     def _exceeded(self, key_id: str) -> TooManyRequests | None:
         if self._running[key_id] >= self._concurrency_limit:
             return TooManyRequests(
-                f"concurrency limit {self._concurrency_limit} reached by key {key_id}: wait until a request ends",
+                f"concurrency limit {self._concurrency_limit} reached by key {key_id}: wait until a request ends "
+                "(see docs/operators.md#limits)",
                 retry_after=1.0,
             )
         seconds = self._rates.take(key_id)
         if seconds == 0:
             return None
         return TooManyRequests(
-            f"rate limit {self._rate_limit} requests in a minute reached by key {key_id}: wait {math.ceil(seconds)} s",
+            f"rate limit {self._rate_limit} requests in a minute reached by key {key_id}: wait {math.ceil(seconds)} s "
+            "(see docs/operators.md#limits)",
             retry_after=seconds,
         )
 

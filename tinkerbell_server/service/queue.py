@@ -90,13 +90,15 @@ class FairQueue:
         waiting = [job.tenant for job in self._waiting()]
         if len(waiting) >= limit:
             raise TooManyRequests(
-                f"the queue is full: {len(waiting)} requests wait for the engine; try again later", retry_after=5.0
+                f"the queue is full: {len(waiting)} requests wait for the engine; try again later "
+                "(see docs/operators.md#limits)",
+                retry_after=5.0,
             )
         own = waiting.count(tenant)
         if own >= limit // 2:
             raise TooManyRequests(
                 f"you have {own} requests waiting for the engine, and {limit // 2} is the limit for one tenant: wait "
-                "until some of them end, then send more",
+                "until some of them end, then send more (see docs/operators.md#limits)",
                 retry_after=5.0,
             )
 

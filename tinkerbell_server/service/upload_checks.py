@@ -17,6 +17,8 @@ from tinkerbell_core.registry import check_upload_name, resolve
 from tinkerbell_core.types import UPLOAD_LIMIT, LossDescription, RegisterLossRequest
 from tinkerbell_server.commands import EngineDescription
 
+_GUIDE = "(see docs/custom-losses.md#troubleshooting)"
+
 BODY_LIMIT = UPLOAD_LIMIT * 4 // 3 + UPLOAD_LIMIT
 """The most bytes in the body of an upload: the payload in base64, its source and its example inputs."""
 
@@ -25,7 +27,10 @@ def check_uploads_on(engine: EngineDescription) -> None:
     """Raise UploadsOff with the reason if the engine accepts no uploads."""
     if engine.uploads == "off":
         reason = engine.uploads_problem or "its operator can start it with --uploads sandboxed"
-        raise UploadsOff(f"this server accepts no uploaded losses: {reason}; or install the loss as a plugin")
+        raise UploadsOff(
+            f"this server accepts no uploaded losses: {reason}; or install the loss as a plugin "
+            "(see docs/operators.md#where-they-run)"
+        )
 
 
 def too_large(size: int | None = None) -> UploadTooLarge:
@@ -33,7 +38,7 @@ def too_large(size: int | None = None) -> UploadTooLarge:
     has = "is too large" if size is None else f"has {size} bytes"
     return UploadTooLarge(
         f"the uploaded loss {has}, but may have {UPLOAD_LIMIT} (1 MiB); "
-        "pass tensors through loss_fn_inputs instead of capturing them"
+        f"pass tensors through loss_fn_inputs instead of capturing them {_GUIDE}"
     )
 
 
@@ -45,7 +50,8 @@ def check_upload(upload: RegisterLossRequest, losses: Sequence[LossDescription])
     if upload.kind == "cloudpickle" and upload.magic != magic:
         raise BadUpload(
             f"the loss {upload.name[:80]!r} was made by Python {upload.python[:40]} (bytecode {upload.magic[:16]}), "
-            f"but this server runs Python {platform.python_version()} (bytecode {magic}); use the same minor version"
+            f"but this server runs Python {platform.python_version()} (bytecode {magic}); use the same minor version "
+            f"or via='source' {_GUIDE}"
         )
     if not upload.payload:
         raise BadUpload(

@@ -119,5 +119,6 @@ def _check_whole(loss: LossDescription, groups: Sequence[int]) -> None:
         if found[group] != size or set(groups[start : start + size]) != {group}:
             raise BadData(
                 f"loss {loss.name!r} takes rows in groups of {size}, each of one {GROUP_ID!r}, but group {group} "
-                f"has {found[group]} rows, or they are not consecutive: send all rows of a group one after the other"
+                f"has {found[group]} rows, or they are not consecutive: send all rows of a group one after the other "
+                "(see docs/coming-from-tinker.md#more)"
             )
