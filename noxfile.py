@@ -183,7 +183,7 @@ def plugins(session: nox.Session) -> None:
     session.run("pytest", "-n", "2", *folders, *session.posargs, env=OFFLINE)
 
 
-@nox.session(tags=["ci"])
+@nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation site into site/. A warning, a broken link or a broken anchor is an error."""
     install_working_tree(session, *DOCS_TOOLS, "pytest", "pytest-timeout")
