@@ -122,5 +122,5 @@ def test_contributing_describes_every_session() -> None:
 
 
 def test_the_docstring_of_the_native_api_names_every_route() -> None:
-    documented = re.findall(r"^    (?:GET |POST) (/\w+)", native.__doc__ or "", re.MULTILINE)
+    documented = re.findall(r"^    (?:GET |POST) (/[\w.]+)", native.__doc__ or "", re.MULTILINE)
     assert {"/" + route.path.split("/")[1] for route in native.routes()} == set(documented)

@@ -75,19 +75,22 @@ class HFBackend:
         model_id: str,
         rank: int | None = 32,
         alpha: float = 32.0,
-        target_modules: Sequence[str] | None = None,
+        target_modules: Sequence[str] | Literal["all-linear"] | None = None,
         seed: int = 0,
         full: bool = False,
         reference: str = "base",
     ) -> ModelInfo:
-        """Create a model: LoRA, or all weights with `full=True`. reference: "base", "initial" or a saved path."""
+        """Create a model: LoRA, or all weights with `full=True`. reference: "base", "initial" or a saved path.
+
+        target_modules: names of modules that get an adapter; None or "all-linear": every linear layer except the head.
+        """
         return self._run(
             ModelInfo,
             "create_model",
             model_id=model_id,
             rank=rank,
             alpha=alpha,
-            target_modules=None if target_modules is None else list(target_modules),
+            target_modules=target_modules if isinstance(target_modules, str | None) else list(target_modules),
             seed=seed,
             full=full,
             reference=reference,

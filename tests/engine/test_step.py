@@ -239,3 +239,15 @@ def test_an_unknown_loss_or_model_changes_nothing(make_engine: MakeEngine) -> No
         step(engine)
     with pytest.raises(UnknownModel):
         step(engine, "another")
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_an_adapter_on_the_head_alone_is_trained(make_engine: MakeEngine, coupled: bool) -> None:
+    engine = make_engine(micro_batch_tokens=16)
+    create(engine, target_modules=["lm_head"])
+    data = rows([7, 5, 6])
+    first = run(engine, data, aggregation="token-mean" if coupled else "sum").loss
+    for _ in range(3):
+        run(engine, data, aggregation="token-mean" if coupled else "sum")
+        step(engine, learning_rate=0.1)
+    assert run(engine, data, aggregation="token-mean" if coupled else "sum").loss < first

@@ -20,6 +20,11 @@ def test_a_setting_of_a_model_that_is_out_of_range_is_refused(settings: dict[str
         normalize_spec(CreateModelRequest(model_id="m", **settings))
 
 
+def test_all_linear_modules_are_the_default_as_in_peft() -> None:
+    default = normalize_spec(CreateModelRequest(model_id="m"))
+    assert normalize_spec(CreateModelRequest(model_id="m", target_modules="all-linear")) == default
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -41,7 +41,7 @@ def now(value: Any) -> Any:  # Any: a client, or in later SDKs a future of one
         return value.result() if callable(getattr(type(value), "result", None)) else value
 
 
-def new_model(service: tinker.ServiceClient, base: Path, rank: int = 4, seed: int = 1, **options: Any) -> Any:
+def new_model(service: tinker.ServiceClient, base: Path, rank: int = 4, seed: int | None = 1, **options: Any) -> Any:
     return now(service.create_lora_training_client(base_model=str(base), rank=rank, seed=seed, **options))
 
 

@@ -52,6 +52,19 @@ RL: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
 }
 
 
+@pytest.mark.parametrize(("seed", "equal"), [(7, True), (None, False)])
+def test_models_have_equal_initial_weights_only_if_their_seeds_are_equal(
+    service: tinker.ServiceClient, model_folder: Path, seed: int | None, equal: bool
+) -> None:
+    data = [datum(text(20), weights=[1.0] * 19)]
+    after_a_step = []
+    for model in [new_model(service, model_folder, seed=seed) for _ in range(2)]:
+        now(model.forward_backward(data, "cross_entropy"))
+        now(model.optim_step(types.AdamParams(learning_rate=0.1)))
+        after_a_step.append(logprobs_of(now(model.forward(data, "cross_entropy")))[0])
+    assert torch.equal(*after_a_step) == equal
+
+
 def test_a_model_learns_what_it_is_shown(service: tinker.ServiceClient, model_folder: Path) -> None:
     model = new_model(service, model_folder)
     data = [datum(text(20, seed), weights=[1.0] * 19) for seed in range(4)]

@@ -13,13 +13,14 @@ UPLOAD_LIMIT = 1 << 20
 class CreateModelRequest(Wire, frozen=True):
     """Create a model: a LoRA adapter, or a fully trained copy of the base model if `rank=None` or `full=True`.
 
-    reference: "base", "initial" or a saved path.
+    target_modules: names of modules that get an adapter; None or "all-linear" (as in PEFT): every linear layer except
+    the head. reference: "base", "initial" or a saved path.
     """
 
     model_id: str
     rank: int | None = 32
     alpha: float = 32.0
-    target_modules: list[str] | None = None
+    target_modules: list[str] | Literal["all-linear"] | None = None
     seed: int = 0
     full: bool = False
     reference: str = "base"

@@ -23,7 +23,9 @@ def check_name(what: str, name: str) -> None:
 
 
 def normalize_spec(request: CreateModelRequest) -> CreateModelRequest:
-    """The same request with full=True and rank=None set together, so that equal models have equal requests.
+    """The same request, with full=True and rank=None set together and "all-linear" as None.
+
+    So equal models have equal requests.
 
     Raises BadHyperparameter.
     """
@@ -34,7 +36,8 @@ def normalize_spec(request: CreateModelRequest) -> CreateModelRequest:
     if request.target_modules is not None and not request.target_modules:
         raise BadHyperparameter("target_modules is empty: name a module, or leave it out to adapt every linear module")
     full = request.full or request.rank is None
-    return msgspec.structs.replace(request, full=full, rank=None if full else request.rank)
+    targets = None if request.target_modules == "all-linear" else request.target_modules
+    return msgspec.structs.replace(request, full=full, rank=None if full else request.rank, target_modules=targets)
 
 
 def check_optim_step(request: OptimStepRequest) -> None:

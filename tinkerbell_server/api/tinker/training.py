@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 
 from tinkerbell_core.errors import BadHyperparameter, BadRequest, TinkerbellError, UnknownLoss
@@ -40,12 +41,13 @@ class Training:
         check_optimizer(sent.optimizer_config)
         model_id = model_id_of(session.id, sent.model_seq_id)
         lora = sent.lora_config or protocol.LoraConfig()
+        seed = seed_of(model_id) if lora.seed is None else lora.seed
         content = CreateModelRequest(
             model_id=model_id,
             rank=lora.rank,
             alpha=ALPHA,
             target_modules=target_modules(lora, engine),
-            seed=lora.seed or 0,
+            seed=seed,
         )
         run = Run(
             id=model_id,
@@ -53,7 +55,7 @@ class Training:
             parent=session.id,
             base_model=requests.base.name,
             rank=lora.rank,
-            seed=lora.seed or 0,
+            seed=seed,
             train_attn=lora.train_attn,
             train_mlp=lora.train_mlp,
             train_unembed=lora.train_unembed,
@@ -144,6 +146,11 @@ def model_id_of(session_id: str, model_seq_id: int) -> str:
     if model_seq_id < 0:
         raise BadRequest(f"model_seq_id is {model_seq_id}, but models of a session are numbered from 0")
     return f"{session_id}:train:{model_seq_id}"
+
+
+def seed_of(model_id: str) -> int:
+    """The seed of a model that is created without one: different for each model, equal if a request is repeated."""
+    return int.from_bytes(hashlib.sha256(model_id.encode()).digest()[:7])
 
 
 def target_modules(lora: protocol.LoraConfig, engine: EngineDescription) -> list[str]:

@@ -96,7 +96,8 @@ def _one_pass(
         states = network.states(batch.tokens, batch.padding_mask)  # [B, T, H]
     leaf = states.detach().requires_grad_(backward or step.needs_graph)
     results.add(batch, part, _loss_on(network, step, leaf, batch), leaf, backward=backward)
-    if backward and leaf.grad is not None:
+    # the states do not require a gradient if only the head is trained
+    if backward and leaf.grad is not None and states.requires_grad:
         torch.autograd.backward(states, leaf.grad)
 
 
@@ -120,7 +121,7 @@ def _two_passes(network: Network, step: Step, parts: list[list[int]], results: S
     leaf = states.requires_grad_(backward or step.needs_graph)
     step.set_seed(-1)
     results.add(whole, range(len(step.rows)), _loss_on(network, step, leaf, whole), leaf, backward=backward)
-    if not backward or leaf.grad is None:
+    if not backward or leaf.grad is None or not piece.requires_grad:
         return
     torch.autograd.backward(piece, leaf.grad[parts[last], : piece.shape[1]])
     for index, (part, batch) in enumerate(zip(parts[:last], batches, strict=False)):

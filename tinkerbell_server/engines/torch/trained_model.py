@@ -81,7 +81,7 @@ class TrainedModel:
             base_model=base_model,
             rank=None if self.adapter is None else self.spec.rank,
             alpha=self.spec.alpha,
-            target_modules=self.spec.target_modules,
+            target_modules=None if isinstance(self.spec.target_modules, str) else self.spec.target_modules,
             seed=self.spec.seed,
             reference=self.spec.reference,
             trainable_parameters=sum(parameter.numel() for parameter in self.parameters.values()),
