@@ -145,7 +145,7 @@ def _warn(service: Service) -> None:
         )
     elif not service.keys.exist():
         log.warning(
-            "nobody can use this server yet, because it requires API keys and none exists; create one with\n"
+            "this server requires API keys, but no key exists, so every request is refused; create one with\n"
             "  tinkerbell key create NAME --scope admin --data-dir %s",
             settings.data_path,
         )

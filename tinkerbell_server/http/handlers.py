@@ -46,7 +46,7 @@ async def on_http(request: Request, error: Exception) -> Response:
 
 
 async def on_disconnect(request: Request, error: Exception) -> Response:
-    """The response to a client that has disconnected, which nobody reads."""
+    """The response to a client that has disconnected; it is not sent."""
     return Response(status_code=499)
 
 

@@ -49,7 +49,7 @@ class Base:
 
 
 class Bases:
-    """Every base of one server, by name. There is one today; each is a process of its own."""
+    """Every base of one server, by name. There is one today."""
 
     def __init__(self, settings: Settings, store: Store, saves: SavePaths) -> None:
         name = settings.model or "embedded"

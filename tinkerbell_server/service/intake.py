@@ -67,7 +67,7 @@ class Intake:
         The content is checked before the request is accepted; an error in it is raised as BadRequest. Raises Conflict
         for a key that was used for another request, TooManyRequests if the queue is full.
 
-        hold: takes the accepted request before it is queued, for an API that has an order of its own. The content is
+        hold: takes the accepted request before it is queued, for an API that orders its requests itself. The content is
         then checked in `queue_held`, and an error in it is the result of the request.
         """
         base = self._bases.default

@@ -97,7 +97,7 @@ class Scheduler:
                     tasks.create_task(self._run(engine, [job, *self._queue.samples_behind(job, SAMPLES - 1)]))
 
     async def _run(self, engine: EngineClient, jobs: list[Job]) -> None:
-        """Run one job, or several samples of one model, each of which has an outcome of its own."""
+        """Run one job, or several samples of one model, each with its outcome."""
         waited = time.monotonic() - jobs[0].accepted
         for job in jobs:
             job.on_start()

@@ -57,8 +57,8 @@ class Sampling:
     def describe(self, tenant: str, sampler_id: str) -> dict[str, str]:
         """The answer of GET /samplers/{id}."""
         sampler = self._requests.sampler(tenant, sampler_id)
-        told = {"sampler_id": sampler.id, "base_model": sampler.base_model}
-        return told if sampler.model_path is None else {**told, "model_path": sampler.model_path}
+        answer = {"sampler_id": sampler.id, "base_model": sampler.base_model}
+        return answer if sampler.model_path is None else {**answer, "model_path": sampler.model_path}
 
     async def sample(self, caller: Caller, body: bytes) -> tuple[str, list[str]]:
         """asample: the request's id, and an id for each sequence of its result."""

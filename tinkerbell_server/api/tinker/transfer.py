@@ -45,7 +45,7 @@ class CheckpointCopies:
         store = self._requests.store
         if store.get(Run, run.id) is not None:
             if store.get(Checkpoint, str(path), tenant) is None:
-                raise BadRequest(f"model {run.id!r} is there already: a copy needs a model_seq_id of its own")
+                raise BadRequest(f"model {run.id!r} exists already: send another model_seq_id for the copy")
             return str(path)
         folder = models_folder(self._requests.service.settings.data_path, tenant) / run.id / path.folder_name
         make_folders(folder.parent)

@@ -45,7 +45,7 @@ def serve(sock: socket.socket) -> int:
     settings = Settings.from_json(start.settings)
     try:
         tokenizer = _load(settings)
-    except Exception as error:  # a model may come with code of its own, which can raise anything
+    except Exception as error:  # the code of a model can raise anything
         _send(sock, Reply(problem=_problem(error)))
         return 1
     _send(sock, Reply())
@@ -97,7 +97,7 @@ def _send(sock: socket.socket, reply: Reply) -> None:
 
 
 def _exit_with(parent: int) -> None:
-    # while a text is tokenised nobody reads the socket, so a killed parent would not be noticed there
+    # while a text is tokenised, the socket is not read, so this process would not notice that its parent was killed
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(0)
