@@ -1,4 +1,4 @@
-"""`python -m tests.tables` writes the tables in docs: what losses there are, and whose numbers they give."""
+"""`python -m tests.tables` writes the tables in docs: losses, matches with other projects, and settings."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ WHICH, PEERS = ROOT / "docs" / "which-loss.md", ROOT / "docs" / "peers.md"
 SETTINGS = ROOT / "docs" / "settings.md"
 BUILT_IN = "tinkerbell-core"
 IMPLIED = {"target_tokens", "weights"}
-"""Inputs that the server makes of text, and so not worth a column."""
+"""Inputs that the server makes from text. The table does not list them."""
 
 
 def bundled(registry: LossRegistry) -> list[str]:
-    """The distributions of this repository whose losses are listed, built-in ones first."""
+    """The distributions of this repository with listed losses, the built-in ones first."""
     ours = {path.parent.name for path in (ROOT / "plugins").glob("*/pyproject.toml")}
     return [BUILT_IN, *sorted(ours & {spec.provenance.distribution for spec in registry})]
 
 
 def losses() -> str:
-    """A table a package: name, formula, inputs beside the usual, rows that belong together, paper."""
+    """A table per package with the name, formula, additional inputs, group size and papers of each loss."""
     registry, _ = build_registry()
     parts = []
     for distribution in bundled(registry):
-        rows = ["| loss | what a row or token costs | reads besides | paper |", "|---|---|---|---|"]
+        rows = ["| loss | loss of a token or row | other inputs | paper |", "|---|---|---|---|"]
         for spec in registry:
             if spec.provenance.distribution != distribution:
                 continue
-            said = parse_docstring(spec.summary, spec.source)
+            docstring = parse_docstring(spec.summary, spec.source)
             reads = [f"`{key}`" for key in spec.inputs or () if key not in IMPLIED]
             reads += [f"`{key}`?" for key in spec.optional_inputs if key not in IMPLIED]
-            formula = said.formula + (f": {said.name}" if said.name else "")
-            papers = ", ".join(f"[{n}]({link})" for n, link in zip(said.papers, said.links, strict=True))
+            formula = docstring.formula + (f": {docstring.name}" if docstring.name else "")
+            papers = ", ".join(f"[{n}]({link})" for n, link in zip(docstring.papers, docstring.links, strict=True))
             name = f"`{spec.name}`" + (f" (groups of {spec.group_size})" if spec.group_size > 1 else "")
             rows.append(f"| {name} | {formula.replace('|', chr(92) + '|')} | {', '.join(reads)} | {papers} |")
         parts.append(f"### {distribution}\n\n" + "\n".join(rows))
@@ -47,7 +47,7 @@ def losses() -> str:
 
 
 def peers() -> str:
-    """Matched and all bundled records by peer."""
+    """A table with the numbers of matched records and of all bundled records, by project."""
     registry, _ = build_registry()
     entries = mapping()
     files = sorted((ROOT / "plugins").glob("*/tests/data/oracles.json.gz"))
@@ -60,7 +60,7 @@ def peers() -> str:
 
 
 def with_table(page: str, name: str, table: str) -> str:
-    """The page with what stands between the marks of `name` replaced."""
+    """The page with the text between the marks of `name` replaced by the table."""
     begin, end = f"<!-- {name}: written by python -m tests.tables -->", f"<!-- end of {name} -->"
     found = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", page, re.DOTALL)
     if found is None:
