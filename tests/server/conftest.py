@@ -110,7 +110,7 @@ class Caller:
 
 
 def children(pid: int) -> list[int]:
-    """The living child processes of a process."""
+    """The running child processes of a process."""
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError):

@@ -47,7 +47,7 @@ FILES = {"tinkerbell.db": store.MIGRATIONS, "keys.db": keys.MIGRATIONS, "tinker.
 
 
 def unpack(folder: Path) -> dict[str, Any]:
-    """Write the data folder of 0.1.0 to `folder/data`; the facts about it. Any: JSON."""
+    """Write the data folder of 0.1.0 to `folder/data` and return the facts about it. Any: JSON."""
     with tarfile.open(RELEASE_0_1_0) as tar:
         tar.extractall(folder, filter="tar")
     return dict(json.loads((folder / "facts.json").read_text()))
@@ -64,7 +64,7 @@ class Opened:
     revoked: Caller
 
     def tinker(self, path: str, /, **body: Any) -> dict[str, Any]:
-        """The answer of the Tinker API to a request."""
+        """The response of the Tinker API to a request."""
         answer = self.local.post(f"/api/v1/{path}", body)
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
