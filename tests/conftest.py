@@ -14,6 +14,6 @@ PATIENT = {"dry_run_seconds": 60.0, "sandbox_seconds": 60.0}
 
 @pytest.fixture(scope="session")
 def torch_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server on the embedded model that takes uploads."""
+    """The address of a server with the embedded model that accepts uploads."""
     with live_server(tmp_path_factory.mktemp("torch-server"), **PATIENT, device="cpu", seconds=280) as url:
         yield url

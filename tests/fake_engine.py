@@ -1,7 +1,7 @@
-"""An engine of arithmetic: no torch, no weights, the same numbers for the same data. The HTTP tests run on it.
+"""An engine without torch and weights that gives the same numbers for the same data. The HTTP tests use it.
 
-A model is a count of steps and a number that each step moves. Words that make it misbehave, for tests: a model id
-that starts with `slow-` takes 0.3 s a command, with `crash-` ends the process at the first loss, with `assert-` makes
+A model is a count of steps and a number that each step changes. Some names cause failures, for tests: a model id
+that starts with `slow-` takes 0.3 s per command, with `crash-` ends the process at the first loss, with `assert-` makes
 the device fail, with `bug-` raises an unexpected error; `Settings.model` "refuses" and "exits" do not start.
 """
 
@@ -112,7 +112,7 @@ class FakeEngine:
         )
 
     def close(self) -> None:
-        """Holds nothing."""
+        """Do nothing: the engine has no resources."""
 
     def execute(self, command: commands.Command) -> commands.Result:
         model_id = _word(getattr(command, "model_id", None) or "")
@@ -241,7 +241,7 @@ class FakeEngine:
         try:
             saved = json.loads((Path(command.path) / "fake.json").read_text())
         except (OSError, ValueError):
-            raise BadCheckpoint(f"{command.path} holds no fake model") from None
+            raise BadCheckpoint(f"{command.path} contains no fake model") from None
         if command.create is not None and command.model_id not in self._models:
             self._models[command.model_id] = _Model(command.create)
         model = self._model(command.model_id)
@@ -279,16 +279,16 @@ class FakeEngine:
 
 
 def _word(model_id: str) -> str:
-    """A model id without its tenant: the part that makes this engine misbehave."""
+    """A model id without its tenant, the part that can cause a failure."""
     return model_id.rpartition("/")[2]
 
 
 def _base_id(base_model: str) -> str:
-    """The same for every name of one folder."""
+    """An identity that is the same for each path of one folder."""
     name = os.path.realpath(base_model) if os.path.isdir(base_model) else base_model
     return hashlib.sha256(name.encode()).hexdigest()
 
 
 def _number(content: bytes) -> float:
-    """A number in [0, 1) that the content decides."""
+    """A number in [0, 1) that depends only on the content."""
     return int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48

@@ -1,4 +1,4 @@
-"""What the fake engine says it has: descriptions of losses, and no functions."""
+"""The losses that the fake engine lists: descriptions without functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tinkerbell_core.types import LossDescription
 
 
 def built_ins() -> dict[str, LossDescription]:
-    """By id; two of them are named `twice`."""
+    """The descriptions by id. Two losses have the name `twice`."""
     clip = (
         Hyperparameter("clip_low_threshold", "float", 0.8),
         Hyperparameter("clip_high_threshold", "float", 1.2),

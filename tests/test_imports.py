@@ -1,4 +1,4 @@
-"""What importing a part of the project loads, and that no module is in an import cycle."""
+"""Parts of the project do not import heavy modules, and no module is in an import cycle."""
 
 from __future__ import annotations
 

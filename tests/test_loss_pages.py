@@ -17,7 +17,7 @@ def test_a_page_contains_the_formula_the_paper_and_the_source() -> None:
         assert part in page
 
 
-def test_the_names_of_the_pages_differ_also_if_case_is_ignored() -> None:
+def test_the_names_of_the_pages_differ_if_case_is_ignored() -> None:
     assert len({spec.name.lower() for spec in LOSSES}) == len(LOSSES)
 
 

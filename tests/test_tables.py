@@ -1,4 +1,4 @@
-"""The generated tables in docs are what the registry and the bundled records give now."""
+"""The generated tables in docs are current with the registry, the bundled records and the settings."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from tests.tables import PEERS, SETTINGS, WHICH, losses, peers, with_table
 from tinkerbell_core.registry import build_registry
 from tinkerbell_server.cli.settings import settings_table
 
-AGAIN = "out of date: run python -m tests.tables"
+WRITE_AGAIN = "out of date: run python -m tests.tables"
 
 
 def test_the_table_of_losses_is_current() -> None:
     page = WHICH.read_text()
-    assert page == with_table(page, "losses", losses()), AGAIN
+    assert page == with_table(page, "losses", losses()), WRITE_AGAIN
 
 
-def test_what_the_page_recommends_is_a_loss() -> None:
+def test_the_page_recommends_existing_losses() -> None:
     import re
 
     registry, _ = build_registry()
@@ -25,9 +25,9 @@ def test_what_the_page_recommends_is_a_loss() -> None:
 
 def test_the_table_of_matches_is_current() -> None:
     page = PEERS.read_text()
-    assert page == with_table(page, "peers", peers()), AGAIN
+    assert page == with_table(page, "peers", peers()), WRITE_AGAIN
 
 
 def test_the_table_of_settings_is_current() -> None:
     page = SETTINGS.read_text()
-    assert page == with_table(page, "settings", settings_table()), AGAIN
+    assert page == with_table(page, "settings", settings_table()), WRITE_AGAIN

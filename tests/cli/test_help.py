@@ -41,7 +41,7 @@ def test_the_help_imports_no_declaration_of_settings() -> None:
 
 def test_the_help_takes_less_than_a_fifth_of_a_second() -> None:
     def seconds() -> float:
-        # processor time: other processes on a busy machine do not add to it
+        # processor time does not include that of other processes on a busy machine
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run_help()
         after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -66,7 +66,7 @@ def test_keys_are_listed_without_their_secrets_and_revoked_by_id(data: Path) -> 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["revoke", "nobody"], "no key has the id 'nobody'"),
+        (["revoke", "unknown"], "no key has the id 'unknown'"),
         (["create", "Ann Smith"], "a tenant cannot be named 'Ann Smith'"),
         (["create", "ann", "--days", "0"], "days must be > 0 and < 36500, but is 0"),
         (["create", "ann", "--tenant", "public"], "not 'public'"),

@@ -85,7 +85,7 @@ def test_the_doctor_names_a_broken_plugin_and_fails() -> None:
     assert found["torch"]["ok"]
 
 
-def test_the_version_is_the_one_of_the_package() -> None:
+def test_the_printed_version_is_that_of_the_package() -> None:
     assert run("version").output.strip() == __version__
 
 

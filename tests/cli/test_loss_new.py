@@ -35,7 +35,7 @@ def scaled_softplus(x: torch.Tensor) -> torch.Tensor:
 
 
 def softened(model_outputs, loss_fn_inputs, attention_mask, *, strength: float = STRENGTH):  # type: ignore[no-untyped-def]
-    """softplus(-log p(target)) * strength, summed: a test's own."""
+    """The sum of softplus(-log p(target)) * strength. Only these tests define it."""
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)
     return LossFnOutput(masked_sum(strength * scaled_softplus(-logprobs), mask), logprobs)
@@ -58,7 +58,7 @@ def upload_of_softened(kind: str = "source") -> RegisterLossRequest:
 
 
 def install(package: Path, into: Path) -> None:
-    """Install a package with pip into a folder: a new environment would take minutes."""
+    """Install a package with pip into a folder, because a new environment takes minutes."""
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target"]
     subprocess.run([*pip, str(into), str(package)], check=True)
 
@@ -144,7 +144,7 @@ def test_only_the_owner_of_an_upload_gets_it_back_as_a_package(
     [spec] = find_specs(str(tmp_path / "tinkerbell-loss-slightly"))
     assert equals_softened(spec)
     ann, ben = (run("key", "create", who, "--data-dir", site.parent / "data").stdout.strip() for who in ("ann", "ben"))
-    assert "requires an API key" in new_from_upload("nobody").output
+    assert "requires an API key" in new_from_upload("anonymous").output
     monkeypatch.setenv("TINKERBELL_API_KEY", ann)
     with TinkerClient(server) as client:
         custom_loss(client, name="soft", coupling="sequence", via="source")(softened)

@@ -37,7 +37,7 @@ def one(started: list[Any]) -> Settings:
     return settings
 
 
-def test_a_flag_is_over_the_environment_and_that_over_the_file(started: list[Settings]) -> None:
+def test_a_flag_overrides_the_environment_which_overrides_the_file(started: list[Settings]) -> None:
     Path("tinkerbell.toml").write_text('port = 1001\nhost = "127.0.0.2"\ndtype = "float32"\n')
     answer = serve("--port", "1003", TINKERBELL_PORT="1002", TINKERBELL_HOST="127.0.0.3")
     assert answer.exit_code == 0, answer.output
@@ -218,13 +218,13 @@ def test_settings_are_the_same_after_they_were_sent_to_another_process() -> None
     assert Settings.from_json(settings.to_json()) == settings
 
 
-def test_the_variables_of_the_client_are_no_misspelt_settings(started: list[Settings]) -> None:
+def test_the_variables_of_the_client_are_not_reported_as_unknown_settings(started: list[Settings]) -> None:
     assert serve(TINKERBELL_URL="http://x", TINKERBELL_API_KEY="k", TINKERBELL_TEST_DEVICE="cpu").exit_code == 0
     assert len(started) == 1
 
 
 def test_help_does_not_read_the_file(started: list[Settings]) -> None:
-    Path("tinkerbell.toml").write_text("= what")
+    Path("tinkerbell.toml").write_text("= invalid")
     assert serve("--help").exit_code == 0
     assert "is not TOML" in serve().output
 
@@ -244,7 +244,7 @@ def test_trusted_uploads_are_refused_off_loopback(started: list[Settings]) -> No
     assert not started
 
 
-def test_a_missing_extra_is_an_error_that_names_the_command_to_install_it(
+def test_the_error_for_a_missing_extra_names_the_command_to_install_it(
     started: list[Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinkerbell_server.cli.serve.NEEDED", ("click", "no_such_package"))

@@ -14,7 +14,7 @@ from tinker_client import TinkerClient
 
 
 class Listener(ThreadingHTTPServer):
-    """Records requests, and responds from `answers` by path. drop: number of connections to close unanswered."""
+    """Records requests, and responds from `answers` by path. drop: connections to close without a response."""
 
     daemon_threads = True
 
@@ -57,7 +57,7 @@ class RequestHandler(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def log_message(self, format: str, *args: object) -> None:
-        """Write no log."""
+        """Log nothing."""
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tinkerbell_core import errors
 DONE = {"request_id": "r1", "state": "done", "result": {"model_id": "m", "path": "/x", "step": 3}}
 
 
-def test_all_is_what_is_exported() -> None:
+def test_every_exported_name_is_in_all() -> None:
     public = {
         name
         for name, value in vars(tinker_client).items()
@@ -92,7 +92,7 @@ def test_the_error_for_an_unreachable_server_says_what_to_do(
         client.healthz()
 
 
-def test_another_kind_of_server_is_reported(listener: Listener, client: TinkerClient) -> None:
+def test_the_error_for_another_kind_of_server_says_so(listener: Listener, client: TinkerClient) -> None:
     with pytest.raises(
         errors.ServerUnreachable, match="answered 404 to /healthz, which is not a response of a Tinkerbell server"
     ):

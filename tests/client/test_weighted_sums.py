@@ -124,7 +124,14 @@ def test_a_sum_that_a_plugin_registers_is_used_by_its_name(client: TinkerClient)
         ({}, None, BadLoss, "has 0 parts"),
         ({"contrast": float("inf")}, None, TinkerbellError, "finite"),
     ],
-    ids=["unknown part", "settings of no part", "no such setting", "whose setting", "no parts", "infinite"],
+    ids=[
+        "unknown part",
+        "settings for an unknown part",
+        "unknown setting",
+        "setting without a part",
+        "no parts",
+        "infinite",
+    ],
 )
 def test_the_error_for_parts_that_cannot_be_combined_names_them(
     terms: dict[str, float], config: dict[str, Any] | None, error: type[Exception], message: str, client: TinkerClient

@@ -57,7 +57,7 @@ def test_a_whole_training_step(client: TinkerClient) -> None:
     assert hf_backend.delete_model("steps").steps == 1
 
 
-def test_inputs_may_be_tensors_of_any_kind(client: TinkerClient) -> None:
+def test_inputs_can_be_tensors_of_any_kind(client: TinkerClient) -> None:
     rows = [torch.tensor([1, 2, 3]), np.array([4, 5, 6])]
     inputs: dict[str, Any] = {
         "target_tokens": torch.tensor([[2, 3, 4], [5, 6, 7]]),
@@ -67,7 +67,7 @@ def test_inputs_may_be_tensors_of_any_kind(client: TinkerClient) -> None:
     assert client.hf_backend.forward("tensors", rows, "ppo", inputs, {"clip_low_threshold": 0.9}).sequences == 2
 
 
-def test_steps_pipeline_in_the_order_of_submission(client: TinkerClient) -> None:
+def test_steps_run_in_the_order_of_submission(client: TinkerClient) -> None:
     hf_backend = client.hf_backend
     hf_backend.create_model("slow-1")
     futures = []
@@ -79,7 +79,7 @@ def test_steps_pipeline_in_the_order_of_submission(client: TinkerClient) -> None
     assert all(future.done() for future in futures)
 
 
-def test_errors_keep_their_type_and_suggest_a_remedy(client: TinkerClient) -> None:
+def test_errors_have_the_type_of_the_server_and_suggest_a_remedy(client: TinkerClient) -> None:
     with pytest.raises(errors.UnknownLoss, match="did you mean 'cross_entropy'"):
         client.hf_backend.forward("m", [[1, 2]], "cross_entrop")
     with pytest.raises(errors.AmbiguousLoss, match="one:twice"):
@@ -89,10 +89,10 @@ def test_errors_keep_their_type_and_suggest_a_remedy(client: TinkerClient) -> No
     with pytest.raises(errors.BadData, match="token id 999"):
         client.hf_backend.forward("m", [[1, 999]])
     with pytest.raises(errors.UnknownModel):
-        client.hf_backend.optim_step("nobody")
+        client.hf_backend.optim_step("unknown")
 
 
-def test_a_prompt_may_be_ids_or_text(client: TinkerClient) -> None:
+def test_a_prompt_can_be_token_ids_or_text(client: TinkerClient) -> None:
     sampled = client.hf_backend.sample(torch.tensor([1, 2, 3]), max_tokens=4, num_samples=2)
     assert [len(one.tokens) for one in sampled.sequences] == [4, 4]
     assert client.hf_backend.sample("text", max_tokens=4).sequences[0].text
@@ -127,14 +127,14 @@ def test_a_weighted_sum_runs_and_is_checked_before_it_runs(client: TinkerClient)
     result = backend.forward("sums", data, both, inputs, settings)
     assert result.loss_fn == "1*cross_entropy+0.5*ppo"
     assert result.loss != backend.forward("sums", data, both, inputs).loss
-    for loss_fn, config, says in [
+    for loss_fn, config, message in [
         ({"cros_entropy": 1.0}, None, "did you mean 'cross_entropy'"),
         ({"cross_entropy": float("inf")}, None, "must be a finite number"),
         ({}, None, "has 0 parts"),
         (both, {"ppo": {"clip_hi_threshold": 0.2}}, "did you mean 'ppo/clip_high_threshold'"),
         (both, {"beta": 0.2}, "'beta' is not the name of a part"),
     ]:
-        with pytest.raises(errors.BadRequest, match=says):
+        with pytest.raises(errors.BadRequest, match=message):
             backend.forward("sums", data, loss_fn, inputs, config)
     with pytest.raises(errors.BadData, match="needs 'logprobs'"):
         backend.forward("sums", data, both)

@@ -1,4 +1,4 @@
-"""The digest of a loss changes if and only if what the loss computes changes."""
+"""The digest of a loss changes if and only if the computation of the loss changes."""
 
 from __future__ import annotations
 

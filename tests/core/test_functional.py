@@ -56,7 +56,7 @@ def test_target_logprobs_of_several_targets_equal_those_of_each_target(logits: t
 
 
 @pytest.mark.parametrize("shape", [(B, T), (B, T, K)])
-def test_a_masked_target_may_be_anything_and_gives_zero(logits: torch.Tensor, shape: tuple[int, ...]) -> None:
+def test_a_masked_target_of_any_value_gives_zero(logits: torch.Tensor, shape: tuple[int, ...]) -> None:
     targets = torch.full(shape, -7)
     targets[MASK != 0] = 1
     found = target_logprobs(logits, targets, where=MASK)

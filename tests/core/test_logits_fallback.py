@@ -75,7 +75,7 @@ MATERIALISING: dict[str, Callable[[Tensor], Tensor]] = {
     "vmap": lambda x: torch.vmap(lambda one: one.log_softmax(-1).square().sum())(x).sum(),
     "torch.func": lambda x: torch.func.vjp(lambda z: z.square().sum(), x.sin())[0],
     "a kind with a dtype": lambda x: chosen(x.log_softmax(-1, dtype=torch.float32)).sum().double(),
-    "in place on what came of it": lambda x: x.sin().mul_(2).square().sum(),
+    "in place on a result": lambda x: x.sin().mul_(2).square().sum(),
     "written into a buffer": lambda x: torch.zeros(B, T, V, dtype=x.dtype).copy_(x).square().sum(),
     "written into a part": lambda x: _into(torch.zeros(B + 1, T, V, dtype=x.dtype), x).square().sum(),
     "comparison": lambda x: (x > chosen(x)[..., None]).sum(-1).double().mean() + chosen(x).sum(),
@@ -291,7 +291,7 @@ def test_inference_mode_works_without_gradients() -> None:
         x.check()
 
 
-def test_backward_may_run_twice() -> None:
+def test_backward_can_run_twice() -> None:
     hidden, weight = states()
     x = lazy(hidden, weight)
     loss = x.logsumexp(-1).sum() + torch.vmap(torch.sin)(x).sum() + x.cos().sum()
@@ -347,11 +347,11 @@ def test_lazy_logits_are_freed_without_garbage_collection(kind: str) -> None:
         hidden, weight = states()
         head = Head(weight)
         source = StoredSource(hidden[0], weight) if kind == "stored" else LocalSource(hidden[0], head, chunk_bytes=99)
-        gone, x = weakref.ref(source), Logits.over(source, (T,))
+        reference, x = weakref.ref(source), Logits.over(source, (T,))
         del source
         loss = x.log_softmax(-1)[:, 3].sum() + (x.softmax(-1) * x.log_softmax(-1)).sum() + x.cos().sum()
         loss.backward()
         del x, loss
-        assert gone() is None
+        assert reference() is None
     finally:
         gc.enable()

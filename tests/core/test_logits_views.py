@@ -44,7 +44,7 @@ VIEWS: dict[str, Callable[[Tensor], Any]] = {
     "squeeze": lambda x: x[:1].squeeze(),
     "squeeze a dimension": lambda x: x[:, None].squeeze(1),
     "squeeze nothing": lambda x: x.squeeze(1),
-    "squeeze behind the vocabulary": lambda x: x.unsqueeze(-1).squeeze(-1),
+    "squeeze after the vocabulary": lambda x: x.unsqueeze(-1).squeeze(-1),
     "expand": lambda x: x[:, :1].expand(B, T, V),
     "expand with more dimensions": lambda x: x.expand(2, -1, -1, -1),
     "broadcast to": lambda x: torch.broadcast_to(x, (2, B, T, V)),
@@ -65,7 +65,7 @@ VIEWS: dict[str, Callable[[Tensor], Any]] = {
     "cat of positions": lambda x: torch.cat((x[:, 3:], x[:, :3]), dim=1),
     "cat at scales": lambda x: torch.cat([x[:2] * 2, x[2:] + 1]),
     "stack": lambda x: torch.stack([x[0], x[3]]),
-    "stack behind": lambda x: torch.stack([x[0], x[3]], dim=1),
+    "stack after": lambda x: torch.stack([x[0], x[3]], dim=1),
 }
 
 KEYS: dict[str, Any] = {

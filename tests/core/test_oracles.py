@@ -22,7 +22,7 @@ LOSSES = {spec.name: spec for spec in (cross_entropy, importance_sampling, ppo, 
 RECORDS = json.loads(gzip.decompress((Path(__file__).parents[1] / "data" / "oracles.json.gz").read_bytes()))["oracles"]
 
 LEFT_OUT: dict[str, str] = {}
-"""Record id → why its numbers differ from ours."""
+"""Record id → the reason that its numbers differ from those of the built-in loss."""
 
 
 def test_every_excluded_record_exists() -> None:
@@ -52,7 +52,7 @@ def test_value_and_gradient_equal_those_of_the_record(record: dict[str, Any]) ->
 
 
 def _config(record: dict[str, Any]) -> dict[str, Any]:
-    """The hyperparameters of the record under our names. A clip of 0.2 is a bound of 0.8 or 1.2 of the ratio."""
+    """The hyperparameters of the record, named as in this project. A clip of 0.2 is a ratio bound of 0.8 or 1.2."""
     given, peer = record["hyperparams"], record["id"].partition("/")[0]
     config: dict[str, Any] = {"aggregation": "sum" if record["reduction"] in ("sum", "token-sum") else "token-mean"}
     if record["loss"] == "dro":

@@ -32,7 +32,7 @@ def test_a_loss_is_found_by_name_and_by_id() -> None:
     assert registry.get("tinkerbell-loss-dpo:dpo") is PLUGIN
 
 
-def test_a_name_means_the_latest_upload_and_older_versions_stay() -> None:
+def test_a_name_means_the_latest_upload_and_older_versions_are_kept() -> None:
     registry = LossRegistry([OLD, NEW])
     assert registry.get("mine") is NEW
     assert registry.get("mine@1111") is OLD
@@ -89,7 +89,7 @@ def test_descriptions_are_found_like_their_specs() -> None:
         assert str(of_specs.value) == str(of_descriptions.value)
 
 
-def test_a_loss_may_be_removed() -> None:
+def test_a_loss_can_be_removed() -> None:
     registry = LossRegistry([OLD])
     registry.remove(OLD.id)
     assert OLD.id not in registry
@@ -100,13 +100,13 @@ def test_a_loss_may_be_removed() -> None:
 @pytest.mark.parametrize(
     "name", ["dpo", "DPO", "\uff44\uff50\uff4f", "custom", "", "<lambda>", "a:b", "a@b", "a/b", "a.b", "1a", "a" * 65]
 )
-def test_an_upload_may_not_take_a_plugins_name_or_a_malformed_one(name: str) -> None:
+def test_an_upload_cannot_have_the_name_of_a_plugin_loss_or_a_malformed_one(name: str) -> None:
     with pytest.raises(BadUpload):
         LossRegistry([PLUGIN]).check_upload_name(name)
 
 
 @pytest.mark.parametrize("name", ["mine", "my_dpo", "dpo2", "größe", "my-loss"])
-def test_an_upload_may_have_any_other_name(name: str) -> None:
+def test_an_upload_can_have_any_other_name(name: str) -> None:
     LossRegistry([PLUGIN, OLD]).check_upload_name(name)
 
 

@@ -1,4 +1,4 @@
-"""Each check of the conformance kit fails for a loss that is wrong in one way."""
+"""Each check of the conformance kit fails for a loss with one error."""
 
 from __future__ import annotations
 

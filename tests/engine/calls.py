@@ -1,4 +1,4 @@
-"""Commands for the engine tests, checked as the service checks them, and what they leave in the engine."""
+"""Commands for the engine tests, checked as by the service, and the gradients and weights after a command."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def device() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Several threads are slower for models of this size."""
+    """Use one thread, which is faster for models of this size."""
     torch.set_num_threads(1)
 
 

@@ -26,7 +26,7 @@ def normalised(model_outputs: Tensor, loss_fn_inputs: dict[str, Tensor], attenti
 
 
 def pairs(model_outputs: Tensor, loss_fn_inputs: dict[str, Tensor], attention_mask: Tensor) -> LossFnOutput:
-    """Of rows 2i and 2i+1, the first should be likelier."""
+    """A pair loss that makes row 2i likelier than row 2i+1."""
     targets = loss_fn_inputs["target_tokens"]
     logprobs = F.log_softmax(model_outputs, -1).gather(-1, targets[..., None])[..., 0]  # [B, T]
     scores = (logprobs * attention_mask).sum(1) / 10  # [B]

@@ -37,7 +37,7 @@ def is_narrow(value: object) -> bool:
 
 
 def narrow_operations(model: Any) -> set[str]:
-    """Those of a forward and backward pass in float64, with and without padding."""
+    """The narrow operations of a forward and backward pass in float64, with and without padding."""
     model = model.double().train()
     tokens = torch.arange(36).reshape(3, 12)
     padding = torch.ones(3, 12, dtype=torch.int64)

@@ -204,8 +204,8 @@ def test_gradient_checkpointing_does_not_change_the_gradient(bases: dict[str, Pa
     tokens = torch.randint(256, (2, 9), device=device)
     found = []
     for checkpointing in (False, True):
-        where = bases["plain"], torch.device(device), torch.float64
-        network = load_network(*where, gradient_checkpointing=checkpointing)
+        arguments = bases["plain"], torch.device(device), torch.float64
+        network = load_network(*arguments, gradient_checkpointing=checkpointing)
         torch.manual_seed(3)
         model = with_adapter(network, "q_proj", "lm_head")
         network.mode(train=True)

@@ -37,7 +37,7 @@ LOGITS_BYTES = 8 * 12 * 261 * 8
 
 
 def stored(result: ForwardOutput) -> dict[str, float]:
-    """Bytes of logits that a call stored, by what stored them."""
+    """Bytes of logits that a call stored, by the operation that stored them."""
     return {k: v for k, v in result.diagnostics.items() if k.startswith("logits_materialised/")}
 
 

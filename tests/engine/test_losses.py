@@ -51,7 +51,7 @@ def test_a_dotted_path_is_imported_once_and_is_the_name_of_the_loss(
     spec = losses.imported("lagoon:plain")
     assert losses.imported("lagoon:plain") is spec
     assert losses.get("lagoon:plain") is spec
-    # the name of the function stays free, so that an import does not change what another call means
+    # the name of the function stays free, so that an import does not change the meaning of other calls
     with pytest.raises(UnknownLoss):
         losses.get("plain")
 

@@ -33,7 +33,7 @@ def test_a_call_that_runs_out_of_memory_names_tokens_and_bytes_and_changes_nothi
     step(engine)
 
 
-def test_the_peak_memory_use_is_positive_and_described(make_engine: MakeEngine) -> None:
+def test_the_peak_memory_use_is_positive_and_in_the_description(make_engine: MakeEngine) -> None:
     engine = make_engine()
     assert 0 < engine.memory_bytes() <= engine.describe().memory_bytes
 

@@ -14,7 +14,7 @@ from tinkerbell_server.commands import Load, Save
 
 
 def gap(model_outputs, loss_fn_inputs, attention_mask):
-    """How far the model is from its reference."""
+    """The distance of the model from its reference."""
     targets = loss_fn_inputs["target_tokens"]
     logprobs = F.log_softmax(model_outputs, -1).gather(-1, targets[..., None])[..., 0]  # [B, T]
     return LossFnOutput(((logprobs - loss_fn_inputs["ref_logprobs"]).abs() * attention_mask).sum(), logprobs)

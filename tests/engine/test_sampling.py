@@ -1,4 +1,4 @@
-"""Samples come from the trained weights, are reproducible, and end where the command says."""
+"""Samples come from the trained weights, are reproducible, and end as the command requires."""
 
 from __future__ import annotations
 

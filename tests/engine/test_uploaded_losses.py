@@ -1,4 +1,4 @@
-"""Uploaded losses in the engine's own process: what is refused, and how they are listed."""
+"""Uploaded losses in the process of the engine: invalid ones are refused, and the others are listed."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def contrast(
 
 @contextmanager
 def forward_passes() -> Iterator[list[int]]:
-    """A list whose one element counts the forward passes of the model."""
+    """A list with one element, the number of forward passes of the model."""
     count = [0]
 
     def note(module: torch.nn.Module, *_: object) -> None:

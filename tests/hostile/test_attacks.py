@@ -38,7 +38,7 @@ HARMLESS = {
     "becomes_root",
     "makes_rare_system_calls",
     "changes_its_inputs",
-    "leaves_a_thread_behind",
+    "starts_a_thread_that_does_not_end",
     "leaves_its_namespaces",
     "lists_the_disk",
     "searches_for_objects_of_others",
@@ -56,12 +56,12 @@ HARMLESS = {
     "patches_torch",
     "traces_its_parent",
 }
-"""The attacks that may end without an error, because they find nothing or only what is theirs."""
+"""The attacks that may end without an error, because they find nothing or only their own data."""
 
 HANGS = {"sends_requests_forever", "loops", "ignores_signals_and_exceptions", "multiplies_forever", "sleeps"}
 
 RETURNS_ITS_OWN = {"reads_the_environment"}
-"""The attacks that may return a text, because it is theirs; the test checks that it contains no secret."""
+"""The attacks that may return a text, because it is their own. The test checks that it contains no secret."""
 
 PARAMETERS = [
     pytest.param(attack, id=attack.__name__, marks=() if attack.__name__ in QUICK else pytest.mark.slow)

@@ -1,4 +1,4 @@
-"""The channel checks a message before it reads the tensors, and refuses what the protocol does not allow."""
+"""The channel checks a message before it reads the tensors, and refuses messages that the protocol does not allow."""
 
 from __future__ import annotations
 

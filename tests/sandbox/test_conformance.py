@@ -87,7 +87,7 @@ def check(spec: LossSpec, sandbox: ConformanceSandbox) -> CheckResult:
     ],
     ids=["environment", "file", "diagnostic"],
 )
-def test_only_this_check_fails_for_a_loss_that_depends_on_this_process(
+def test_only_the_sandbox_check_fails_for_a_loss_that_depends_on_this_process(
     spec: LossSpec, message: str, sandbox: ConformanceSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STRENGTH", "2")

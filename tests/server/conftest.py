@@ -1,4 +1,4 @@
-"""A real server on a free port, with the fake engine in a process of its own."""
+"""A real server on a free port, with the fake engine in another process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ JSON = {"content-type": "application/json"}
 
 
 class Caller:
-    """Speaks to one server as curl would: JSON, and nothing of tinker_client."""
+    """Sends JSON to one server, as curl does, without tinker_client."""
 
     def __init__(self, server: RunningServer, key: str | None = None) -> None:
         self.server = server
@@ -36,14 +36,14 @@ class Caller:
         headers = {"x-api-key": key} if key else None
         self.http = httpx.Client(base_url=server.url, timeout=40, trust_env=False, headers=headers)
 
-    def having(self, key: str | None) -> Caller:
-        """The same server, asked with a key."""
+    def with_key(self, key: str | None) -> Caller:
+        """A caller of the same server that sends a key."""
         other = Caller(self.server, key)
         self._others.append(other)
         return other
 
     def close(self) -> None:
-        """Give back the connections, those of `having` too."""
+        """Close the connections, also those of `with_key`."""
         for each in (self, *self._others):
             each.http.close()
 
@@ -72,7 +72,7 @@ class Caller:
         return dict(future["result"])
 
     def problem(self, path: str, /, **body: Any) -> dict[str, Any]:
-        """What went wrong, at once or when it ran."""
+        """The problem of a request that is refused or that fails when it runs."""
         answer = self.post(path, body)
         if answer.status_code != 200:
             return {"status": answer.status_code, **answer.json()["problem"]}
@@ -96,7 +96,7 @@ class Caller:
         return pid
 
     def kill_engine(self) -> None:
-        """kill -9 the engine and wait until its successor is ready."""
+        """Kill the engine with SIGKILL and wait until the next one is ready."""
         restarts = self.health()["restarts"]
         os.kill(self.engine_pid(), signal.SIGKILL)
         self.until(lambda health: health["restarts"] > restarts and health["status"] == "ok")
@@ -110,7 +110,7 @@ class Caller:
 
 
 def children(pid: int) -> list[int]:
-    """The living child processes of a process."""
+    """The running child processes of a process."""
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -159,7 +159,7 @@ def serve(tmp_path: Path) -> Serve:
 
 @pytest.fixture(scope="module")
 def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
-    """One server for the tests that leave it as it was; uploads are trusted."""
+    """One server for the tests that do not change it; uploads are trusted."""
     folder = tmp_path_factory.mktemp("data")
     with running_server(
         Settings(engine=FAKE_ENGINE, data_dir=str(folder), port=0, uploads="trusted"), timeout=30

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for request bodies: mostly of the right shape, with extreme values in them."""
+"""Hypothesis strategies for request bodies: mostly with the right fields, and with extreme values."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ rows = st.one_of(
 )
 
 
-# Any: one strategy a kind of type
+# Any: one strategy for each kind of type
 def fitting(name: str, kind: inspect.Type, named: Named) -> st.SearchStrategy[Any]:
     """Values that the field of this name and type accepts, and extreme ones."""
     if name in named:
@@ -90,7 +90,7 @@ def fitting(name: str, kind: inspect.Type, named: Named) -> st.SearchStrategy[An
 
 
 def bodies(struct: type, named: Named) -> st.SearchStrategy[dict[str, Any]]:
-    """Bodies that mostly decode: all required fields, of which one in ten has a value of any type."""
+    """Bodies that usually decode. They have all required fields; one field in ten has a value of any type."""
     fields = inspect.type_info(struct).fields  # type: ignore[attr-defined]  # a struct's info has them
 
     def field(each: inspect.Field) -> st.SearchStrategy[Any]:

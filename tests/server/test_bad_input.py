@@ -1,4 +1,4 @@
-"""What cannot be honoured is refused with a sentence, before the engine, and changes nothing."""
+"""An invalid request is refused with a message before it reaches the engine, and changes nothing."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ REFUSED: list[tuple[str, dict[str, Any], int, str, str]] = [
     ("/create_model", {"model_id": "x", "rank": 0}, 422, "BadHyperparameter", "rank is 0"),
     ("/create_model", {"model_id": "x", "alpha": -1.0}, 422, "BadHyperparameter", "alpha"),
     ("/create_model", {"model_id": "x", "target_modules": []}, 422, "BadHyperparameter", "target_modules"),
-    ("/create_model", {"model_id": "x", "reference": "no/where"}, 404, "UnknownCheckpoint", "reference"),
+    ("/create_model", {"model_id": "x", "reference": "no/such/save"}, 404, "UnknownCheckpoint", "reference"),
     ("/create_model", {}, 422, "BadRequest", "model_id"),
     ("/optim_step", {"model_id": "hhere"}, 404, "UnknownModel", "did you mean 'here'?"),
     ("/optim_step", {"model_id": "here", "learning_rate": -1}, 422, "BadHyperparameter", "learning_rate is -1"),
     ("/optim_step", {"model_id": "here", "betas": [0.9, 1.0]}, 422, "BadHyperparameter", "betas[1]"),
     ("/optim_step", {"model_id": "here", "normalize": "words"}, 422, "BadRequest", "words"),
-    ("/sample", {"model_id": "nobody", "prompt": "x"}, 404, "UnknownModel", "nobody"),
+    ("/sample", {"model_id": "absent", "prompt": "x"}, 404, "UnknownModel", "absent"),
     ("/sample", {"prompt": ""}, 422, "BadData", "empty"),
     ("/sample", {"prompt": [1, -1]}, 422, "BadData", "prompt[1] is -1"),
     ("/sample", {"prompt": [1, "a"]}, 422, "BadData", "prompt[1]"),
@@ -47,10 +47,10 @@ REFUSED: list[tuple[str, dict[str, Any], int, str, str]] = [
     ("/sample", {"prompt": "x", "top_k": 0}, 422, "BadHyperparameter", "top_k"),
     ("/sample", {"prompt": [1] * 500, "max_tokens": 100}, 422, "BadHyperparameter", "512"),
     ("/sample", {"prompt": "x", "stop": [""]}, 422, "BadHyperparameter", "stop[0]"),
-    ("/save", {"model_id": "nobody"}, 404, "UnknownModel", "nobody"),
+    ("/save", {"model_id": "absent"}, 404, "UnknownModel", "absent"),
     ("/save", {"model_id": "here", "name": "../x"}, 422, "BadRequest", "name is '../x'"),
-    ("/load", {"model_id": "nobody", "path": "x"}, 404, "UnknownModel", "nobody"),
-    ("/delete_model", {"model_id": "nobody"}, 404, "UnknownModel", "nobody"),
+    ("/load", {"model_id": "absent", "path": "x"}, 404, "UnknownModel", "absent"),
+    ("/delete_model", {"model_id": "absent"}, 404, "UnknownModel", "absent"),
 ]
 
 
@@ -61,38 +61,38 @@ def here(caller: Any) -> Any:
     return caller
 
 
-@pytest.mark.parametrize(("path", "body", "status", "kind", "says"), REFUSED)
+@pytest.mark.parametrize(("path", "body", "status", "kind", "message"), REFUSED)
 def test_bad_input_is_refused_at_once(
-    here: Any, path: str, body: dict[str, Any], status: int, kind: str, says: str
+    here: Any, path: str, body: dict[str, Any], status: int, kind: str, message: str
 ) -> None:
     if path == "/forward":
         body = {"model_id": "here", "data": ROWS, **body}
     answer = here.post(path, body)
     problem = answer.json()["problem"]
     assert (answer.status_code, problem["kind"]) == (status, kind), problem
-    assert says in problem["message"]
+    assert message in problem["message"]
     assert list(here.models()) == ["here"]
 
 
-def test_a_save_is_not_written_over(here: Any) -> None:
+def test_a_save_is_not_overwritten(here: Any) -> None:
     here.done("/save", model_id="here", name="once")
     refused = here.problem("/save", model_id="here", name="once")
     assert (refused["status"], refused["kind"]) == (422, "BadCheckpoint")
 
 
-def test_a_load_of_what_is_not_there_names_the_saves(here: Any) -> None:
+def test_the_error_for_an_unknown_checkpoint_suggests_a_similar_name(here: Any) -> None:
     here.done("/save", model_id="here", name="alpha")
     problem = here.problem("/load", model_id="here", path="alhpa")
     assert problem["kind"] == "UnknownCheckpoint"
     assert "did you mean 'alpha'?" in problem["message"]
 
 
-def test_a_body_that_is_no_json_is_refused(here: Any) -> None:
+def test_a_body_that_is_not_json_is_refused(here: Any) -> None:
     answer = here.http.post("/forward", content=b"{", headers=JSON)
     assert (answer.status_code, answer.json()["problem"]["kind"]) == (422, "BadRequest")
 
 
-def test_a_form_is_refused_so_that_no_web_page_can_post(here: Any) -> None:
+def test_a_text_body_is_refused_so_that_a_web_page_cannot_post(here: Any) -> None:
     assert here.http.post("/forward", content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
 
 
@@ -105,12 +105,12 @@ def test_an_unknown_future_and_a_bad_wait_are_refused(here: Any) -> None:
     assert here.http.get("/futures/nothing", params={"wait": "nan"}).status_code == 422
 
 
-def test_an_unknown_path_answers_a_problem(here: Any) -> None:
+def test_an_unknown_path_gets_a_problem(here: Any) -> None:
     answer = here.http.get("/nope")
     assert (answer.status_code, answer.json()["problem"]["kind"]) == (404, "BadRequest")
 
 
-def test_what_nobody_foresaw_fails_that_call_only(here: Any) -> None:
+def test_an_unexpected_error_fails_only_its_call(here: Any) -> None:
     problem = here.problem("/forward_backward", model_id="bug-x", data=ROWS)
     assert problem["kind"] == "TinkerbellError"
     assert "ZeroDivisionError" in problem["message"]
@@ -119,7 +119,7 @@ def test_what_nobody_foresaw_fails_that_call_only(here: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "status", "kind", "says"),
+    ("changes", "status", "kind", "message"),
     [
         ({"magic": "00000000", "python": "3.9.1"}, 422, "BadUpload", "made by Python 3.9.1"),
         ({"name": "dpo"}, 422, "BadUpload", "taken by the loss 'dpo'"),
@@ -132,13 +132,13 @@ def test_what_nobody_foresaw_fails_that_call_only(here: Any) -> None:
     ],
 )
 def test_a_bad_upload_is_refused(
-    here: Any, make_upload: Any, changes: dict[str, Any], status: int, kind: str, says: str
+    here: Any, make_upload: Any, changes: dict[str, Any], status: int, kind: str, message: str
 ) -> None:
     body = msgspec.json.encode(make_upload(**changes))
     answer = here.http.post("/register_custom_loss", content=body, headers=JSON)
     problem = answer.json()["problem"]
     assert (answer.status_code, problem["kind"]) == (status, kind), problem
-    assert says in problem["message"]
+    assert message in problem["message"]
     assert ("traceback" in problem) == (kind == "BadLoss")
 
 

@@ -41,13 +41,13 @@ from tinkerbell_server.service import store
 from tinkerbell_server.service.store import Store
 
 RELEASE_0_1_0 = Path(__file__).parents[1] / "data" / "data-0.1.0.tar.gz"
-"""A data folder that 0.1.0 wrote, at a path that does not exist any more; tests/data/write_data_0_1_0.py made it."""
+"""A data folder that 0.1.0 wrote, at a path that no longer exists. tests/data/write_data_0_1_0.py created it."""
 
 FILES = {"tinkerbell.db": store.MIGRATIONS, "keys.db": keys.MIGRATIONS, "tinker.db": tinker_store.MIGRATIONS}
 
 
 def unpack(folder: Path) -> dict[str, Any]:
-    """Write the data folder of 0.1.0 to `folder/data`; the facts about it. Any: JSON."""
+    """Write the data folder of 0.1.0 to `folder/data` and return the facts about it. Any: JSON."""
     with tarfile.open(RELEASE_0_1_0) as tar:
         tar.extractall(folder, filter="tar")
     return dict(json.loads((folder / "facts.json").read_text()))
@@ -64,7 +64,7 @@ class Opened:
     revoked: Caller
 
     def tinker(self, path: str, /, **body: Any) -> dict[str, Any]:
-        """The answer of the Tinker API to a request."""
+        """The response of the Tinker API to a request."""
         answer = self.local.post(f"/api/v1/{path}", body)
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
@@ -85,7 +85,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
     settings = Settings(engine=FAKE_ENGINE, data_dir=str(place / "data"), port=0, uploads="trusted")
     with running_server(settings, timeout=60) as server, contextlib.closing(Caller(server)) as caller:
         texts = (key, facts["key"], facts["revoked"])
-        yield Opened(place / "data", facts, *(caller.having(text) for text in texts))
+        yield Opened(place / "data", facts, *(caller.with_key(text) for text in texts))
 
 
 def test_the_weights_of_an_unnamed_sampler_are_used_after_a_move(opened: Opened) -> None:
@@ -152,7 +152,7 @@ def test_the_checkpoints_of_a_tinker_run_are_found_after_a_move(opened: Opened) 
     assert sampler["sampling_session_id"]
 
 
-def test_a_tinker_run_of_0_1_0_is_trained_on(opened: Opened) -> None:
+def test_a_tinker_run_of_0_1_0_can_be_trained_further(opened: Opened) -> None:
     future = opened.tinker("load_weights", model_id=opened.facts["run"], seq_id=6, path=opened.facts["state"])
     assert opened.finished(future).json()["path"] == opened.facts["state"]
 
@@ -284,7 +284,7 @@ def test_processes_that_open_a_new_file_at_once_migrate_it_once(tmp_path: Path) 
     assert version_of(tmp_path / "data" / "keys.db") == len(keys.MIGRATIONS)
 
 
-def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "keys.db").write_bytes(b"not a database" * 100)
     with pytest.raises(TinkerbellError, match=r"keys\.db cannot be opened: file is not a database"):
         Keys(tmp_path)
@@ -337,7 +337,7 @@ def test_a_copy_of_a_data_folder_uses_its_own_saves(tmp_path: Path) -> None:
     assert relocated_path(tmp_path / "copy", str(tmp_path / "original" / "models" / "m" / "s")) == "models/m/s"
 
 
-def test_a_save_of_another_data_folder_is_not_taken_for_one_of_this(tmp_path: Path) -> None:
+def test_a_path_in_another_data_folder_is_not_changed(tmp_path: Path) -> None:
     path = write(tmp_path / "other" / "models" / "m" / "s" / "weights", "12").parent
     write(tmp_path / "data" / "models" / "m" / "s" / "weights", "123")
     assert relocated_path(tmp_path / "data", str(path)) == str(path)
@@ -351,7 +351,7 @@ def test_new_files_and_folders_are_private(serve: Serve, tmp_path: Path) -> None
         assert readable_by_others(tmp_path / "new") == []
 
 
-def test_a_folder_that_holds_other_files_keeps_its_own_mode(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_keeps_its_mode(tmp_path: Path) -> None:
     write(tmp_path / "notes.txt", "")
     secret = write(tmp_path / "models" / "m" / "weights", "")
     for path in (tmp_path, secret):
@@ -392,7 +392,7 @@ def open_store(tmp_path: Path) -> Iterator[Store]:
     opened.close()
 
 
-def test_a_base_that_is_named_in_two_ways_is_one_base(serve: Serve, tmp_path: Path, monkeypatch: Any) -> None:
+def test_two_names_of_one_base_give_one_base(serve: Serve, tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "tiny").mkdir()
     monkeypatch.chdir(tmp_path)
     with serve(model="tiny") as caller:
@@ -479,7 +479,7 @@ def test_a_model_whose_base_has_no_identity_is_found_by_name(open_store: Store) 
 
 
 def readable_by_others(folder: Path) -> list[str]:
-    """The files and folders below a folder that group or others have a permission on."""
+    """The files and folders below a folder that the group or others may access."""
     return [str(path) for path in sorted(folder.rglob("*")) if not path.is_symlink() and mode_of(path) & 0o077]
 
 

@@ -1,4 +1,4 @@
-"""Whatever a Tinker or OpenAI route is sent, it answers no bug of ours, and no status that a client tries again for."""
+"""Generated requests to the Tinker and OpenAI routes get no internal error and no status for which a client retries."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ BODIES: dict[str, type[msgspec.Struct]] = {
     "training_runs/{run_id}/checkpoints/{kind}/{name}/ttl": protocol.Ttl,
     "weights_info": protocol.WeightsInfo,
 }
-"""Routes that read a body. `retrieve_futures` waits as long as it is asked to, and has a test of its own."""
+"""Routes that read a body. `retrieve_futures` waits as long as the request says; tests/tinker tests it."""
 
 OTHERS = [route for route in tinker_routes.routes() if route.path.removeprefix("/api/v1/") not in BODIES]
 
-AGAIN = (409, 429, 500, 502, 503, 504)
-"""Statuses that the SDK sends a request again for, for minutes."""
+RETRIED = (409, 429, 500, 502, 503, 504)
+"""Statuses for which the SDK repeats a request for minutes."""
 
 chunks = st.one_of(
     st.fixed_dictionaries({"type": st.just("encoded_text"), "tokens": st.lists(numbers, max_size=5)}),
@@ -67,7 +67,7 @@ arrays = st.fixed_dictionaries(
 
 
 def named(here: Here) -> dict[str, st.SearchStrategy[Any]]:
-    """What the fields of these names get: things that are there, now and then."""
+    """Strategies for fields of these names, with ids and paths that exist among them."""
     return {
         "session_id": st.one_of(st.just(here.session), words),
         "model_id": st.one_of(st.just(here.model), words),
@@ -82,13 +82,13 @@ def named(here: Here) -> dict[str, st.SearchStrategy[Any]]:
         "loss_fn_inputs": st.dictionaries(st.sampled_from(["target_tokens", "weights", "x"]), arrays, max_size=3),
         "loss_fn": words,
         "prompt": st.one_of(words, st.fixed_dictionaries({"chunks": st.lists(chunks, max_size=3)}), junk),
-        # a gap in the order is a request that waits for the one before it: these come in order, or twice
+        # without a gap in the order, because a request after a gap waits for the missing one
         "seq_id": st.sampled_from([None, 1, 2]),
     }
 
 
 class Here:
-    """A server, and a session, a model, a checkpoint and a sampler in it."""
+    """A server with a session, a model, a checkpoint and a sampler."""
 
     def __init__(self, caller: Caller) -> None:
         self.caller = caller
@@ -97,8 +97,8 @@ class Here:
         made = self.post("create_model", session_id=self.session, model_seq_id=1, base_model=self.base)
         self.model = self.done(made)["model_id"]
         self.path = self.done(self.post("save_weights", model_id=self.model, path="a"))["path"]
-        asked = {"session_id": self.session, "sampling_session_seq_id": 1, "base_model": self.base}
-        self.sampler = self.post("create_sampling_session", **asked)["sampling_session_id"]
+        request = {"session_id": self.session, "sampling_session_seq_id": 1, "base_model": self.base}
+        self.sampler = self.post("create_sampling_session", **request)["sampling_session_id"]
 
     def get(self, path: str) -> Any:
         return self.caller.http.get(f"/api/v1/{path}").json()
@@ -127,7 +127,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
 def check(here: Here, method: str, path: str, content: bytes = b"", **headers: str) -> None:
     headers = {"content-type": "application/json", **headers}
     answer = here.caller.http.request(method, path, content=content, headers=headers, timeout=60)
-    assert answer.status_code not in AGAIN, (method, path, answer.text)
+    assert answer.status_code not in RETRIED, (method, path, answer.text)
     assert b"Traceback" not in answer.content
     if answer.status_code >= 400 and answer.status_code not in (404, 405):
         assert answer.json(), "an error is JSON"
@@ -150,7 +150,7 @@ def test_a_body_of_the_right_shape_is_answered(here: Here, route: str, data: st.
 @pytest.mark.parametrize("route", BODIES)
 @settings(HARD, max_examples=20)
 @given(body=junk, raw=st.binary(max_size=60), squeezed=st.booleans())
-def test_a_body_of_any_shape_is_answered(here: Here, route: str, body: Any, raw: bytes, squeezed: bool) -> None:
+def test_an_arbitrary_body_gets_no_server_error(here: Here, route: str, body: Any, raw: bytes, squeezed: bool) -> None:
     path = "/api/v1/" + filled(route, "x")
     method = "PUT" if route.endswith(("/ttl", "/project")) else "POST"
     content = msgspec.json.encode(body)
@@ -162,7 +162,7 @@ def test_a_body_of_any_shape_is_answered(here: Here, route: str, body: Any, raw:
 @pytest.mark.parametrize("route", OTHERS, ids=lambda route: f"{min(route.methods - {'HEAD'})} {route.path}")
 @settings(HARD, max_examples=20)
 @given(word=words, query=st.dictionaries(st.sampled_from(["limit", "offset", "x"]), words, max_size=2), body=junk)
-def test_a_route_without_a_body_of_its_own_is_answered(
+def test_an_arbitrary_query_gets_no_server_error(
     here: Here, route: Any, word: str, query: dict[str, str], body: Any
 ) -> None:
     (method,) = route.methods - {"HEAD"}
@@ -196,19 +196,21 @@ datums = st.lists(
 @pytest.mark.parametrize("route", ["forward", "forward_backward"])
 @settings(HARD, max_examples=60)
 @given(rows=datums, loss=words, numbered=st.integers(-1, 3), raw=st.binary(max_size=60), data=st.data())
-def test_protobuf_is_answered(
+def test_protobuf_and_arbitrary_bytes_get_no_server_error(
     here: Here, route: str, rows: Any, loss: str, numbered: int, raw: bytes, data: st.DataObject
 ) -> None:
     model = data.draw(st.sampled_from([here.model, "x"]))
-    asked = wire_pb2.ForwardBackwardRequest(model_id=model, seq_id=numbered, data=rows, loss_fn=loss)
-    for content in (asked.SerializeToString(), raw):
+    request = wire_pb2.ForwardBackwardRequest(model_id=model, seq_id=numbered, data=rows, loss_fn=loss)
+    for content in (request.SerializeToString(), raw):
         check(here, "POST", f"/api/v1/{route}", content, **{"content-type": "application/x-protobuf"})
 
 
 @pytest.mark.parametrize("route", ["completions", "chat/completions"])
 @settings(HARD, max_examples=50)
 @given(data=st.data(), raw=st.binary(max_size=40))
-def test_completions_are_answered(here: Here, route: str, data: st.DataObject, raw: bytes) -> None:
+def test_an_arbitrary_completion_request_gets_no_server_error(
+    here: Here, route: str, data: st.DataObject, raw: bytes
+) -> None:
     body = data.draw(made_up(Completion if route == "completions" else ChatCompletion, named(here)))
     check(here, "POST", f"/v1/{route}", msgspec.json.encode(body))
     check(here, "POST", f"/v1/{route}", raw)
@@ -216,7 +218,7 @@ def test_completions_are_answered(here: Here, route: str, data: st.DataObject, r
 
 @settings(HARD, max_examples=30)
 @given(word=words)
-def test_a_name_of_a_model_is_answered(here: Here, word: str) -> None:
+def test_an_arbitrary_model_name_gets_no_server_error(here: Here, word: str) -> None:
     check(here, "GET", "/v1/models/" + quote(word, safe=""))
     check(here, "GET", "/v1/models")
 

@@ -1,4 +1,4 @@
-"""Engines die, servers stop and start again; what is lost is said, and nothing is left running."""
+"""The engine or the server ends and starts again: errors name the lost work, and no process is left running."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinkerbell_core.errors import TinkerbellError
 ROWS = [[1, 2, 3], [4, 5]]
 
 
-def test_a_killed_engine_comes_back_with_its_models_at_their_last_save(serve: Any) -> None:
+def test_a_killed_engine_restarts_with_its_models_at_their_last_saves(serve: Any) -> None:
     with serve() as caller:
         caller.train("kept", steps=2)
         saved = caller.done("/save", model_id="kept")
@@ -28,16 +28,16 @@ def test_a_killed_engine_comes_back_with_its_models_at_their_last_save(serve: An
         caller.done("/create_model", model_id="whole")
         caller.kill_engine()
         assert caller.models()["kept"]["steps"] == 2
-        told = caller.problem("/forward_backward", model_id="kept", data=ROWS)
-        assert (told["status"], told["kind"]) == (503, "EngineLost")
-        assert "killed by signal 9" in told["message"]
-        assert f"back at step 2, its last save ({saved['path']}): 1 optim_step was lost" in told["message"]
+        problem = caller.problem("/forward_backward", model_id="kept", data=ROWS)
+        assert (problem["status"], problem["kind"]) == (503, "EngineLost")
+        assert "killed by signal 9" in problem["message"]
+        assert f"back at step 2, its last save ({saved['path']}): 1 optim_step was lost" in problem["message"]
         caller.train("kept")
         assert caller.models()["kept"]["steps"] == 3
         caller.train("whole")
 
 
-def test_a_gradient_that_was_not_stepped_on_is_missed_too(serve: Any) -> None:
+def test_the_error_after_a_kill_reports_a_lost_gradient(serve: Any) -> None:
     with serve() as caller:
         caller.done("/forward_backward", model_id="m", data=ROWS)
         caller.kill_engine()
@@ -47,7 +47,7 @@ def test_a_gradient_that_was_not_stepped_on_is_missed_too(serve: Any) -> None:
         assert caller.problem("/optim_step", model_id="m")["kind"] == "NothingAccumulated"
 
 
-def test_what_was_in_flight_fails_and_says_what_was_lost(serve: Any) -> None:
+def test_requests_in_flight_fail_and_name_the_lost_steps(serve: Any) -> None:
     with serve() as caller:
         caller.train("slow-m")
         ids = [caller.accepted("/forward_backward", model_id="slow-m", data=ROWS) for _ in range(3)]
@@ -58,7 +58,7 @@ def test_what_was_in_flight_fails_and_says_what_was_lost(serve: Any) -> None:
         caller.train("slow-m")
 
 
-def test_a_loss_that_kills_the_engine_fails_and_the_others_go_on(serve: Any) -> None:
+def test_a_loss_that_ends_the_engine_fails_and_other_models_can_be_trained(serve: Any) -> None:
     with serve() as caller:
         problem = caller.problem("/forward", model_id="crash-m", data=ROWS)
         assert "exited with status 9" in problem["message"]
@@ -66,7 +66,7 @@ def test_a_loss_that_kills_the_engine_fails_and_the_others_go_on(serve: Any) -> 
         caller.train("fine")
 
 
-def test_a_device_failure_is_blamed_on_its_call_and_the_engine_starts_again(serve: Any) -> None:
+def test_a_device_failure_fails_its_call_and_the_engine_restarts(serve: Any) -> None:
     with serve() as caller:
         caller.train("other")
         caller.done("/save", model_id="other")
@@ -76,7 +76,7 @@ def test_a_device_failure_is_blamed_on_its_call_and_the_engine_starts_again(serv
         assert caller.health()["restarts"] == 1
 
 
-def test_uploads_are_registered_again(serve: Any, make_upload: Any) -> None:
+def test_uploads_are_registered_again_after_a_restart_of_the_engine(serve: Any, make_upload: Any) -> None:
     with serve(uploads="trusted") as caller:
         body = msgspec.json.encode(make_upload())
         caller.http.post("/register_custom_loss", content=body, headers={"content-type": "application/json"})
@@ -86,38 +86,38 @@ def test_uploads_are_registered_again(serve: Any, make_upload: Any) -> None:
         assert "mine" not in caller.http.get("/list_loss_functions").json()["available_loss_functions"]
 
 
-def test_a_second_start_on_the_data_dir_goes_on_from_the_last_save(serve: Any) -> None:
+def test_a_restarted_server_has_its_models_at_their_last_saves(serve: Any) -> None:
     with serve() as caller:
         caller.train("m", steps=2)
         caller.done("/save", model_id="m")
         request = caller.accepted("/forward", model_id="m", data=ROWS)
         caller.future(request)
-        caller.done("/create_model", model_id="behind")
-        caller.train("behind")
+        caller.done("/create_model", model_id="unsaved")
+        caller.train("unsaved")
     with serve() as caller:
         assert caller.future(request)["state"] == "done"
         assert caller.models()["m"]["steps"] == 2
         caller.train("m")
-        told = caller.problem("/create_model", model_id="behind")
-        assert "the server was stopped" in told["message"]
-        caller.train("behind")
-        assert caller.models()["behind"]["steps"] == 1
+        problem = caller.problem("/create_model", model_id="unsaved")
+        assert "the server was stopped" in problem["message"]
+        caller.train("unsaved")
+        assert caller.models()["unsaved"]["steps"] == 1
 
 
-def test_a_server_that_was_killed_says_what_it_did_not_do(serve: Any) -> None:
+def test_requests_of_a_killed_server_are_reported_as_failed(serve: Any) -> None:
     with serve() as caller:
         ids = [caller.accepted("/forward", model_id="slow-m", data=ROWS) for _ in range(3)]
         engine = caller.engine_pid()
         caller.server.process.kill()
         caller.server.process.wait()
-        _gone(engine)
+        wait_until_ended(engine)
     with serve() as caller:
         problem = caller.future(ids[-1])["problem"]
         assert problem["kind"] == "EngineLost"
         assert "the server was stopped" in problem["message"]
 
 
-def test_a_save_that_was_removed_is_said_to_be(serve: Any) -> None:
+def test_the_error_after_a_kill_reports_a_save_that_was_removed(serve: Any) -> None:
     with serve() as caller:
         caller.train("m")
         path = Path(caller.done("/save", model_id="m")["path"])
@@ -127,7 +127,7 @@ def test_a_save_that_was_removed_is_said_to_be(serve: Any) -> None:
         caller.train("m")
 
 
-def test_a_model_of_another_base_is_not_touched(serve: Any) -> None:
+def test_a_model_of_another_base_can_only_be_deleted(serve: Any) -> None:
     with serve(model="one") as caller:
         caller.train("m")
     with serve(model="two") as caller:
@@ -144,7 +144,9 @@ def test_a_second_server_on_the_data_dir_is_refused(serve: Any, capfd: pytest.Ca
     assert f"another server (process {first.server.process.pid})" in capfd.readouterr().err
 
 
-def test_an_engine_that_refuses_ends_the_server_with_its_reason(serve: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_server_exits_with_the_error_of_an_engine_that_cannot_start(
+    serve: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(TinkerbellError), serve(model="refuses"):
         pass
     assert "error: there is no model in 'refuses'" in capfd.readouterr().err
@@ -154,31 +156,31 @@ WAITER = """
 import sys, http.client, urllib.parse
 connection = http.client.HTTPConnection(urllib.parse.urlsplit(sys.argv[1]).netloc)
 connection.request("GET", sys.argv[2])
-print("asked", flush=True)
+print("sent", flush=True)
 connection.getresponse().read()
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_no_process_even_while_somebody_waits(serve: Any, number: signal.Signals) -> None:
+def test_a_signal_ends_all_processes_while_a_client_waits(serve: Any, number: signal.Signals) -> None:
     with serve() as caller:
         engine = caller.engine_pid()
         for _ in range(20):
-            waited_for = caller.accepted("/forward", model_id="slow-m", data=ROWS)
-        asked = [sys.executable, "-c", WAITER, str(caller.server), f"/futures/{waited_for}?wait=30"]
-        with subprocess.Popen(asked, stdout=subprocess.PIPE) as waiter:
+            request_id = caller.accepted("/forward", model_id="slow-m", data=ROWS)
+        command = [sys.executable, "-c", WAITER, str(caller.server), f"/futures/{request_id}?wait=30"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as waiter:
             assert waiter.stdout is not None
-            assert waiter.stdout.readline() == b"asked\n"
+            assert waiter.stdout.readline() == b"sent\n"
             time.sleep(0.2)
             began = time.monotonic()
             caller.server.process.send_signal(number)
             assert caller.server.process.wait(10) == 0
             assert time.monotonic() - began < 4
-            _gone(engine)
+            wait_until_ended(engine)
             assert waiter.wait(10) == 0
 
 
-def test_port_0_prints_the_url_it_took(tmp_path: Path) -> None:
+def test_a_server_on_port_0_prints_its_url(tmp_path: Path) -> None:
     code = (
         "from tinkerbell_server.launch import run; from tinkerbell_server.config import Settings; import sys; "
         "sys.exit(run(Settings(engine='tests.fake_engine', port=0, data_dir=sys.argv[1])))"
@@ -193,7 +195,7 @@ def test_port_0_prints_the_url_it_took(tmp_path: Path) -> None:
     assert "http://127.0.0.1:" in line
 
 
-def test_a_taken_port_is_a_sentence(tmp_path: Path) -> None:
+def test_the_error_for_a_port_in_use_suggests_another_port(tmp_path: Path) -> None:
     from tinkerbell_server.config import Settings
     from tinkerbell_server.launch import run
 
@@ -204,14 +206,14 @@ def test_a_taken_port_is_a_sentence(tmp_path: Path) -> None:
             run(Settings(engine=FAKE_ENGINE, port=sock.getsockname()[1], data_dir=str(tmp_path)))
 
 
-def test_an_engine_that_never_starts_is_given_up(tmp_path: Path) -> None:
+def test_a_service_stops_starting_an_engine_that_always_exits(tmp_path: Path) -> None:
     import asyncio
 
     from tinkerbell_server.access.tenants import Caller
     from tinkerbell_server.config import Settings
     from tinkerbell_server.service.service import Service
 
-    async def give_up() -> Service:
+    async def start_and_wait() -> Service:
         service = Service(Settings(engine=FAKE_ENGINE, model="exits", data_dir=str(tmp_path)))
         service.start()
         try:
@@ -222,7 +224,7 @@ def test_an_engine_that_never_starts_is_given_up(tmp_path: Path) -> None:
             await service.stop()
         return service
 
-    health = asyncio.run(give_up()).health()
+    health = asyncio.run(start_and_wait()).health()
     assert health["status"] == "engine_down"
     assert "exited with status 3" in health["problem"]
 
@@ -235,7 +237,7 @@ def test_the_api_imports_no_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
-def _gone(pid: int, seconds: float = 3) -> None:
+def wait_until_ended(pid: int, seconds: float = 3) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -245,4 +247,4 @@ def _gone(pid: int, seconds: float = 3) -> None:
         if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
             return
         time.sleep(0.02)
-    raise AssertionError(f"process {pid} is still there")
+    raise AssertionError(f"process {pid} has not ended")

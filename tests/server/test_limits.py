@@ -54,7 +54,7 @@ def test_names_without_recent_events_are_removed(monkeypatch: pytest.MonkeyPatch
 
 def test_a_key_above_its_rate_gets_a_429_with_the_seconds_to_wait(serve: Any, texts: list[str]) -> None:
     with serve(rate_limit=5) as caller:
-        ann, bob = (caller.having(text) for text in texts)
+        ann, bob = (caller.with_key(text) for text in texts)
         assert [ann.http.get("/list_models").status_code for _ in range(5)] == [200] * 5
         answer = ann.http.get("/list_models")
         assert (answer.status_code, answer.json()["problem"]["kind"]) == (429, "TooManyRequests")
@@ -65,7 +65,7 @@ def test_a_key_above_its_rate_gets_a_429_with_the_seconds_to_wait(serve: Any, te
 
 def test_a_key_above_its_concurrency_gets_a_429(serve: Any, texts: list[str]) -> None:
     with serve(concurrency_limit=2) as caller:
-        ann, bob = (caller.having(text) for text in texts)
+        ann, bob = (caller.with_key(text) for text in texts)
         slow = [ann.accepted("/forward", model_id="slow-m", data=ROWS) for _ in range(6)]
         waiters = [threading.Thread(target=ann.future, args=(slow[-1],)) for _ in range(2)]
         for waiter in waiters:
@@ -82,7 +82,7 @@ def test_a_key_above_its_concurrency_gets_a_429(serve: Any, texts: list[str]) ->
 
 def test_a_tenant_can_fill_half_of_the_queue(serve: Any, texts: list[str]) -> None:
     with serve(queue_limit=6) as caller:
-        ann, bob = (caller.having(text) for text in texts)
+        ann, bob = (caller.with_key(text) for text in texts)
         answers = [ann.post("/forward", {"model_id": "slow-m", "data": ROWS}) for _ in range(6)]
         refused = [answer for answer in answers if answer.status_code != 200]
         assert refused
@@ -94,7 +94,7 @@ def test_a_tenant_can_fill_half_of_the_queue(serve: Any, texts: list[str]) -> No
 
 def test_a_tenant_can_keep_as_many_uploads_as_the_limit(serve: Any, texts: list[str], make_upload: Any) -> None:
     with serve(upload_limit=2, uploads="trusted") as caller:
-        ann, bob = (caller.having(text) for text in texts)
+        ann, bob = (caller.with_key(text) for text in texts)
 
         def sent(who: Any, name: str, payload: bytes) -> Any:
             return who.post("/register_custom_loss", msgspec.to_builtins(make_upload(name, payload)))

@@ -1,4 +1,4 @@
-"""The OpenAPI document describes every route of the native API, and what the server sends."""
+"""The OpenAPI document describes every route of the native API and the responses of the server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_document_is_valid_openapi() -> None:
     validator.validate(msgspec.json.decode(msgspec.json.encode(DOCUMENT)))
 
 
-def test_the_server_sends_the_document_and_the_answers_that_it_documents(torch_server: str) -> None:
+def test_the_server_sends_the_document_and_the_documented_responses(torch_server: str) -> None:
     assert httpx.get(f"{torch_server}/openapi.json").json()["paths"] == DOCUMENT["paths"]
     health = httpx.get(f"{torch_server}/healthz").json()
     assert health.keys() == Health.__annotations__.keys() | {"status", "boot_id", "version"}

@@ -1,4 +1,4 @@
-"""The fair queue: order of the jobs, tenants in rotation, and jobs in sandboxes beside the job that computes."""
+"""The fair queue: the order of jobs, the rotation of tenants, and jobs in sandboxes while another job computes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def ready(queue: FairQueue) -> list[str]:
         return found
 
 
-def test_one_job_computes_and_jobs_in_sandboxes_run_beside_it() -> None:
+def test_one_job_computes_while_jobs_in_sandboxes_run() -> None:
     async def run() -> None:
         queue = FairQueue(sandboxed=True)
         for each in (job("a", "a", "upload:x"), job("b", "b"), job("c", "c"), job("d", "d", "upload:x")):
@@ -85,7 +85,7 @@ def test_trusted_uploads_run_one_after_the_other() -> None:
     asyncio.run(run())
 
 
-def test_a_job_whose_text_is_tokenised_holds_back_its_own_lane_only() -> None:
+def test_a_job_that_is_being_tokenised_delays_only_its_own_lane() -> None:
     async def run() -> None:
         queue = FairQueue()
         waiting = job("a", "m")
@@ -102,7 +102,7 @@ def test_a_job_whose_text_is_tokenised_holds_back_its_own_lane_only() -> None:
     asyncio.run(run())
 
 
-def test_tenants_take_turns_whatever_the_number_of_their_models() -> None:
+def test_tenants_alternate_regardless_of_their_number_of_models() -> None:
     async def run() -> None:
         queue = FairQueue()
         for each in (

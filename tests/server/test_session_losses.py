@@ -1,4 +1,4 @@
-"""Losses of Tinker sessions, by hand on the wire: whose they are, how long they last, and what the audit log says."""
+"""Losses of Tinker sessions, with plain HTTP requests: their owner, their lifetime and their lines in the audit log."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ def run(tenant: Tenant, loss_id: str) -> dict[str, Any]:
 
 
 def after_loss(tenant: Tenant, loss_id: str) -> dict[str, Any]:
-    """As `run`, by a client that hears first that its gradients went with the engine."""
-    told = run(tenant, loss_id)
-    return run(tenant, loss_id) if "lost" in told.get("error", "") else told
+    """The result of `run`, repeated if the first response reports gradients lost with the engine."""
+    result = run(tenant, loss_id)
+    return run(tenant, loss_id) if "lost" in result.get("error", "") else result
 
 
 def tenant_of(caller: Caller, keys: Keys, name: str, *scopes: str) -> Tenant:
-    return Tenant(caller.having(keys.create(name, tenant=name, scopes=scopes or ("train", "upload"))[1]))
+    return Tenant(caller.with_key(keys.create(name, tenant=name, scopes=scopes or ("train", "upload"))[1]))
 
 
-def test_a_loss_is_called_by_its_own_session_and_by_nobody_else(serve: Serve, keys: Keys) -> None:
+def test_only_its_own_session_can_call_a_loss(serve: Serve, keys: Keys) -> None:
     with serve(uploads="trusted") as caller:
         ann, bob = (tenant_of(caller, keys, name) for name in ("ann", "bob"))
         loss_id = ann.done(create(ann))["loss_id"]
@@ -76,7 +76,7 @@ def test_a_loss_is_called_by_its_own_session_and_by_nobody_else(serve: Serve, ke
         assert loss_id not in bob.caller.http.get("/list_loss_functions").text
 
 
-def test_a_loss_outlives_the_server_and_the_engine(serve: Serve, data: Path) -> None:
+def test_a_loss_is_kept_after_a_restart_of_the_engine_and_the_server(serve: Serve, data: Path) -> None:
     with serve(uploads="trusted") as caller:
         one = Tenant(caller)
         loss_id = one.done(create(one))["loss_id"]
@@ -90,21 +90,21 @@ def test_a_loss_outlives_the_server_and_the_engine(serve: Serve, data: Path) -> 
         assert "no longer on this server" in after_loss(one, loss_id)["error"]
 
 
-def test_a_key_that_may_not_upload_is_told_to_run_losses_itself(serve: Serve, keys: Keys) -> None:
+def test_a_client_without_the_scope_upload_is_configured_to_run_losses_itself(serve: Serve, keys: Keys) -> None:
     with serve(uploads="trusted") as caller:
         trainer, uploader = tenant_of(caller, keys, "ann", "train"), tenant_of(caller, keys, "bob")
-        told = [one.post("client/config").json()["custom_loss_server_side"] for one in (trainer, uploader)]
-        assert told == [False, True]
+        server_side = [one.post("client/config").json()["custom_loss_server_side"] for one in (trainer, uploader)]
+        assert server_side == [False, True]
         refused = create(trainer)
         assert refused.status_code == 403
         assert "'upload'" in refused.json()["detail"]
     with serve(uploads="off") as caller:
-        uploader.caller = caller.having(keys.create("bob", tenant="bob", scopes=("upload",))[1])
+        uploader.caller = caller.with_key(keys.create("bob", tenant="bob", scopes=("upload",))[1])
         assert uploader.post("client/config").json()["custom_loss_server_side"] is False
         assert create(uploader).status_code == 403
 
 
-def test_a_tenant_keeps_so_many(serve: Serve) -> None:
+def test_the_number_of_losses_of_a_tenant_is_limited(serve: Serve) -> None:
     with serve(uploads="trusted", upload_limit=1) as caller:
         one = Tenant(caller)
         one.done(create(one))
@@ -114,7 +114,7 @@ def test_a_tenant_keeps_so_many(serve: Serve) -> None:
 
 
 @pytest.mark.slow
-def test_a_session_that_is_over_leaves_no_losses(serve: Serve) -> None:
+def test_the_losses_of_a_finished_session_are_removed(serve: Serve) -> None:
     with serve(uploads="trusted") as caller:
         one, other = Tenant(caller), Tenant(caller)
         loss_id, kept = (tenant.done(create(tenant))["loss_id"] for tenant in (one, other))
@@ -126,13 +126,13 @@ def test_a_session_that_is_over_leaves_no_losses(serve: Serve) -> None:
         assert run(other, kept) == {}
 
 
-def test_the_audit_log_tells_what_tinker_clients_change_and_no_more(serve: Serve, keys: Keys, data: Path) -> None:
+def test_the_audit_log_has_each_change_by_a_tinker_client_once(serve: Serve, keys: Keys, data: Path) -> None:
     with serve(uploads="trusted") as caller:
         ann = tenant_of(caller, keys, "ann")
         loss_id = ann.done(create(ann))["loss_id"]
         assert run(ann, loss_id) == {}
         assert "no custom loss" in run(ann, "none")["error"]
-        create(ann)  # sent twice, told once
+        create(ann)  # sent twice, logged once
         path = ann.saved("here")
         ann.done(ann.numbered("load_weights", path=path))
         ann.done(ann.numbered("load_weights", path=f"{path}x"))
@@ -142,10 +142,10 @@ def test_the_audit_log_tells_what_tinker_clients_change_and_no_more(serve: Serve
         ann.caller.http.delete(checkpoint)
         create(ann, session="0" * 32)
         ann.trained()
-        caller.having("tml-0-wrong").http.get("/v1/models")
+        caller.with_key("tml-0-wrong").http.get("/v1/models")
     lines = [json.loads(line) for line in (data / "audit.jsonl").read_text().splitlines()]
-    told = [(line["action"], line["verdict"], line.get("name")) for line in lines]
-    assert told == [
+    changes = [(line["action"], line["verdict"], line.get("name")) for line in lines]
+    assert changes == [
         ("create_model", "done", ann.run),
         ("create_custom_loss", "done", loss_id),
         ("forward_backward", "UnknownLoss", "none"),

@@ -1,4 +1,4 @@
-"""Two tenants of one server: what is one's does not exist for the other, whatever it is called."""
+"""Two tenants of one server: a tenant cannot see or use the models, requests and saves of the other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS = [[1, 2, 3], [4, 5]]
 
 
 class Tenants:
-    """A server that takes uploads, and a caller a tenant."""
+    """A server that accepts uploads, and one caller per tenant."""
 
     def __init__(self, server: Any, keys: Keys) -> None:
         def caller(tenant: str, *scopes: str) -> Caller:
@@ -45,15 +45,15 @@ def tenants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenants]:
     keys.close()
 
 
-def same(foreign: dict[str, Any], unknown: dict[str, Any], *names: tuple[str, str]) -> None:
-    """Two problems that tell no difference, but for the names that were asked for."""
+def assert_same_problem(foreign: dict[str, Any], unknown: dict[str, Any], *names: tuple[str, str]) -> None:
+    """Assert that two problems differ only in the names that were requested."""
     text = foreign["message"]
-    for was, other in names:
-        text = text.replace(was, other)
+    for name, other in names:
+        text = text.replace(name, other)
     assert {**foreign, "message": text} == unknown
 
 
-def test_one_model_id_is_two_tenants_models(tenants: Tenants) -> None:
+def test_tenants_can_have_models_with_the_same_id(tenants: Tenants) -> None:
     tenants.ann.done("/create_model", model_id="both", rank=4)
     tenants.bob.done("/create_model", model_id="both", rank=8)
     tenants.local.done("/create_model", model_id="both", rank=16)
@@ -67,23 +67,23 @@ def test_one_model_id_is_two_tenants_models(tenants: Tenants) -> None:
 
 
 @pytest.mark.parametrize("verb", ["optim_step", "sample", "save", "load", "delete_model"])
-def test_a_foreign_model_is_as_unknown_as_none(tenants: Tenants, verb: str) -> None:
+def test_the_error_for_a_model_of_another_tenant_is_that_for_an_unknown_model(tenants: Tenants, verb: str) -> None:
     tenants.ann.done("/create_model", model_id="anns")
     more: dict[str, Any] = {"sample": {"prompt": "x"}, "load": {"path": "x"}}.get(verb, {})
     foreign = tenants.bob.problem(f"/{verb}", model_id="anns", **more)
-    unknown = tenants.bob.problem(f"/{verb}", model_id="nones", **more)
+    unknown = tenants.bob.problem(f"/{verb}", model_id="absent", **more)
     assert (foreign["status"], foreign["kind"]) == (404, "UnknownModel")
-    same(foreign, unknown, ("anns", "nones"))
+    assert_same_problem(foreign, unknown, ("anns", "absent"))
 
 
 @pytest.mark.parametrize("name", ["ann/anns", "local/anns", "/anns"])
-def test_a_tenants_name_cannot_be_spelt_out(tenants: Tenants, name: str) -> None:
+def test_a_model_id_with_the_name_of_a_tenant_is_refused(tenants: Tenants, name: str) -> None:
     tenants.ann.done("/create_model", model_id="anns")
     for caller in (tenants.bob, tenants.local, tenants.ann):
         assert caller.problem("/optim_step", model_id=name)["status"] == 422
 
 
-def test_no_sentence_names_what_others_have(tenants: Tenants) -> None:
+def test_a_suggestion_never_names_a_model_of_another_tenant(tenants: Tenants) -> None:
     tenants.ann.done("/create_model", model_id="secret-project")
     problem = tenants.bob.problem("/optim_step", model_id="secret-projekt")
     assert "secret-project'" not in problem["message"]
@@ -92,11 +92,11 @@ def test_no_sentence_names_what_others_have(tenants: Tenants) -> None:
     assert "ann/" not in mine["message"]
 
 
-def test_a_model_that_goes_while_a_request_waits_is_missed_without_naming_others(tenants: Tenants) -> None:
+def test_the_error_for_a_model_deleted_meanwhile_names_no_models_of_others(tenants: Tenants) -> None:
     tenants.ann.done("/create_model", model_id="quiet")
-    tenants.bob.done("/create_model", model_id="slow-gone")
-    deleted = tenants.bob.accepted("/delete_model", model_id="slow-gone")
-    late = tenants.bob.accepted("/optim_step", model_id="slow-gone")
+    tenants.bob.done("/create_model", model_id="slow-deleted")
+    deleted = tenants.bob.accepted("/delete_model", model_id="slow-deleted")
+    late = tenants.bob.accepted("/optim_step", model_id="slow-deleted")
     tenants.bob.future(deleted)
     problem = tenants.bob.future(late)["problem"]
     assert problem["kind"] == "UnknownModel"
@@ -104,22 +104,22 @@ def test_a_model_that_goes_while_a_request_waits_is_missed_without_naming_others
     assert "bob/" not in problem["message"]
 
 
-def test_a_foreign_future_is_as_unknown_as_none(tenants: Tenants) -> None:
+def test_the_error_for_a_future_of_another_tenant_is_that_for_an_unknown_one(tenants: Tenants) -> None:
     request_id = tenants.ann.accepted("/forward", model_id="futures", data=ROWS)
     assert tenants.ann.future(request_id)["result"]["model_id"] == "futures"
-    for asked in (request_id, f"ann%2F{request_id}"):
+    for id in (request_id, f"ann%2F{request_id}"):
         for caller in (tenants.bob, tenants.local, tenants.admin):
-            answer = caller.http.get(f"/futures/{asked}")
+            answer = caller.http.get(f"/futures/{id}")
             assert answer.status_code == 404
     problem = tenants.bob.http.get(f"/futures/{request_id}").json()["problem"]
-    same(problem, tenants.bob.http.get("/futures/req-none").json()["problem"], (request_id, "req-none"))
+    assert_same_problem(problem, tenants.bob.http.get("/futures/req-none").json()["problem"], (request_id, "req-none"))
 
 
-def test_a_sample_of_the_base_is_of_no_model(tenants: Tenants) -> None:
+def test_a_sample_of_the_base_has_no_model_id(tenants: Tenants) -> None:
     assert tenants.ann.done("/sample", prompt="x")["model_id"] is None
 
 
-def test_one_tenants_results_push_out_no_others(tmp_path: Path) -> None:
+def test_the_results_of_a_tenant_do_not_evict_those_of_others(tmp_path: Path) -> None:
     with contextlib.closing(Store(tmp_path)) as store:
         for request_id in ("req-1", "bob/req-1", "ann/req-1", "ann/req-2", "ann/req-3"):
             store.add_request(Request(request_id, None, "forward", None, "", "queued", None, None))
@@ -129,7 +129,7 @@ def test_one_tenants_results_push_out_no_others(tmp_path: Path) -> None:
     assert kept == ["req-1", "bob/req-1", "ann/req-2", "ann/req-3"]
 
 
-def test_an_idempotency_key_is_each_tenants_own(tenants: Tenants) -> None:
+def test_tenants_can_use_the_same_idempotency_key(tenants: Tenants) -> None:
     body = {"model_id": "keyed", "data": ROWS}
     answers = [
         caller.post("/forward", body, **{"Idempotency-Key": key})
@@ -144,21 +144,21 @@ def test_an_idempotency_key_is_each_tenants_own(tenants: Tenants) -> None:
     assert "'k'" in conflict.json()["problem"]["message"]
 
 
-def test_a_foreign_save_is_as_unknown_as_none(tenants: Tenants) -> None:
+def test_the_error_for_a_save_of_another_tenant_is_that_for_an_unknown_one(tenants: Tenants) -> None:
     tenants.ann.train("saver")
     path = tenants.ann.done("/save", model_id="saver", name="one")["path"]
     tenants.bob.done("/create_model", model_id="reader")
     foreign = tenants.bob.problem("/load", model_id="reader", path=path)
     unknown = tenants.bob.problem("/load", model_id="reader", path=path + "x")
     assert foreign["kind"] == "UnknownCheckpoint"
-    same(foreign, unknown, (path, path + "x"))
+    assert_same_problem(foreign, unknown, (path, path + "x"))
     foreign = tenants.bob.problem("/create_model", model_id="other", reference=path)
     assert (foreign["status"], foreign["kind"]) == (404, "UnknownCheckpoint")
     assert tenants.ann.done("/load", model_id="saver", path=path)["step"] == 1
     assert tenants.ann.done("/create_model", model_id="heir", reference=path)["model_id"] == "heir"
 
 
-def test_only_an_admin_names_a_folder_outside(tenants: Tenants, tmp_path: Path) -> None:
+def test_only_an_admin_can_load_from_a_folder_outside_the_data_dir(tenants: Tenants, tmp_path: Path) -> None:
     (tmp_path / "fake.json").write_text('{"step": 5, "value": 1.0}')
     inside = Path(tenants.ann.done("/save", model_id="saver", name="two")["path"])
     dotted = str(inside / ".." / ".." / ".." / ".." / ".." / "tenants" / "ann" / "models" / "saver" / "two")
@@ -180,7 +180,7 @@ def test_only_an_admin_names_a_folder_outside(tenants: Tenants, tmp_path: Path) 
     assert tenants.ann.done("/load", model_id="saver", path=dotted)["step"] == 1
 
 
-def test_a_link_leads_no_tenant_out(tenants: Tenants, tmp_path: Path) -> None:
+def test_a_tenant_cannot_load_through_a_link_to_another_folder(tenants: Tenants, tmp_path: Path) -> None:
     (tmp_path / "fake.json").write_text('{"step": 5, "value": 1.0}')
     tenants.bob.done("/create_model", model_id="linked")
     saved = Path(tenants.bob.done("/save", model_id="linked", name="here")["path"])
@@ -189,27 +189,27 @@ def test_a_link_leads_no_tenant_out(tenants: Tenants, tmp_path: Path) -> None:
         assert tenants.bob.problem("/load", model_id="linked", path=path)["kind"] == "UnknownCheckpoint"
 
 
-def test_a_local_model_named_like_a_tenant_holds_none_of_its_saves(tenants: Tenants) -> None:
+def test_a_local_model_named_like_a_tenant_cannot_load_its_saves(tenants: Tenants) -> None:
     tenants.ann.train("mm")
     tenants.ann.done("/save", model_id="mm", name="s")
     tenants.local.done("/create_model", model_id="ann")
     assert tenants.local.problem("/load", model_id="ann", path="mm")["kind"] == "UnknownCheckpoint"
 
 
-def test_an_engine_that_dies_tells_each_tenant_its_own_losses(serve: Any, tmp_path: Path) -> None:
+def test_after_a_kill_each_tenant_gets_an_error_about_its_own_models(serve: Any, tmp_path: Path) -> None:
     keys = Keys(tmp_path / "data")
     texts = [keys.create(tenant, tenant=tenant)[1] for tenant in ("ann", "bob")]
     root = keys.create("root", tenant="root", scopes=["admin"])[1]
     keys.close()
     with serve() as caller:
-        ann, bob = (caller.having(text) for text in texts)
+        ann, bob = (caller.with_key(text) for text in texts)
         ann.train("m", steps=2)
         bob.train("m")
         ann.done("/save", model_id="m")
         ann.train("m")
-        caller.having(root).kill_engine()
-        told = [each.problem("/forward", model_id="m", data=ROWS)["message"] for each in (ann, bob)]
-        assert "model 'm' is back at step 2" in told[0]
-        assert "model 'm' was never saved" in told[1]
+        caller.with_key(root).kill_engine()
+        messages = [each.problem("/forward", model_id="m", data=ROWS)["message"] for each in (ann, bob)]
+        assert "model 'm' is back at step 2" in messages[0]
+        assert "model 'm' was never saved" in messages[1]
         assert (ann.models()["m"]["steps"], bob.models()["m"].get("steps", 0)) == (2, 0)
         ann.train("m")

@@ -63,7 +63,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model's folder that has a tokenizer and nothing else."""
+    """A model folder that contains only a tokenizer."""
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
     return folder
@@ -97,8 +97,8 @@ def parsed(data: list[Any], max_length: int = LENGTH) -> TextData:
     return text
 
 
-async def killed(client: TokenizerClient) -> None:
-    """Kill the process, once it has started."""
+async def kill_process(client: TokenizerClient) -> None:
+    """Wait until the process has started, and kill it."""
     while client.pid is None:
         await asyncio.sleep(0.01)
     os.kill(client.pid, signal.SIGKILL)
@@ -115,7 +115,7 @@ async def test_rows_and_prompts_equal_those_of_this_process(folder: Path) -> Non
             assert await client.prompt(prompt) == prompt_ids(prompt, tokenizer, vocab_size=VOCAB, max_length=LENGTH)
 
 
-async def test_the_setting_chat_tokens_is_used() -> None:
+async def test_the_setting_chat_tokens_determines_which_tokens_count() -> None:
     for chat_tokens in ("assistant", "all"):
         async with running(engine=FAKE_ENGINE, chat_tokens=chat_tokens) as client:
             (row,) = await client.rows(parsed([CHAT]), LOSS)
@@ -164,7 +164,7 @@ async def test_a_text_that_cannot_be_sent_fails_and_the_next_request_is_answered
         assert await client.prompt(TextPrompt("a")) == [97]
 
 
-async def test_an_unexpected_error_fails_one_request_only() -> None:
+async def test_an_unexpected_error_fails_only_its_request() -> None:
     async with running(engine=FAKE_ENGINE) as client:
         with pytest.raises(TinkerbellError, match="ZeroDivisionError: on purpose"):
             await client.prompt(TextPrompt("!bug!"))
@@ -177,19 +177,19 @@ async def test_each_of_200_concurrent_requests_gets_its_own_answer() -> None:
         assert [bytes(ids).decode() for ids in answers] == [str(number) for number in range(200)]
 
 
-async def test_a_request_under_way_is_answered_after_the_process_was_killed() -> None:
+async def test_a_request_in_progress_is_answered_after_the_process_is_killed() -> None:
     async with running(engine=FAKE_ENGINE) as client:
         await client.prompt(TextPrompt("a"))
         answers = asyncio.gather(client.prompt(TextPrompt("!sleep!")), client.prompt(TextPrompt("b")))
         await asyncio.sleep(0.1)
-        await killed(client)
+        await kill_process(client)
         assert [bytes(ids) for ids in await answers] == [b"!sleep!", b"b"]
 
 
-async def test_an_idle_process_that_was_killed_is_started_again() -> None:
+async def test_a_killed_idle_process_is_started_again() -> None:
     async with running(engine=FAKE_ENGINE) as client:
         await client.prompt(TextPrompt("a"))
-        await killed(client)
+        await kill_process(client)
         while client.pid is not None:
             await asyncio.sleep(0.01)
         assert await client.prompt(TextPrompt("b")) == [98]
@@ -214,15 +214,15 @@ async def test_a_request_that_ends_the_process_twice_fails_and_others_do_not() -
         assert other == [97]
 
 
-async def test_a_process_that_dies_while_it_starts_is_started_again_for_a_later_request() -> None:
+async def test_a_process_that_ends_during_its_start_is_started_again_for_a_later_request() -> None:
     async with running(engine=FAKE_ENGINE) as client:
         waiting = asyncio.gather(*(client.prompt(TextPrompt("a")) for _ in range(3)), return_exceptions=True)
-        await killed(client)
+        await kill_process(client)
         await waiting
         assert await client.prompt(TextPrompt("b")) == [98]
 
 
-async def test_a_folder_without_a_tokenizer_is_the_reason_of_every_request(tmp_path: Path) -> None:
+async def test_requests_fail_with_the_reason_if_the_tokenizer_cannot_be_loaded(tmp_path: Path) -> None:
     async with running(model=str(tmp_path)) as client:
         for _ in range(2):
             with pytest.raises(BadRequest, match="cannot load the tokenizer of "):
@@ -235,13 +235,13 @@ async def test_a_folder_without_a_tokenizer_is_the_reason_of_every_request(tmp_p
         assert client.pid is None
 
 
-async def test_an_engine_that_cannot_be_imported_is_the_reason_of_every_request() -> None:
+async def test_requests_fail_with_the_reason_if_the_engine_cannot_be_imported() -> None:
     async with running(engine="tests.no_such_engine") as client:
         with pytest.raises(BadRequest, match=r"the engine 'tests.no_such_engine' cannot be imported: "):
             await client.prompt(TextPrompt("a"))
 
 
-async def test_a_cancelled_request_does_not_disturb_the_next() -> None:
+async def test_a_cancelled_request_does_not_delay_the_next_one() -> None:
     async with running(engine=FAKE_ENGINE) as client:
         await client.prompt(TextPrompt("a"))
         tasks = [asyncio.create_task(client.prompt(TextPrompt("!sleep!"))) for _ in range(20)]
@@ -250,10 +250,10 @@ async def test_a_cancelled_request_does_not_disturb_the_next() -> None:
             task.cancel()
         start = time.monotonic()
         assert await client.prompt(TextPrompt("b")) == [98]
-        assert time.monotonic() - start < 2  # the requests that were not sent yet are not sent any more
+        assert time.monotonic() - start < 2  # the client does not send cancelled requests
 
 
-async def test_requests_that_wait_fail_when_the_client_stops() -> None:
+async def test_waiting_requests_fail_when_the_client_stops() -> None:
     async with running(engine=FAKE_ENGINE) as client:
         waiting = asyncio.gather(*(client.prompt(TextPrompt("!sleep!")) for _ in range(3)), return_exceptions=True)
         await asyncio.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Uploaded losses: a tenant's own names, versions by digest, deleted and published."""
+"""Uploaded losses have names per tenant and versions by digest; they can be deleted and published."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def digest(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()[:12]
 
 
-def test_one_name_is_two_tenants_losses(clean: Tenants, make_upload: Any) -> None:
+def test_tenants_can_have_uploads_with_the_same_name(clean: Tenants, make_upload: Any) -> None:
     clean.ann.register(make_upload("mine", b"anns"))
     clean.bob.register(make_upload("mine", b"bobs"))
     assert uploads(clean.ann) == [f"upload:ann/mine@{digest(b'anns')}"]
@@ -42,19 +42,21 @@ def test_one_name_is_two_tenants_losses(clean: Tenants, make_upload: Any) -> Non
 
 
 @pytest.mark.parametrize("name", ["theirs", "theirs@{0}", "upload:ann/theirs@{0}", "upload:ann/theirs"])
-def test_a_foreign_upload_is_as_unknown_as_none(clean: Tenants, make_upload: Any, name: str) -> None:
+def test_the_error_for_an_upload_of_another_tenant_is_that_for_an_unknown_loss(
+    clean: Tenants, make_upload: Any, name: str
+) -> None:
     clean.ann.register(make_upload("theirs", b"anns"))
-    asked, none = name.format(digest(b"anns")), name.format(digest(b"anns")).replace("theirs", "nobody")
+    id, missing = name.format(digest(b"anns")), name.format(digest(b"anns")).replace("theirs", "absent")
     for path, field in (("/forward", "loss_fn"), ("/delete_custom_loss", "name")):
         more = {"model_id": "m", "data": ROWS} if path == "/forward" else {}
-        foreign = clean.bob.problem(path, **{field: asked}, **more)
+        foreign = clean.bob.problem(path, **{field: id}, **more)
         assert (foreign["status"], foreign["kind"]) == (404, "UnknownLoss")
-        unknown = clean.bob.problem(path, **{field: none}, **more)
-        assert foreign["message"].replace("theirs", "nobody") == unknown["message"]
+        unknown = clean.bob.problem(path, **{field: missing}, **more)
+        assert foreign["message"].replace("theirs", "absent") == unknown["message"]
     assert uploads(clean.ann)
 
 
-def test_a_version_is_asked_for_by_digest_and_a_name_means_the_latest(clean: Tenants, make_upload: Any) -> None:
+def test_a_name_means_the_latest_version_and_a_digest_selects_one(clean: Tenants, make_upload: Any) -> None:
     for payload in (b"one", b"two"):
         clean.ann.register(make_upload("mine", payload))
 
@@ -64,7 +66,7 @@ def test_a_version_is_asked_for_by_digest_and_a_name_means_the_latest(clean: Ten
     assert loss("mine") == loss(f"mine@{digest(b'two')}") != loss(f"mine@{digest(b'one')}")
 
 
-def test_a_call_that_waits_keeps_the_version_it_was_accepted_with(clean: Tenants, make_upload: Any) -> None:
+def test_a_waiting_call_uses_the_version_with_which_it_was_accepted(clean: Tenants, make_upload: Any) -> None:
     clean.ann.register(make_upload("mine", b"one"))
     before = clean.ann.done("/forward", model_id="slow-m", data=ROWS, loss_fn="mine")["loss"]
     waiting = [clean.ann.accepted("/forward", model_id="slow-m", data=ROWS, loss_fn="mine") for _ in range(3)]
@@ -73,7 +75,7 @@ def test_a_call_that_waits_keeps_the_version_it_was_accepted_with(clean: Tenants
     assert clean.ann.done("/forward", model_id="slow-m", data=ROWS, loss_fn="mine")["loss"] != before
 
 
-def test_a_digest_stands_for_what_first_came_with_it(clean: Tenants, make_upload: Any) -> None:
+def test_a_digest_means_the_first_upload_with_it(clean: Tenants, make_upload: Any) -> None:
     first = make_upload("mine", b"one")
     clean.ann.register(first)
     clean.ann.register(make_upload("mine", b"two"))
@@ -82,11 +84,11 @@ def test_a_digest_stands_for_what_first_came_with_it(clean: Tenants, make_upload
     assert uploads(clean.ann)[-1] == again["id"]
 
 
-def test_deleting_a_version_leaves_the_others_and_deleting_a_name_leaves_none(clean: Tenants, make_upload: Any) -> None:
+def test_deleting_a_version_keeps_the_others_and_deleting_a_name_removes_all(clean: Tenants, make_upload: Any) -> None:
     for payload in (b"one", b"two", b"three"):
         clean.ann.register(make_upload("mine", payload))
-    gone = clean.ann.post("/delete_custom_loss", {"name": f"mine@{digest(b'three')}"}).json()["deleted"]
-    assert gone == [f"upload:ann/mine@{digest(b'three')}"]
+    deleted = clean.ann.post("/delete_custom_loss", {"name": f"mine@{digest(b'three')}"}).json()["deleted"]
+    assert deleted == [f"upload:ann/mine@{digest(b'three')}"]
     assert uploads(clean.ann) == [f"upload:ann/mine@{digest(b'one')}", f"upload:ann/mine@{digest(b'two')}"]
     assert len(clean.ann.post("/delete_custom_loss", {"name": "mine"}).json()["deleted"]) == 2
     assert uploads(clean.ann) == []
@@ -94,7 +96,7 @@ def test_deleting_a_version_leaves_the_others_and_deleting_a_name_leaves_none(cl
     assert clean.ann.problem("/delete_custom_loss", name="dpo")["kind"] == "UnknownLoss"
 
 
-def test_a_call_whose_loss_was_deleted_while_it_waited_says_so(clean: Tenants, make_upload: Any) -> None:
+def test_the_error_of_a_waiting_call_says_that_its_loss_was_deleted(clean: Tenants, make_upload: Any) -> None:
     clean.ann.register(make_upload("mine", b"one"))
     clean.bob.register(make_upload("bobs", b"one"))
     ids = [clean.ann.accepted("/forward", model_id="slow-m", data=ROWS, loss_fn="mine") for _ in range(3)]
@@ -104,7 +106,7 @@ def test_a_call_whose_loss_was_deleted_while_it_waited_says_so(clean: Tenants, m
     assert "deleted while this request waited" in problem["message"]
 
 
-def test_an_admin_publishes_and_takes_back(clean: Tenants, make_upload: Any) -> None:
+def test_only_an_admin_can_publish_and_unpublish_a_loss(clean: Tenants, make_upload: Any) -> None:
     clean.ann.register(make_upload("shared", b"anns"))
     assert clean.ann.problem("/publish_custom_loss", name="shared")["kind"] == "Forbidden"
     assert clean.admin.problem("/publish_custom_loss", name="shared")["kind"] == "UnknownLoss"
@@ -120,7 +122,7 @@ def test_an_admin_publishes_and_takes_back(clean: Tenants, make_upload: Any) -> 
     assert uploads(clean.bob) == []
 
 
-def test_ones_own_upload_is_meant_before_the_public_one(clean: Tenants, make_upload: Any) -> None:
+def test_a_name_means_ones_own_upload_rather_than_the_public_one(clean: Tenants, make_upload: Any) -> None:
     clean.bob.register(make_upload("shared", b"bobs"))
     clean.ann.register(make_upload("shared", b"anns"))
     clean.admin.post("/publish_custom_loss", {"name": "shared", "tenant": "ann"})
@@ -132,11 +134,11 @@ def test_ones_own_upload_is_meant_before_the_public_one(clean: Tenants, make_upl
     assert loss(clean.bob, f"upload:public/shared@{digest(b'anns')}") == loss(clean.ann, "shared")
 
 
-def test_uploads_and_deletions_outlive_the_engine_and_the_server(serve: Any, make_upload: Any) -> None:
+def test_uploads_and_deletions_are_kept_after_a_restart(serve: Any, make_upload: Any) -> None:
     with serve(uploads="trusted") as caller:
         caller.register(make_upload("kept", b"one"))
-        caller.register(make_upload("gone", b"one"))
-        caller.post("/delete_custom_loss", {"name": "gone"})
+        caller.register(make_upload("deleted", b"one"))
+        caller.post("/delete_custom_loss", {"name": "deleted"})
         caller.kill_engine()
         assert uploads(caller) == [f"upload:kept@{digest(b'one')}"]
     with serve(uploads="trusted") as caller:

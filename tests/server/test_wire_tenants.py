@@ -1,4 +1,4 @@
-"""Keys and tenants on the Tinker and OpenAI wires: what is another's is not there."""
+"""Keys and tenants in the Tinker and OpenAI APIs: a tenant cannot see or use the objects of another."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DATUM = {
 
 
 class Tenant:
-    """One key's Tinker client: a session, a stepped run, a saved checkpoint and a sampler of it."""
+    """A Tinker client with one key: a session and a run, with methods to train, save, sample and complete."""
 
     def __init__(self, caller: Caller) -> None:
         self.caller = caller
@@ -78,7 +78,7 @@ class Tenant:
 
 class World:
     def __init__(self, server: RunningServer, keys: Keys, data: Path) -> None:
-        self.data, self.nobody = data, Caller(server)
+        self.data, self.anonymous = data, Caller(server)
 
         def caller(tenant: str, *scopes: str) -> Caller:
             return Caller(server, keys.create(tenant, tenant=tenant, scopes=scopes or ("train", "upload"))[1])
@@ -88,7 +88,7 @@ class World:
         self.local = Tenant(caller("local"))
 
     def close(self) -> None:
-        for caller in (self.nobody, self.reader, self.ann.caller, self.bob.caller, self.local.caller):
+        for caller in (self.anonymous, self.reader, self.ann.caller, self.bob.caller, self.local.caller):
             caller.close()
 
 
@@ -104,14 +104,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     keys.close()
 
 
-def same(foreign: httpx.Response, unknown: httpx.Response, name: str, other: str) -> None:
-    """Two refusals that tell no difference, but for the name that was asked for."""
+def assert_same_problem(foreign: httpx.Response, unknown: httpx.Response, name: str, other: str) -> None:
+    """Assert that two refusals differ only in the name that was requested."""
     assert foreign.status_code == unknown.status_code
     assert foreign.status_code in (404, 410)
     assert foreign.text.replace(name, other) == unknown.text
 
 
-def test_a_session_of_another_is_as_unknown_as_none(world: World) -> None:
+def test_the_error_for_a_session_of_another_tenant_is_that_for_an_unknown_one(world: World) -> None:
     session = world.ann.session
     base = world.bob.base
     for path, body in (
@@ -120,8 +120,8 @@ def test_a_session_of_another_is_as_unknown_as_none(world: World) -> None:
         ("session_heartbeat", {}),
     ):
         foreign = world.bob.post(path, session_id=session, **body)
-        same(foreign, world.bob.post(path, session_id=UNKNOWN, **body), session, UNKNOWN)
-    same(world.bob.get(f"sessions/{session}"), world.bob.get(f"sessions/{UNKNOWN}"), session, UNKNOWN)
+        assert_same_problem(foreign, world.bob.post(path, session_id=UNKNOWN, **body), session, UNKNOWN)
+    assert_same_problem(world.bob.get(f"sessions/{session}"), world.bob.get(f"sessions/{UNKNOWN}"), session, UNKNOWN)
 
 
 @pytest.mark.parametrize(
@@ -135,36 +135,38 @@ def test_a_session_of_another_is_as_unknown_as_none(world: World) -> None:
         ("load_weights", {"seq_id": 1, "path": "tinker://a/weights/b"}),
     ],
 )
-def test_a_run_of_another_is_as_unknown_as_none(world: World, verb: str, body: dict[str, Any]) -> None:
+def test_the_error_for_a_run_of_another_tenant_is_that_for_an_unknown_one(
+    world: World, verb: str, body: dict[str, Any]
+) -> None:
     for run in (world.ann.run, f"ann/{world.ann.run}"):
         for tenant in (world.bob, world.local):
             answer = tenant.post(verb, model_id=run, **body)
             assert answer.status_code == 404
     foreign = world.local.post(verb, model_id=world.ann.run, **body)
     unknown = world.local.post(verb, model_id=UNKNOWN, **body)
-    same(foreign, unknown, world.ann.run, UNKNOWN)
+    assert_same_problem(foreign, unknown, world.ann.run, UNKNOWN)
 
 
-def test_a_future_of_another_is_as_unknown_as_none(world: World) -> None:
+def test_the_error_for_a_future_of_another_tenant_is_that_for_an_unknown_one(world: World) -> None:
     future = world.ann.numbered(
         "forward_backward", forward_backward_input={"data": [DATUM], "loss_fn": "cross_entropy"}
     )
     request_id = future.json()["request_id"]
     assert "/" not in request_id
     world.ann.done(future)
-    for asked in (request_id, f"ann/{request_id}"):
-        foreign = world.bob.post("retrieve_future", request_id=asked)
-        same(foreign, world.bob.post("retrieve_future", request_id="req-none"), asked, "req-none")
+    for id in (request_id, f"ann/{request_id}"):
+        foreign = world.bob.post("retrieve_future", request_id=id)
+        assert_same_problem(foreign, world.bob.post("retrieve_future", request_id="req-none"), id, "req-none")
 
 
-def test_a_checkpoint_of_another_is_not_there_until_it_is_published(world: World) -> None:
+def test_a_checkpoint_of_another_tenant_can_be_used_only_after_it_is_published(world: World) -> None:
     world.ann.trained()
     path = world.ann.saved("mine")
     run, _, name = path.removeprefix("tinker://").split("/")
     unknown = path.replace(run, UNKNOWN)
     for answer in (world.bob.sampler(model_path=path), world.bob.post("weights_info", tinker_path=path)):
         assert answer.status_code == 404
-    same(
+    assert_same_problem(
         world.bob.post("weights_info", tinker_path=path),
         world.bob.post("weights_info", tinker_path=unknown),
         path,
@@ -180,33 +182,33 @@ def test_a_checkpoint_of_another_is_not_there_until_it_is_published(world: World
     assert world.bob.sampler(model_path=path).status_code == 200
 
 
-def test_saves_lie_in_the_tenants_folder(world: World) -> None:
+def test_saves_are_written_to_the_folder_of_the_tenant(world: World) -> None:
     world.ann.saved("here")
     world.local.saved("here")
     assert (world.data / "tenants" / "ann" / "models" / world.ann.run / "weights.here").is_dir()
     assert (world.data / "models" / world.local.run / "weights.here").is_dir()
 
 
-def test_a_sampler_of_another_is_as_unknown_as_none(world: World) -> None:
+def test_the_error_for_a_sampler_of_another_tenant_is_that_for_an_unknown_one(world: World) -> None:
     sampler = world.ann.sampler(base_model=world.ann.base).json()["sampling_session_id"]
-    asked = {"prompt": PROMPT, "sampling_params": {"max_tokens": 2}, "seq_id": 0}
-    sampled = world.ann.post("asample", sampling_session_id=sampler, **asked)
+    request = {"prompt": PROMPT, "sampling_params": {"max_tokens": 2}, "seq_id": 0}
+    sampled = world.ann.post("asample", sampling_session_id=sampler, **request)
     assert not any("/" in name for name in sampled.json()["sample_sequence_ids"])
     world.ann.done(sampled)
-    foreign = world.bob.post("asample", sampling_session_id=sampler, **asked)
-    same(foreign, world.bob.post("asample", sampling_session_id=UNKNOWN, **asked), sampler, UNKNOWN)
-    same(world.bob.get(f"samplers/{sampler}"), world.bob.get(f"samplers/{UNKNOWN}"), sampler, UNKNOWN)
+    foreign = world.bob.post("asample", sampling_session_id=sampler, **request)
+    assert_same_problem(foreign, world.bob.post("asample", sampling_session_id=UNKNOWN, **request), sampler, UNKNOWN)
+    assert_same_problem(world.bob.get(f"samplers/{sampler}"), world.bob.get(f"samplers/{UNKNOWN}"), sampler, UNKNOWN)
 
 
-def test_one_seq_id_of_the_base_is_each_tenants_own(world: World) -> None:
-    asked = {"prompt": PROMPT, "sampling_params": {"max_tokens": 2}, "seq_id": 900}
-    answers = [tenant.post("asample", base_model=tenant.base, **asked) for tenant in (world.ann, world.bob)]
+def test_tenants_can_use_the_same_seq_id_for_samples_of_the_base(world: World) -> None:
+    request = {"prompt": PROMPT, "sampling_params": {"max_tokens": 2}, "seq_id": 900}
+    answers = [tenant.post("asample", base_model=tenant.base, **request) for tenant in (world.ann, world.bob)]
     assert len({answer.json()["request_id"] for answer in answers}) == 2
     for tenant, answer in zip((world.ann, world.bob), answers, strict=True):
         tenant.done(answer)
 
 
-def test_lists_hold_ones_own(world: World) -> None:
+def test_a_tenant_lists_only_its_own_runs_sessions_and_models(world: World) -> None:
     for tenant, other in ((world.ann, world.bob), (world.bob, world.ann), (world.local, world.ann)):
         runs = tenant.get("training_runs").text
         assert tenant.run in runs
@@ -217,14 +219,14 @@ def test_lists_hold_ones_own(world: World) -> None:
         assert not any(other.run in model or "ann/" in model for model in models)
 
 
-def test_a_model_in_training_completes_for_its_owner_only(world: World) -> None:
+def test_only_the_owner_can_complete_with_a_model_in_training(world: World) -> None:
     assert world.ann.complete(world.ann.run).status_code == 200
     refused = world.bob.complete(world.ann.run)
     assert refused.status_code == 404
     assert world.bob.complete(f"ann/{world.ann.run}").status_code == 404
 
 
-def test_an_upload_is_reached_by_name_and_version_by_its_owner(world: World) -> None:
+def test_only_the_owner_can_train_with_an_upload(world: World) -> None:
     mine = world.ann.caller.register(upload("wired"))
     world.ann.trained("wired")
     world.ann.trained(f"wired@{mine['digest'][:12]}")
@@ -233,16 +235,16 @@ def test_an_upload_is_reached_by_name_and_version_by_its_owner(world: World) -> 
     assert "wired" in refused["error"]
 
 
-def test_without_a_key_nothing_is_told_but_that_it_lives(world: World) -> None:
+def test_without_a_key_only_healthz_answers(world: World) -> None:
     for path in ("client/config", "create_session", "retrieve_future", "asample", "create_model"):
-        answer = world.nobody.http.post(f"/api/v1/{path}", json={})
+        answer = world.anonymous.http.post(f"/api/v1/{path}", json={})
         assert answer.status_code == 401
         assert "API key" in answer.json()["detail"]
-    assert world.nobody.http.get("/v1/models").status_code == 401
-    assert world.nobody.http.get("/api/v1/healthz").json() == {"status": "ok"}
+    assert world.anonymous.http.get("/v1/models").status_code == 401
+    assert world.anonymous.http.get("/api/v1/healthz").json() == {"status": "ok"}
 
 
-def test_a_key_that_may_only_read_samples_and_does_not_train(world: World) -> None:
+def test_a_key_with_the_scope_read_can_sample_and_cannot_train(world: World) -> None:
     reader = world.reader.http
     assert reader.post("/api/v1/client/config", json={}).status_code == 200
     session = reader.post("/api/v1/create_session", json={"tags": []}).json()["session_id"]
@@ -254,17 +256,17 @@ def test_a_key_that_may_only_read_samples_and_does_not_train(world: World) -> No
     assert reader.post("/v1/completions", json={"model": world.ann.base, "prompt": "x"}).status_code == 200
 
 
-def test_a_client_is_told_to_stay_under_its_keys_limit(world: World) -> None:
+def test_client_config_has_half_of_the_concurrency_limit(world: World) -> None:
     assert world.ann.post("client/config").json()["sample_max_concurrent_requests"] == 10
 
 
-def test_what_the_engine_says_names_nobodys_models(world: World) -> None:
+def test_an_error_of_the_engine_names_no_models_of_other_tenants(world: World) -> None:
     world.bob.caller.done("/create_model", model_id="others-secret")
     run = world.ann.model()
     assert world.ann.caller.problem("/optim_step", model_id=run)["kind"] == "NothingAccumulated"
     world.ann.caller.done("/delete_model", model_id=run)
     late = world.ann.post("optim_step", model_id=run, seq_id=1)
-    said = world.ann.done(late)
-    assert said["category"] == "user"
-    assert "others-secret" not in said["error"]
-    assert "ann/" not in said["error"]
+    result = world.ann.done(late)
+    assert result["category"] == "user"
+    assert "others-secret" not in result["error"]
+    assert "ann/" not in result["error"]

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import PATIENT
 from tests.live import live_server
-from tests.tinker.hand import Wire
+from tests.tinker.raw_client import RawClient
 from tinkerbell_server.engines.torch.tiny_model import write_tokenizer
 
 collect_ignore_glob = [] if find_spec("tinker") else ["test_*.py"]
@@ -26,14 +26,14 @@ os.environ["TINKER_TELEMETRY"] = "0"
 
 def pytest_report_header() -> str:
     if collect_ignore_glob:
-        return "tests/tinker are left out: the Tinker SDK is not installed here (nox -s sdk)"
+        return "tests/tinker is not collected: the Tinker SDK is not installed here (nox -s sdk)"
     from importlib.metadata import version
 
     return f"tinker SDK {version('tinker')}"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The SDK leaves sockets to the garbage collector, makes sparse tensors, and deprecates what it had before."""
+    """Ignore warnings of the SDK about sockets that it does not close, sparse tensors, and its own deprecations."""
     for line in (
         "ignore::pytest.PytestUnraisableExceptionWarning",
         "ignore::ResourceWarning",
@@ -45,13 +45,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_unconfigure() -> None:
-    """What is collected at the very end is so under no test's filters."""
+    """Ignore warnings of the last garbage collection, to which the filters of the tests do not apply."""
     warnings.simplefilter("ignore")
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level Llama whose logits are far from flat."""
+    """A byte-level Llama with large differences between its logits."""
     folder = tmp_path_factory.mktemp("tinker") / "base"
     config = LlamaConfig(
         vocab_size=261,
@@ -75,21 +75,21 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server of that model; uploads are on, so that a loss of one's own has a name."""
+    """The address of a server of that model. Uploads are on, so that a custom loss has a name."""
     settings = {"model": str(model_folder), "device": "cpu", "dtype": "float32", **PATIENT}
     with live_server(tmp_path_factory.mktemp("tinker-server"), **settings, seconds=280) as url:
         yield url
 
 
 @pytest.fixture(scope="session")
-def service(server: str) -> Any:  # Any: the SDK may not be there
+def service(server: str) -> Any:  # Any: the SDK may not be installed
     import tinker
 
     return tinker.ServiceClient(base_url=server)
 
 
 @pytest.fixture(scope="module")
-def wires(server: str, model_folder: Path) -> Iterator[Wire]:
-    made = Wire(server, model_folder)
+def raw_client(server: str, model_folder: Path) -> Iterator[RawClient]:
+    made = RawClient(server, model_folder)
     yield made
     made.http.close()

@@ -1,4 +1,4 @@
-"""What tests of several SDK versions share: one way to make clients and datums."""
+"""Helpers to create clients and datums with any supported version of the SDK."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from tinker import types
 
 LINEAR = types.AdamParams(learning_rate=1e4, beta1=0.9, beta2=0.999, eps=1e4)
-"""A first step with these is the gradient itself, scaled: AdamW's own normalisation drowns in eps."""
+"""A first step with these is the scaled gradient, because eps is large compared to the normalisation of AdamW."""
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -23,19 +23,19 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def has(version: str) -> bool:
-    """Whether this SDK is of that release or a later one."""
+    """Whether this SDK has at least this version."""
     return _numbers(tinker.__version__) >= _numbers(version)
 
 
-def since(version: str, what: str) -> pytest.MarkDecorator:
-    """Leaves a test to the SDKs that can ask for what it asks."""
+def since(version: str, feature: str) -> pytest.MarkDecorator:
+    """Skip a test if the SDK is older than the release that added a feature."""
     return pytest.mark.skipif(
-        not has(version), reason=f"SDK {tinker.__version__} has no {what}: it came by release {version}"
+        not has(version), reason=f"SDK {tinker.__version__} has no {feature}; release {version} added it"
     )
 
 
 def now(value: Any) -> Any:  # Any: a client, or in later SDKs a future of one
-    """What an SDK gives at once or as a future."""
+    """The value that an SDK returns directly or, in later releases, as a future."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return value.result() if callable(getattr(type(value), "result", None)) else value
@@ -50,7 +50,7 @@ def text(length: int = 12, seed: int = 0) -> list[int]:
 
 
 def datum(ids: Sequence[int], **inputs: Any) -> types.Datum:
-    """Each token is to predict the next one."""
+    """A datum in which each token predicts the next one."""
     made = {
         name: value if isinstance(value, types.TensorData) else tensor(value)
         for name, value in {"target_tokens": list(ids[1:]), **inputs}.items()
@@ -68,7 +68,7 @@ def logprobs_of(output: Any) -> list[torch.Tensor]:
 
 
 def rl_datums(model: Any, count: int = 3, seed: int = 5) -> list[types.Datum]:
-    """Rows of several lengths whose sampler is a little off the model, with advantages of both signs."""
+    """Rows of different lengths, with advantages of both signs and logprobs that differ a little from the model."""
     rng = np.random.default_rng(seed)
     rows = [text(8 + 3 * index, seed + index) for index in range(count)]
     current = logprobs_of(

@@ -1,4 +1,4 @@
-"""What is wrong is refused in seconds with a sentence, and the same client goes on."""
+"""Invalid input is refused within seconds with a message, and the same client can continue."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ FORWARD: dict[str, tuple[types.Datum, str, dict[str, Any] | None, str]] = {
     "NaN in the config": (datum(ROW, **RL), "ppo", {"clip_low_threshold": math.nan}, "clip_low_threshold"),
     "text for a number": (datum(ROW, **RL), "ppo", {"clip_low_threshold": "low"}, "clip_low_threshold"),
     "a row too long": (raw([1] * 129, target_tokens=[1] * 129), "cross_entropy", None, "128"),
-    "a custom loss of nobody": (GOOD, "custom", {"loss_id": "none"}, "no custom loss 'none'"),
+    "an unknown custom loss": (GOOD, "custom", {"loss_id": "none"}, "no custom loss 'none'"),
     "stable_reinforce": (datum(ROW, **RL), "stable_reinforce", None, "loss_fn='importance_sampling'"),
 }
 
@@ -66,18 +66,18 @@ FORWARD: dict[str, tuple[types.Datum, str, dict[str, Any] | None, str]] = {
 TEXT = since("0.30", "text in loss_fn_config")
 
 CASES = [
-    pytest.param(what, marks=TEXT if any(isinstance(value, str) for value in (case[2] or {}).values()) else ())
-    for what, case in FORWARD.items()
+    pytest.param(case_id, marks=TEXT if any(isinstance(value, str) for value in (case[2] or {}).values()) else ())
+    for case_id, case in FORWARD.items()
 ]
 
 
-@pytest.mark.parametrize("what", CASES)
-def test_bad_data_fails_its_own_future_only(model: Any, what: str) -> None:
-    row, loss_fn, config, says = FORWARD[what]
+@pytest.mark.parametrize("case_id", CASES)
+def test_bad_data_fails_only_its_own_future(model: Any, case_id: str) -> None:
+    row, loss_fn, config, message = FORWARD[case_id]
     began = time.monotonic()
     bad = model.forward_backward([row], loss_fn, config)
     good = model.forward_backward([GOOD], "cross_entropy")
-    with pytest.raises(tinker.RequestFailedError, match=says) as raised:
+    with pytest.raises(tinker.RequestFailedError, match=message) as raised:
         bad.result()
     assert raised.value.category == "user"
     assert good.result().metrics["loss:sum"] > 0
@@ -91,9 +91,9 @@ def test_a_negative_learning_rate_is_refused(model: Any) -> None:
     assert model.optim_step(types.AdamParams(learning_rate=1e-4)).result().metrics
 
 
-def refused_at_once(do: Callable[[], Any], says: str) -> None:
+def refused_at_once(do: Callable[[], Any], message: str) -> None:
     began = time.monotonic()
-    with pytest.raises((tinker.APIError, tinker.RequestFailedError, ValueError), match=says):
+    with pytest.raises((tinker.APIError, tinker.RequestFailedError, ValueError), match=message):
         now(do())
     assert time.monotonic() - began < 20
 
@@ -114,24 +114,24 @@ def test_rank_0_is_refused(service: tinker.ServiceClient, model_folder: Path) ->
 
 
 PATHS = {
-    "a checkpoint that is not there": ("tinker://nobody:train:0/weights/none", "no checkpoint"),
-    "a name with ..": ("tinker://nobody:train:0/weights/..", "no checkpoint|cannot be named"),
+    "a checkpoint that does not exist": ("tinker://unknown:train:0/weights/none", "no checkpoint"),
+    "a name with ..": ("tinker://unknown:train:0/weights/..", "no checkpoint|cannot be named"),
     "no tinker path": ("/etc/passwd", "tinker://|tinker path"),
-    "a path of two parts": ("tinker://nobody:train:0/weights", "tinker://|tinker path"),
+    "a path of two parts": ("tinker://unknown:train:0/weights", "tinker://|tinker path"),
 }
 
 
-@pytest.mark.parametrize("what", PATHS)
-def test_a_bad_path_is_refused(service: tinker.ServiceClient, model: Any, what: str) -> None:
-    path, says = PATHS[what]
-    refused_at_once(lambda: service.create_training_client_from_state(path), says)
-    refused_at_once(lambda: service.create_sampling_client(model_path=path), says)
-    refused_at_once(lambda: model.load_state(path), says)
+@pytest.mark.parametrize("case_id", PATHS)
+def test_a_bad_checkpoint_path_is_refused(service: tinker.ServiceClient, model: Any, case_id: str) -> None:
+    path, message = PATHS[case_id]
+    refused_at_once(lambda: service.create_training_client_from_state(path), message)
+    refused_at_once(lambda: service.create_sampling_client(model_path=path), message)
+    refused_at_once(lambda: model.load_state(path), message)
     assert model.forward([GOOD], "cross_entropy").result().metrics
 
 
 @pytest.mark.parametrize("name", ["../../etc", "..", "a/b", "", " "])
-def test_a_bad_name_is_refused(model: Any, name: str) -> None:
+def test_a_bad_checkpoint_name_is_refused(model: Any, name: str) -> None:
     refused_at_once(lambda: model.save_state(name), "cannot be named|checkpoint|name")
     assert model.forward([GOOD], "cross_entropy").result().metrics
 
@@ -148,11 +148,11 @@ SAMPLES: dict[str, tuple[dict[str, Any], list[int], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", SAMPLES)
-def test_a_bad_sample_is_refused(sampler: Any, what: str) -> None:
-    params, prompt, says = SAMPLES[what]
+@pytest.mark.parametrize("case_id", SAMPLES)
+def test_bad_sampling_parameters_are_refused(sampler: Any, case_id: str) -> None:
+    params, prompt, message = SAMPLES[case_id]
     began = time.monotonic()
-    with pytest.raises((tinker.APIError, tinker.RequestFailedError, ValueError), match=says):
+    with pytest.raises((tinker.APIError, tinker.RequestFailedError, ValueError), match=message):
         sampler.sample(
             prompt=types.ModelInput.from_ints(prompt), num_samples=1, sampling_params=types.SamplingParams(**params)
         ).result()

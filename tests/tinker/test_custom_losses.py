@@ -1,4 +1,4 @@
-"""Losses that the SDK traces: run on the server in one pass, with the numbers of the two passes they replace."""
+"""Losses that the SDK traces run on the server in one pass, with the results of the two passes that they replace."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ Loss = Callable[..., tuple[Any, Metrics]]
 LOSSES: dict[str, tuple[Loss, dict[str, int]]] = {
     "a likelihood": (likelihood, {"logprobs": 1, "weights": 1}),
     "a clipped ratio": (clipped, {"logprobs": 1, "sampler": 1, "advantages": 1}),
-    "a number a row": (margin, {"logprobs": 1, "reward": 0}),
+    "one number per row": (margin, {"logprobs": 1, "reward": 0}),
     "several targets": (soft_targets, {"logprobs": 2, "target_probs": 2}),
     "whole numbers": (reordered, {"logprobs": 1, "order": 1}),
 }
 
 
 def data_for(ranks: Mapping[str, int], rows: int = 3) -> list[types.Datum]:
-    """Rows of several lengths, one of a single position."""
+    """Rows of different lengths, one with a single position."""
     rng = np.random.default_rng(4)
     made = []
     for row in range(rows):
@@ -82,7 +82,7 @@ def data_for(ranks: Mapping[str, int], rows: int = 3) -> list[types.Datum]:
 
 @contextmanager
 def two_passes(service: tinker.ServiceClient) -> Iterator[None]:
-    """Within it the SDK believes that the server takes no losses."""
+    """Configure the SDK as for a server that does not run losses."""
     holder = service.holder
     kept = holder._client_config
     holder._client_config = kept.model_copy(update={"custom_loss_server_side": False})
@@ -98,7 +98,7 @@ def services(server: str) -> list[tinker.ServiceClient]:
 
 
 def stepped(service: tinker.ServiceClient, folder: Path) -> Any:
-    """A model after one step: B of a fresh LoRA is zero, and so is A's gradient."""
+    """A model after one step, because B of a new LoRA is zero and so is the gradient of A."""
     model = new_model(service, folder, seed=7)
     model.forward_backward([datum(text(15, 9), weights=[1.0] * 14)], "cross_entropy").result()
     model.optim_step(types.AdamParams(learning_rate=1e-2)).result()
@@ -106,33 +106,33 @@ def stepped(service: tinker.ServiceClient, folder: Path) -> Any:
 
 
 @TRACED
-@pytest.mark.parametrize("what", LOSSES)
+@pytest.mark.parametrize("case_id", LOSSES)
 def test_one_pass_on_the_server_equals_two_passes(
-    services: list[tinker.ServiceClient], model_folder: Path, what: str
+    services: list[tinker.ServiceClient], model_folder: Path, case_id: str
 ) -> None:
-    loss, ranks = LOSSES[what]
+    loss, ranks = LOSSES[case_id]
     data = data_for(ranks)
     probe = [datum(text(25, 11), weights=[1.0] * 24)]
-    bare = [
+    targets_only = [
         types.Datum(model_input=one.model_input, loss_fn_inputs={"target_tokens": one.loss_fn_inputs["target_tokens"]})
         for one in data
     ]
-    served = services[0].create_custom_loss(loss, ranks).result()
+    one_pass = services[0].create_custom_loss(loss, ranks).result()
     with two_passes(services[1]):
-        carried = services[1].create_custom_loss(loss, ranks).result()
-    assert served.loss_id is not None
-    assert carried.loss_id is None
+        two_pass = services[1].create_custom_loss(loss, ranks).result()
+    assert one_pass.loss_id is not None
+    assert two_pass.loss_id is None
     metrics, norms, after = [], [], []
-    for service, handle in zip(services, (served, carried), strict=True):
+    for service, handle in zip(services, (one_pass, two_pass), strict=True):
         model = stepped(service, model_folder)
         before = logprobs_of(model.forward(probe, "cross_entropy").result())[0]
-        plain = logprobs_of(model.forward(bare, "cross_entropy").result())
+        plain = logprobs_of(model.forward(targets_only, "cross_entropy").result())
         output = model.forward_backward_custom(data, handle).result()
         norms.append(model.optim_step(LINEAR).result().metrics["optim/grad_norm"])
         after.append(logprobs_of(model.forward(probe, "cross_entropy").result())[0])
         metrics.append(dict(output.metrics))
-        if handle is served:
-            # of the two passes the second has 0 where the loss has no gradient
+        if handle is one_pass:
+            # with two passes, the second gives 0 at positions without a gradient of the loss
             assert all(
                 torch.allclose(one, other, atol=1e-5) for one, other in zip(logprobs_of(output), plain, strict=True)
             )
@@ -144,7 +144,9 @@ def test_one_pass_on_the_server_equals_two_passes(
 
 
 @TRACED
-def test_chunks_of_a_call_add_up(services: list[tinker.ServiceClient], model_folder: Path) -> None:
+def test_a_custom_call_in_chunks_has_the_metrics_of_the_whole_call(
+    services: list[tinker.ServiceClient], model_folder: Path
+) -> None:
     service = services[0]
     whole, cut = (new_model(service, model_folder, seed=7) for _ in range(2))
     ranks = {"logprobs": 1, "weights": 1}
@@ -162,7 +164,7 @@ def test_chunks_of_a_call_add_up(services: list[tinker.ServiceClient], model_fol
 
 
 @TRACED
-def test_a_callable_that_does_not_trace_goes_two_passes(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_a_callable_that_cannot_be_traced_runs_in_two_passes(service: tinker.ServiceClient, model_folder: Path) -> None:
     def branches(logprobs: Any, weights: Any) -> tuple[Any, Metrics]:
         return (-logprobs * weights).sum() if logprobs.sum() < 0 else logprobs.sum(), {}
 
@@ -180,7 +182,7 @@ def test_a_callable_that_does_not_trace_goes_two_passes(service: tinker.ServiceC
 
 
 @TRACED
-def test_operations_off_the_list_are_named(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_the_error_for_a_forbidden_operation_names_it(service: tinker.ServiceClient, model_folder: Path) -> None:
     def odd(logprobs: Any) -> tuple[Any, Metrics]:
         return torch.lgamma(-logprobs).sum() + logprobs.sinc().sum(), {}
 
@@ -194,7 +196,7 @@ def test_operations_off_the_list_are_named(service: tinker.ServiceClient, model_
 
 
 @TRACED
-def test_a_loss_is_its_sessions_alone(services: list[tinker.ServiceClient], model_folder: Path) -> None:
+def test_a_loss_can_be_called_only_in_its_session(services: list[tinker.ServiceClient], model_folder: Path) -> None:
     handle = services[0].create_custom_loss(lambda logprobs: (-logprobs.sum() * 3, {}), {"logprobs": 1}).result()
     data = data_for({"logprobs": 1})
     other = new_model(services[1], model_folder)
@@ -206,7 +208,9 @@ def test_a_loss_is_its_sessions_alone(services: list[tinker.ServiceClient], mode
 
 
 @TRACED
-def test_rows_of_several_widths_are_refused_by_name(services: list[tinker.ServiceClient], model_folder: Path) -> None:
+def test_rows_with_different_numbers_of_targets_are_refused(
+    services: list[tinker.ServiceClient], model_folder: Path
+) -> None:
     handle = services[0].create_custom_loss(lambda logprobs: (-logprobs.sum() * 5, {}), {"logprobs": 2}).result()
     model = new_model(services[0], model_folder)
     data = [datum(text(6, k), target_tokens=np.full((5, k), 7)) for k in (2, 3)]
@@ -215,8 +219,10 @@ def test_rows_of_several_widths_are_refused_by_name(services: list[tinker.Servic
     assert model.forward_backward_custom(data[:1], handle).result().metrics["loss:sum"] > 0
 
 
-def test_one_number_a_row_reaches_a_plugins_loss(service: tinker.ServiceClient, model_folder: Path) -> None:
-    """Protobuf cannot tell a tensor without dimensions from one whose shape was not said."""
+def test_a_loss_of_a_plugin_gets_inputs_with_one_number_per_row(
+    service: tinker.ServiceClient, model_folder: Path
+) -> None:
+    """Protobuf does not distinguish a tensor without dimensions from one without a shape."""
     model = new_model(service, model_folder)
     data = [
         datum(
@@ -227,8 +233,8 @@ def test_one_number_a_row_reaches_a_plugins_loss(service: tinker.ServiceClient, 
     assert model.forward_backward(data, "kto").result().metrics["loss:sum"] > 0
 
 
-class Hand:
-    """What the SDK would not send."""
+class LossClient:
+    """Sends custom losses that the SDK does not send."""
 
     def __init__(self, url: str) -> None:
         self.url, self.http = url, httpx.Client(base_url=f"{url}/api/v1", timeout=60, trust_env=False)
@@ -262,8 +268,8 @@ class Hand:
 
 
 @pytest.fixture(scope="module")
-def hand(server: str) -> Iterator[Hand]:
-    made = Hand(server)
+def loss_client(server: str) -> Iterator[LossClient]:
+    made = LossClient(server)
     yield made
     made.http.close()
 
@@ -288,31 +294,31 @@ HOSTILE: dict[str, tuple[list[dict[str, Any]], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-def test_a_hostile_graph_is_refused_and_the_server_goes_on(hand: Hand, what: str) -> None:
-    nodes, says = HOSTILE[what]
-    before, began = hand.health(), time.monotonic()
-    answer = hand.result(hand.create(nodes, seq=100 + list(HOSTILE).index(what)))
+@pytest.mark.parametrize("case_id", HOSTILE)
+def test_a_hostile_graph_is_refused_and_does_not_stop_the_server(loss_client: LossClient, case_id: str) -> None:
+    nodes, message = HOSTILE[case_id]
+    before, began = loss_client.health(), time.monotonic()
+    answer = loss_client.result(loss_client.create(nodes, seq=100 + list(HOSTILE).index(case_id)))
     assert answer["category"] == "user"
-    assert says in answer["error"]
+    assert message in answer["error"]
     assert time.monotonic() - began < 120
-    after = hand.health()
+    after = loss_client.health()
     assert (after["boot_id"], after["restarts"], after["status"]) == (before["boot_id"], before["restarts"], "ok")
 
 
-def test_a_loss_sent_twice_is_one_loss(hand: Hand) -> None:
+def test_a_loss_that_is_sent_twice_is_created_once(loss_client: LossClient) -> None:
     nodes = [call("torch.sum", LP)]
-    one, other = hand.create(nodes), hand.create(nodes)
+    one, other = loss_client.create(nodes), loss_client.create(nodes)
     assert one.json() == other.json()
-    loss_id = hand.result(one)["loss_id"]
+    loss_id = loss_client.result(one)["loss_id"]
     assert loss_id.startswith("by__hand_-")
-    refused = hand.create([call("torch.mean", LP)])
+    refused = loss_client.create([call("torch.mean", LP)])
     assert refused.status_code == 400
     assert "another request" in refused.json()["detail"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "status", "says"),
+    ("changes", "status", "message"),
     [
         ({"session_id": "0" * 32}, 404, "no session"),
         ({"custom_loss_seq_id": -1}, 400, "custom_loss_seq_id is -1"),
@@ -321,14 +327,16 @@ def test_a_loss_sent_twice_is_one_loss(hand: Hand) -> None:
         ({"name": "x" * (3 << 20)}, 413, "1 MiB"),
     ],
 )
-def test_a_malformed_loss_is_refused_at_once(hand: Hand, changes: dict[str, Any], status: int, says: str) -> None:
-    answer = hand.create([call("torch.sum", LP)], seq=50, **changes)
+def test_a_malformed_loss_is_refused_at_once(
+    loss_client: LossClient, changes: dict[str, Any], status: int, message: str
+) -> None:
+    answer = loss_client.create([call("torch.sum", LP)], seq=50, **changes)
     assert answer.status_code == status
-    assert says in answer.json()["detail"]
+    assert message in answer.json()["detail"]
 
 
 @TRACED
-def test_a_server_without_uploads_leaves_losses_to_the_client(tmp_path: Path) -> None:
+def test_without_uploads_the_client_computes_its_losses(tmp_path: Path) -> None:
     ranks = {"logprobs": 1, "weights": 1}
     with live_server(tmp_path, engine=FAKE_ENGINE, uploads="off") as url:
         service = tinker.ServiceClient(base_url=url)
@@ -338,8 +346,8 @@ def test_a_server_without_uploads_leaves_losses_to_the_client(tmp_path: Path) ->
         model = new_model(service, Path(str(base)))
         metrics = model.forward_backward_custom(data_for(ranks), handle).result().metrics
         assert {"custom/nll:sum", "surrogate_loss:sum"} <= metrics.keys()
-        hand = Hand(url)
-        refused = hand.create([call("torch.sum", LP)])
+        loss_client = LossClient(url)
+        refused = loss_client.create([call("torch.sum", LP)])
         assert refused.status_code == 403
         assert "--uploads sandboxed" in json.dumps(refused.json())
-        hand.http.close()
+        loss_client.http.close()

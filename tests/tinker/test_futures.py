@@ -1,4 +1,4 @@
-"""Samples awaited by one poll for a whole session, clones of a session, and samples that nobody wants any more."""
+"""One poll returns all samples of a session; clones of a session have separate results; samples can be cancelled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import tinker
 from tinker import types
 
-from tests.tinker.hand import Wire
+from tests.tinker.raw_client import RawClient
 from tests.tinker.sdk import now, since, text
 
 
@@ -29,7 +29,7 @@ def tokens(futures: list[Any]) -> list[list[int]]:
 
 
 @since("0.30", "retrieve_futures")
-def test_one_poll_serves_every_sample_of_a_session(server: str, model_folder: Path) -> None:
+def test_one_poll_returns_the_results_of_all_samples_of_a_session(server: str, model_folder: Path) -> None:
     service = tinker.ServiceClient(base_url=server)
     sampler = now(service.create_sampling_client(base_model=str(model_folder)))
     expected = tokens([sample(sampler, seed) for seed in range(16)])
@@ -42,39 +42,39 @@ def test_one_poll_serves_every_sample_of_a_session(server: str, model_folder: Pa
     assert tokens([sample(polled, 3)]) == expected[3:4]
 
 
-def ask(wires: Wire, sampler: str, cursor: int = 0, clone: int = 0, timeout: float = 0) -> dict[str, Any]:
+def poll(raw_client: RawClient, sampler: str, cursor: int = 0, clone: int = 0, timeout: float = 0) -> dict[str, Any]:
     target = {"type": "sampling_session", "sampling_session_id": sampler, "cloned_sampler_id": clone}
-    return dict(wires.post("retrieve_futures", target=target, prev_cursor=cursor, timeout=timeout).json())
+    return dict(raw_client.post("retrieve_futures", target=target, prev_cursor=cursor, timeout=timeout).json())
 
 
-def test_a_poll_tells_once_what_has_ended_of_its_clone(wires: Wire) -> None:
-    sampler = wires.sampler(1)
-    assert ask(wires, sampler) == {"completions": [], "cursor": 0}
-    sent = [wires.sample(sampler, seq) for seq in (0, 1, 10**9)]
+def test_a_poll_returns_each_finished_sample_of_its_clone_once(raw_client: RawClient) -> None:
+    sampler = raw_client.sampler(1)
+    assert poll(raw_client, sampler) == {"completions": [], "cursor": 0}
+    sent = [raw_client.sample(sampler, seq) for seq in (0, 1, 10**9)]
     for future in sent:
-        wires.result(future)
-    first = ask(wires, sampler)
+        raw_client.result(future)
+    first = poll(raw_client, sampler)
     ids = [future.json()["request_id"] for future in sent]
     assert [one["request_id"] for one in first["completions"]] == ids[:2]
     assert all(one["state"] == "finished" for one in first["completions"])
     assert all(one["response_payload_uncompressed_size"] > 0 for one in first["completions"])
-    assert ask(wires, sampler, first["cursor"]) == {"completions": [], "cursor": first["cursor"]}
-    assert [one["request_id"] for one in ask(wires, sampler, clone=1)["completions"]] == ids[2:]
+    assert poll(raw_client, sampler, first["cursor"]) == {"completions": [], "cursor": first["cursor"]}
+    assert [one["request_id"] for one in poll(raw_client, sampler, clone=1)["completions"]] == ids[2:]
 
 
-def test_a_poll_waits_for_what_will_end(wires: Wire) -> None:
-    sampler = wires.sampler(2)
+def test_a_poll_waits_for_the_next_sample_or_its_timeout(raw_client: RawClient) -> None:
+    sampler = raw_client.sampler(2)
     began = time.monotonic()
-    assert ask(wires, sampler, timeout=0.5)["completions"] == []
+    assert poll(raw_client, sampler, timeout=0.5)["completions"] == []
     assert time.monotonic() - began >= 0.5
-    future = wires.sample(sampler, 0, max_tokens=60)
-    (one,) = ask(wires, sampler, timeout=30)["completions"]
+    future = raw_client.sample(sampler, 0, max_tokens=60)
+    (one,) = poll(raw_client, sampler, timeout=30)["completions"]
     assert one["request_id"] == future.json()["request_id"]
-    assert wires.post("retrieve_futures", target={"sampling_session_id": "nobody"}).status_code == 404
+    assert raw_client.post("retrieve_futures", target={"sampling_session_id": "unknown"}).status_code == 404
 
 
 @since("0.36", "join_sampling_session")
-def test_a_client_that_was_pickled_is_a_clone_with_numbers_of_its_own(server: str, model_folder: Path) -> None:
+def test_a_pickled_client_is_a_clone_with_another_range_of_seq_ids(server: str, model_folder: Path) -> None:
     sampler = now(tinker.ServiceClient(base_url=server).create_sampling_client(base_model=str(model_folder)))
     clones = [pickle.loads(pickle.dumps(sampler)) for _ in range(2)]
     expected = tokens([sample(sampler, 1)])
@@ -83,56 +83,56 @@ def test_a_client_that_was_pickled_is_a_clone_with_numbers_of_its_own(server: st
     assert [clone._request_id_counter for clone in clones] == [10**9 + 1, 2 * 10**9 + 1]
 
 
-def busy(wires: Wire) -> httpx.Response:
-    """Something that takes the engine a while."""
-    return wires.forward_backward(wires.model(), 1, rows=2400)
+def occupy_engine(raw_client: RawClient) -> httpx.Response:
+    """A request that occupies the engine for some time."""
+    return raw_client.forward_backward(raw_client.model(), 1, rows=2400)
 
 
-def test_a_sample_that_nobody_wants_is_taken_out_of_the_queue(wires: Wire) -> None:
-    sampler = wires.sampler(3)
-    working = busy(wires)
-    future = wires.sample(sampler, 0)
-    cancelled = wires.post("cancel_future", request_id=future.json()["request_id"])
+def test_a_cancelled_sample_is_removed_from_the_queue(raw_client: RawClient) -> None:
+    sampler = raw_client.sampler(3)
+    working = occupy_engine(raw_client)
+    future = raw_client.sample(sampler, 0)
+    cancelled = raw_client.post("cancel_future", request_id=future.json()["request_id"])
     assert cancelled.status_code == 204
-    told = wires.done(future)
-    assert (told["category"], "cancelled" in told["error"]) == ("user", True)
-    assert [one["state"] for one in ask(wires, sampler)["completions"]] == ["failed"]
-    wires.output(working)
-    # one that has ended stays as it was
-    assert wires.post("cancel_future", request_id=working.json()["request_id"]).status_code == 204
-    wires.output(working)
-    assert wires.post("cancel_future", request_id="nobody").status_code == 404
-    wires.result(wires.sample(sampler, 1))
+    result = raw_client.done(future)
+    assert (result["category"], "cancelled" in result["error"]) == ("user", True)
+    assert [one["state"] for one in poll(raw_client, sampler)["completions"]] == ["failed"]
+    raw_client.output(working)
+    # a finished request does not change
+    assert raw_client.post("cancel_future", request_id=working.json()["request_id"]).status_code == 204
+    raw_client.output(working)
+    assert raw_client.post("cancel_future", request_id="unknown").status_code == 404
+    raw_client.result(raw_client.sample(sampler, 1))
 
 
 @since("0.36", "a future of a sample that can be cancelled")
-def test_the_sdk_cancels_what_it_dropped(
-    server: str, model_folder: Path, wires: Wire, monkeypatch: pytest.MonkeyPatch
+def test_cancelling_a_future_of_the_sdk_cancels_the_request(
+    server: str, model_folder: Path, raw_client: RawClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampler = now(tinker.ServiceClient(base_url=server).create_sampling_client(base_model=str(model_folder)))
     tokens([sample(sampler, 1)])
-    taken, dropped = threading.Event(), list[str]()
-    cancel, ask = sampler.holder._send_cancel_request, sampler._send_asample_request
+    accepted, cancelled = threading.Event(), list[str]()
+    cancel, request_sample = sampler.holder._send_cancel_request, sampler._send_asample_request
 
-    async def sent(request_id: str) -> None:
+    async def send_cancel(request_id: str) -> None:
         await cancel(request_id)
-        dropped.append(request_id)
+        cancelled.append(request_id)
 
-    async def asked(*args: Any) -> Any:
-        future = await ask(*args)
-        taken.set()
+    async def send_sample(*args: Any) -> Any:
+        future = await request_sample(*args)
+        accepted.set()
         return future
 
-    monkeypatch.setattr(sampler.holder, "_send_cancel_request", sent)
-    monkeypatch.setattr(sampler, "_send_asample_request", asked)
-    working = busy(wires)
+    monkeypatch.setattr(sampler.holder, "_send_cancel_request", send_cancel)
+    monkeypatch.setattr(sampler, "_send_asample_request", send_sample)
+    working = occupy_engine(raw_client)
     future = sample(sampler, 2)
-    assert taken.wait(20)
+    assert accepted.wait(20)
     time.sleep(0.1)
     (future.future() if hasattr(future, "future") else future).cancel()
     deadline = time.monotonic() + 20
-    while not dropped and time.monotonic() < deadline:
+    while not cancelled and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert len(dropped) == 1
-    wires.output(working)
+    assert len(cancelled) == 1
+    raw_client.output(working)
     assert tokens([sample(sampler, 1)])

@@ -1,4 +1,4 @@
-"""The SDK at a server that asks for keys: with a good one it works, with any other it hears so at once."""
+"""The SDK with a server that requires keys: a valid key is accepted, and any other is refused at once."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ DATA = [datum(text(8), weights=[1.0] * 7)]
 
 
 @dataclass(frozen=True, slots=True)
-class Guarded:
-    """A server that asks for a key, its base model, and its keys."""
+class ProtectedServer:
+    """A server that requires a key, and its keys."""
 
     url: str
     keys: Keys
@@ -33,67 +33,67 @@ class Guarded:
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    folder: Path = tmp_path_factory.mktemp("guarded")
+def protected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProtectedServer]:
+    folder: Path = tmp_path_factory.mktemp("protected")
     keys = Keys(folder)
     keys.create("first", tenant="ann", scopes=("train",))
     with running_server(
         Settings(engine=FAKE_ENGINE, data_dir=str(folder), port=0, uploads="off"), timeout=280
     ) as server:
-        yield Guarded(server.url, keys)
+        yield ProtectedServer(server.url, keys)
     keys.close()
 
 
-def client(guarded: Guarded, key: str) -> tinker.TrainingClient:
-    service = tinker.ServiceClient(base_url=guarded.url, api_key=key)
+def client(protected: ProtectedServer, key: str) -> tinker.TrainingClient:
+    service = tinker.ServiceClient(base_url=protected.url, api_key=key)
     base = now(service.get_server_capabilities()).supported_models[0].model_name
     made: tinker.TrainingClient = now(service.create_lora_training_client(base_model=base, rank=4))
     return made
 
 
-def test_with_a_key_one_trains(guarded: Guarded) -> None:
-    model = client(guarded, guarded.key()[1])
+def test_a_client_with_a_valid_key_can_train(protected: ProtectedServer) -> None:
+    model = client(protected, protected.key()[1])
     assert model.forward_backward(DATA, "cross_entropy").result().metrics
     assert model.optim_step(types.AdamParams()).result().metrics
 
 
-@pytest.mark.parametrize("why", ["unknown", "revoked"])
-def test_a_key_that_is_not_taken_is_refused_at_once(guarded: Guarded, why: str) -> None:
-    key_id, secret = guarded.key()
-    if why == "revoked":
-        guarded.keys.revoke(key_id)
+@pytest.mark.parametrize("reason", ["unknown", "revoked"])
+def test_an_invalid_key_is_refused_at_once(protected: ProtectedServer, reason: str) -> None:
+    key_id, secret = protected.key()
+    if reason == "revoked":
+        protected.keys.revoke(key_id)
     else:
         secret = f"{secret[:-4]}0000"
     began = time.monotonic()
-    with pytest.raises(tinker.AuthenticationError, match="revoked" if why == "revoked" else "key"):
-        client(guarded, secret)
+    with pytest.raises(tinker.AuthenticationError, match="revoked" if reason == "revoked" else "key"):
+        client(protected, secret)
     assert time.monotonic() - began < 20
 
 
-def test_without_a_key_the_sdk_itself_says_so(
-    guarded: Guarded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_without_a_key_the_sdk_raises_an_error(
+    protected: ProtectedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("TINKER_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # where a key may be kept
+    monkeypatch.setenv("HOME", str(tmp_path))  # the SDK reads a stored key from there
     began = time.monotonic()
     with pytest.raises(Exception, match=r"TINKER_API_KEY|api_key"):
-        client(guarded, "")
+        client(protected, "")
     assert time.monotonic() - began < 20
 
 
-def test_a_key_that_is_revoked_meanwhile_ends_what_it_did(guarded: Guarded) -> None:
-    key_id, secret = guarded.key()
-    model = client(guarded, secret)
+def test_a_key_that_is_revoked_during_training_is_refused(protected: ProtectedServer) -> None:
+    key_id, secret = protected.key()
+    model = client(protected, secret)
     assert model.forward_backward(DATA, "cross_entropy").result().metrics
-    guarded.keys.revoke(key_id)
+    protected.keys.revoke(key_id)
     began = time.monotonic()
     with pytest.raises(tinker.AuthenticationError, match="revoked"):
         model.forward_backward(DATA, "cross_entropy").result()
     assert time.monotonic() - began < 20
 
 
-def test_a_key_that_may_only_read_does_not_train(guarded: Guarded) -> None:
+def test_a_key_with_the_scope_read_cannot_train(protected: ProtectedServer) -> None:
     began = time.monotonic()
     with pytest.raises(tinker.PermissionDeniedError, match="train"):
-        client(guarded, guarded.key("read")[1])
+        client(protected, protected.key("read")[1])
     assert time.monotonic() - began < 20

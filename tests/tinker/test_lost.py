@@ -1,4 +1,4 @@
-"""A response that is lost on its way is asked for again, and what it answered was done once."""
+"""The SDK repeats a request if its response is lost, and the server runs the request once."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ LOST = (
     "retrieve_future",
 )
 
-_OWN = {"connection", "content-length", "transfer-encoding", "keep-alive", "date", "server"}
+_OWN_HEADERS = {"connection", "content-length", "transfer-encoding", "keep-alive", "date", "server"}
 
 
-class Road(ThreadingHTTPServer):
-    """The way to a server, on which the first answer to each of LOST is lost."""
+class LossyProxy(ThreadingHTTPServer):
+    """A proxy that drops the first response to each request of LOST."""
 
     daemon_threads = True
 
     def __init__(self, server: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Passing)
+        super().__init__(("127.0.0.1", 0), _ProxyHandler)
         self.http = httpx.Client(base_url=server, timeout=60, trust_env=False)
         self.seen: Counter[str] = Counter()
 
@@ -44,16 +44,16 @@ class Road(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
-class _Passing(BaseHTTPRequestHandler):
-    server: Road
+class _ProxyHandler(BaseHTTPRequestHandler):
+    server: LossyProxy
     protocol_version = "HTTP/1.1"
 
-    def _pass(self) -> None:
+    def _forward(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in {*_OWN, "host"}}
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in {*_OWN_HEADERS, "host"}}
         try:
             answer = self.server.http.request(self.command, self.path, content=body, headers=headers)
-        except (httpx.TransportError, RuntimeError):  # the road is closed; a heartbeat may still come
+        except (httpx.TransportError, RuntimeError):  # the proxy is closed, but a heartbeat can still arrive
             self.close_connection = True
             return
         name = self.path.removeprefix("/api/v1/")
@@ -63,21 +63,21 @@ class _Passing(BaseHTTPRequestHandler):
             return
         self.send_response_only(answer.status_code)
         for header, value in answer.headers.items():
-            if header.lower() not in {*_OWN, "content-encoding"}:
+            if header.lower() not in {*_OWN_HEADERS, "content-encoding"}:
                 self.send_header(header, value)
         self.send_header("content-length", str(len(answer.content)))
         self.end_headers()
         self.wfile.write(answer.content)
 
-    do_GET = do_POST = do_PUT = do_DELETE = _pass
+    do_GET = do_POST = do_PUT = do_DELETE = _forward
 
     def log_message(self, format: str, *args: object) -> None:
-        """Not of interest."""
+        """Log nothing."""
 
 
 @pytest.fixture
-def road(server: str) -> Iterator[Road]:
-    with Road(server) as made:
+def proxy(server: str) -> Iterator[LossyProxy]:
+    with LossyProxy(server) as made:
         thread = threading.Thread(target=made.serve_forever)
         thread.start()
         yield made
@@ -86,14 +86,14 @@ def road(server: str) -> Iterator[Road]:
         made.http.close()
 
 
-def test_whatever_answer_is_lost_the_work_is_done_once(
-    road: Road, service: tinker.ServiceClient, model_folder: Path
+def test_a_request_is_run_once_if_its_response_is_lost(
+    proxy: LossyProxy, service: tinker.ServiceClient, model_folder: Path
 ) -> None:
     data = [datum(text(12, seed), weights=[1.0] * 11) for seed in range(3)]
     direct = new_model(service, model_folder, seed=3)
-    far = new_model(tinker.ServiceClient(base_url=road.url), model_folder, seed=3)
+    through_proxy = new_model(tinker.ServiceClient(base_url=proxy.url), model_folder, seed=3)
     losses = []
-    for model in (direct, far):
+    for model in (direct, through_proxy):
         for _ in range(3):
             losses.append(model.forward_backward(data, "cross_entropy"))
             step = model.optim_step(types.AdamParams(learning_rate=1e-2)).result().metrics
@@ -101,11 +101,11 @@ def test_whatever_answer_is_lost_the_work_is_done_once(
         assert step["optim/step"] == 3
     sums = [future.result().metrics["loss:sum"] for future in losses]
     assert all(close(one, other) for one, other in zip(sums[:3], sums[3:], strict=True))
-    assert far.save_state("kept").result().path.endswith("/weights/kept")
-    path = far.save_weights_for_sampler("kept").result().path
-    sampler = now(tinker.ServiceClient(base_url=road.url).create_sampling_client(model_path=path))
+    assert through_proxy.save_state("kept").result().path.endswith("/weights/kept")
+    path = through_proxy.save_weights_for_sampler("kept").result().path
+    sampler = now(tinker.ServiceClient(base_url=proxy.url).create_sampling_client(model_path=path))
     sample = sampler.sample(
         prompt=types.ModelInput.from_ints(text(4)), num_samples=2, sampling_params=types.SamplingParams(max_tokens=3)
     )
     assert len(sample.result().sequences) == 2
-    assert {name for name in LOST if road.seen[name] < 2} == set()
+    assert {name for name in LOST if proxy.seen[name] < 2} == set()

@@ -1,4 +1,4 @@
-"""The real `openai` client on the same samplers."""
+"""The real `openai` client with the base model and with models of the Tinker SDK."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def trained(service: tinker.ServiceClient, model_folder: Path) -> Any:
     return model
 
 
-def test_the_base_and_its_adapters_are_models(client: Any, trained: Any, model_folder: Path) -> None:
+def test_the_list_of_models_has_the_base_and_the_adapters(client: Any, trained: Any, model_folder: Path) -> None:
     names = [model.id for model in client.models.list()]
     assert names[0] == str(model_folder)
     assert trained.model_id in names
     assert client.models.retrieve(trained.model_id).id == trained.model_id
 
 
-def test_an_adapter_answers_otherwise_than_its_base(client: Any, trained: Any, model_folder: Path) -> None:
+def test_an_adapter_completes_differently_than_its_base(client: Any, trained: Any, model_folder: Path) -> None:
     path = trained.save_weights_for_sampler("for-openai").result().path
     options = {"prompt": TEXT[0], "max_tokens": len(TEXT) - 1, "temperature": 0}
-    said = {
+    texts = {
         name: client.completions.create(model=name, **options).choices[0].text
         for name in (str(model_folder), trained.model_id, path)
     }
-    assert said[trained.model_id] == said[path] == TEXT[1:]
-    assert said[str(model_folder)] != TEXT[1:]
+    assert texts[trained.model_id] == texts[path] == TEXT[1:]
+    assert texts[str(model_folder)] != TEXT[1:]
 
 
-def test_a_completion_says_why_it_ended_and_what_it_took(client: Any, model_folder: Path) -> None:
+def test_a_completion_has_finish_reasons_and_usage_and_is_reproducible(client: Any, model_folder: Path) -> None:
     answer = client.completions.create(
         model=str(model_folder), prompt=["ab", "abc"], max_tokens=4, n=2, seed=1, stop=[]
     )
@@ -63,7 +63,7 @@ def test_a_completion_says_why_it_ended_and_what_it_took(client: Any, model_fold
     assert [choice.text for choice in again.choices] == [choice.text for choice in answer.choices]
 
 
-def test_a_chat_is_answered_by_the_template(client: Any, model_folder: Path) -> None:
+def test_a_chat_completion_has_logprobs_and_can_be_streamed(client: Any, model_folder: Path) -> None:
     messages = [{"role": "user", "content": "hi"}]
     options = {"model": str(model_folder), "messages": messages, "max_tokens": 5, "temperature": 0}
     answer = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
@@ -76,16 +76,16 @@ def test_a_chat_is_answered_by_the_template(client: Any, model_folder: Path) -> 
     assert pieces[-1].finish_reason == answer.choices[0].finish_reason
 
 
-def test_a_completion_is_streamed(client: Any, model_folder: Path) -> None:
+def test_a_streamed_completion_equals_the_whole_one(client: Any, model_folder: Path) -> None:
     options = {"model": str(model_folder), "prompt": "ab", "max_tokens": 4, "temperature": 0}
     whole = client.completions.create(**options).choices[0].text
     assert "".join(chunk.choices[0].text for chunk in client.completions.create(**options, stream=True)) == whole
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
-        ({"model": "nobody"}, "no model 'nobody'"),
+        ({"model": "unknown"}, "no model 'unknown'"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"presence_penalty": 1.0}, "presence_penalty"),
@@ -94,7 +94,9 @@ def test_a_completion_is_streamed(client: Any, model_folder: Path) -> None:
         ({"logprobs": 99}, "99"),
     ],
 )
-def test_what_cannot_be_done_is_refused(client: Any, model_folder: Path, options: dict[str, Any], says: str) -> None:
-    with pytest.raises(openai.APIStatusError, match=says) as raised:
+def test_an_unsupported_completion_request_is_refused(
+    client: Any, model_folder: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(openai.APIStatusError, match=message) as raised:
         client.completions.create(**{"model": str(model_folder), "prompt": "ab", "max_tokens": 2, **options})
     assert raised.value.status_code in (400, 404)

@@ -1,4 +1,4 @@
-"""What a RestClient sees of a run, and what it does to its checkpoints."""
+"""The RestClient lists runs and sessions, and publishes, copies and deletes checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import tinker
 from tinker import types
 
-from tests.tinker.hand import Wire
+from tests.tinker.raw_client import RawClient
 from tests.tinker.sdk import close, datum, new_model, now, since, text
 
 
@@ -23,7 +23,7 @@ def rest(service: tinker.ServiceClient) -> Any:
 
 @pytest.fixture(scope="module")
 def run(service: tinker.ServiceClient, model_folder: Path) -> Any:
-    """A model with a state and a sampler saved."""
+    """A model with a saved state and a saved sampler."""
     model = new_model(service, model_folder, user_metadata={"purpose": "test"})
     model.forward_backward([datum(text(8), weights=[1.0] * 7)], "cross_entropy").result()
     model.save_state("state").result()
@@ -35,12 +35,12 @@ def names(rest: Any, run_id: str) -> set[str]:
     return {checkpoint.checkpoint_id for checkpoint in rest.list_checkpoints(run_id).result().checkpoints}
 
 
-def test_a_run_is_listed_with_what_was_saved_of_it(rest: Any, run: Any, model_folder: Path) -> None:
-    told = rest.get_training_run(run.model_id).result()
-    assert (told.base_model, told.is_lora, told.lora_rank) == (str(model_folder), True, 4)
-    assert told.last_checkpoint.checkpoint_id == "weights/state"
-    assert told.last_sampler_checkpoint.tinker_path == f"tinker://{run.model_id}/sampler_weights/sampler"
-    assert told.user_metadata == {"purpose": "test"}
+def test_a_run_is_listed_with_its_checkpoints(rest: Any, run: Any, model_folder: Path) -> None:
+    listed = rest.get_training_run(run.model_id).result()
+    assert (listed.base_model, listed.is_lora, listed.lora_rank) == (str(model_folder), True, 4)
+    assert listed.last_checkpoint.checkpoint_id == "weights/state"
+    assert listed.last_sampler_checkpoint.tinker_path == f"tinker://{run.model_id}/sampler_weights/sampler"
+    assert listed.user_metadata == {"purpose": "test"}
     page = rest.list_training_runs(limit=1, offset=0).result()
     assert len(page.training_runs) == 1
     assert page.cursor.total_count >= 1
@@ -50,18 +50,18 @@ def test_a_run_is_listed_with_what_was_saved_of_it(rest: Any, run: Any, model_fo
     assert f"tinker://{run.model_id}/weights/state" in [one.tinker_path for one in mine]
 
 
-def test_weights_say_what_they_are_for(rest: Any, run: Any, model_folder: Path) -> None:
+def test_weights_info_has_the_base_model_and_the_rank(rest: Any, run: Any, model_folder: Path) -> None:
     info = rest.get_weights_info_by_tinker_path(f"tinker://{run.model_id}/weights/state").result()
     assert (info.base_model, info.is_lora, info.lora_rank) == (str(model_folder), True, 4)
 
 
-def test_a_session_knows_its_runs(rest: Any, run: Any) -> None:
+def test_a_session_lists_its_runs(rest: Any, run: Any) -> None:
     session_id = run.model_id.partition(":")[0]
     assert run.model_id in rest.get_session(session_id).result().training_run_ids
     assert session_id in rest.list_sessions(limit=1000).result().sessions
 
 
-def test_a_sampler_says_its_base_and_path(
+def test_a_sampler_of_a_path_has_its_base_model_and_tokenizer(
     service: tinker.ServiceClient, rest: Any, run: Any, model_folder: Path
 ) -> None:
     path = f"tinker://{run.model_id}/sampler_weights/sampler"
@@ -70,7 +70,7 @@ def test_a_sampler_says_its_base_and_path(
     assert len(sampler.get_tokenizer().encode("hi")) == 2
 
 
-def test_a_checkpoint_is_deleted(rest: Any, run: Any) -> None:
+def test_a_checkpoint_can_be_deleted_once(rest: Any, run: Any) -> None:
     run.save_state("short-lived").result()
     assert "weights/short-lived" in names(rest, run.model_id)
     rest.delete_checkpoint(run.model_id, "weights/short-lived").result()
@@ -79,27 +79,27 @@ def test_a_checkpoint_is_deleted(rest: Any, run: Any) -> None:
         rest.delete_checkpoint(run.model_id, "weights/short-lived").result()
 
 
-def test_a_checkpoint_is_published_and_has_a_time_to_live(rest: Any, run: Any) -> None:
+def test_a_checkpoint_can_be_published_and_can_expire(rest: Any, run: Any) -> None:
     path = f"tinker://{run.model_id}/weights/state"
 
-    def told() -> Any:
+    def checkpoint() -> Any:
         return next(one for one in rest.list_checkpoints(run.model_id).result().checkpoints if one.tinker_path == path)
 
     rest.publish_checkpoint_from_tinker_path(path).result()
-    assert told().public
+    assert checkpoint().public
     rest.unpublish_checkpoint_from_tinker_path(path).result()
-    assert not told().public
+    assert not checkpoint().public
     rest.set_checkpoint_ttl_from_tinker_path(path, 3600).result()
-    assert told().expires_at is not None
+    assert checkpoint().expires_at is not None
     rest.set_checkpoint_ttl_from_tinker_path(path, None).result()
-    assert told().expires_at is None
+    assert checkpoint().expires_at is None
     with pytest.raises(tinker.BadRequestError, match="ttl_seconds"):
         rest.set_checkpoint_ttl_from_tinker_path(path, -5).result()
 
 
-def test_external_weights_are_files_that_peft_reads(rest: Any, run: Any) -> None:
+def test_external_weights_are_the_files_of_a_peft_adapter(rest: Any, run: Any) -> None:
     if not hasattr(run, "save_weights_external"):
-        pytest.skip("this SDK cannot save for others")
+        pytest.skip("this SDK has no save_weights_external")
     path = run.save_weights_external("outside").result().path
     assert path == f"tinker://{run.model_id}/external_weights/outside"
     urls = rest.get_external_weights_urls(path).result().urls
@@ -107,7 +107,7 @@ def test_external_weights_are_files_that_peft_reads(rest: Any, run: Any) -> None
     assert httpx.get(urls["adapter_config.json"], trust_env=False).json()["r"] == 4
 
 
-def test_an_archive_is_a_tar_behind_a_link(server: str, run: Any) -> None:
+def test_the_url_of_an_archive_redirects_to_a_tar_file(server: str, run: Any) -> None:
     url = f"{server}/api/v1/training_runs/{run.model_id}/checkpoints/sampler_weights/sampler/archive"
     answer = httpx.get(url, trust_env=False)
     assert answer.status_code == 302
@@ -118,14 +118,14 @@ def test_an_archive_is_a_tar_behind_a_link(server: str, run: Any) -> None:
     assert httpx.get(answer.headers["location"] + "x", trust_env=False).status_code == 410
 
 
-def test_a_run_of_nobody_is_not_found(rest: Any) -> None:
-    for ask in (rest.get_training_run, rest.list_checkpoints):
+def test_an_unknown_run_is_not_found(rest: Any) -> None:
+    for get in (rest.get_training_run, rest.list_checkpoints):
         with pytest.raises(tinker.NotFoundError, match="no training run"):
-            ask("nobody:train:0").result()
+            get("unknown:train:0").result()
 
 
 @since("0.36", "RestClient.copy_weights")
-def test_a_copy_has_the_weights_and_outlives_what_it_was_made_of(
+def test_a_copy_of_a_checkpoint_is_kept_after_the_checkpoint_is_deleted(
     service: tinker.ServiceClient, rest: Any, run: Any
 ) -> None:
     source = run.save_state("to-copy").result().path
@@ -136,8 +136,8 @@ def test_a_copy_has_the_weights_and_outlives_what_it_was_made_of(
     row = [datum(text(8), weights=[1.0] * 7)]
     again = now(service.create_training_client_from_state_with_optimizer(copy))
     assert close(*(m.forward(row, "cross_entropy").result().metrics["loss:sum"] for m in (run, again)))
-    told = rest.get_training_run(copy.removeprefix("tinker://").partition("/")[0]).result()
-    assert told.last_checkpoint.expires_at is not None
+    copied = rest.get_training_run(copy.removeprefix("tinker://").partition("/")[0]).result()
+    assert copied.last_checkpoint.expires_at is not None
     assert copy.split("/")[2] in [
         one.training_run_id for one in rest.list_training_runs(project_id="archive").result().training_runs
     ]
@@ -147,31 +147,31 @@ def test_a_copy_has_the_weights_and_outlives_what_it_was_made_of(
         rest.copy_weights(copy, "archive", ttl_seconds=5).result()
 
 
-def test_one_idempotency_key_makes_one_copy_and_a_session_may_have_it(run: Any, wires: Wire) -> None:
+def test_an_idempotency_key_makes_one_copy_and_a_session_can_own_a_copy(run: Any, raw_client: RawClient) -> None:
     source = f"tinker://{run.model_id}/sampler_weights/sampler"
     body = {"source_path": source, "destination_project_id": "archive"}
     paths = [
-        wires.http.post("/copy_weights", json=body, headers={"x-idempotency-key": key}).json()["tinker_path"]
+        raw_client.http.post("/copy_weights", json=body, headers={"x-idempotency-key": key}).json()["tinker_path"]
         for key in ("one", "one", "other")
     ]
     assert (paths[0] == paths[1], paths[0] == paths[2]) == (True, False)
-    mine = wires.post("copy_weights", source_path=source, session_id=wires.session, model_seq_id=700).json()
-    assert mine["tinker_path"] == f"tinker://{wires.session}:train:700/sampler_weights/sampler"
-    trained = wires.forward_backward(f"{wires.session}:train:700", 1)
+    mine = raw_client.post("copy_weights", source_path=source, session_id=raw_client.session, model_seq_id=700).json()
+    assert mine["tinker_path"] == f"tinker://{raw_client.session}:train:700/sampler_weights/sampler"
+    trained = raw_client.forward_backward(f"{raw_client.session}:train:700", 1)
     assert trained.status_code == 410
     assert "load one of its checkpoints" in trained.json()["detail"]
-    refused = wires.post("copy_weights", source_path=source)
+    refused = raw_client.post("copy_weights", source_path=source)
     assert (refused.status_code, "destination_project_id" in refused.json()["detail"]) == (400, True)
 
 
 @since("0.36", "search_sessions")
 @pytest.mark.filterwarnings("ignore:RestClient.search_sessions is experimental")
-def test_sessions_are_found_by_what_they_were_called(server: str, rest: Any, model_folder: Path) -> None:
+def test_sessions_are_found_by_their_names(server: str, rest: Any, model_folder: Path) -> None:
     about = {"purpose": "a search"}
-    made = []
+    sessions = []
     for name in ("Nightly run one", "nightly run two", "another"):
         one = tinker.ServiceClient(base_url=server, display_name=name, user_metadata=about)
-        made.append(new_model(one, model_folder).model_id.partition(":")[0])
+        sessions.append(new_model(one, model_folder).model_id.partition(":")[0])
 
     def found(**wanted: Any) -> list[str]:
         request = types.SessionSearchRequest(user_metadata=about, **wanted)
@@ -183,27 +183,27 @@ def test_sessions_are_found_by_what_they_were_called(server: str, rest: Any, mod
                 return ids
             request = request.model_copy(update={"cursor": page.next_cursor})
 
-    assert found() == found(limit=1) == made[::-1]
-    assert found(display_name="RUN night") == made[1::-1]
-    assert found(display_name="two", session_id=made[2]) == [made[2], made[1]]
-    assert found(statuses=[{"type": "active"}]) == made[::-1]
-    assert found(statuses=[{"type": "client_finished"}]) == found(project_ids=["nobody's"]) == []
-    page = rest.search_sessions(types.SessionSearchRequest(session_id=made[0])).result()
+    assert found() == found(limit=1) == sessions[::-1]
+    assert found(display_name="RUN night") == sessions[1::-1]
+    assert found(display_name="two", session_id=sessions[2]) == [sessions[2], sessions[1]]
+    assert found(statuses=[{"type": "active"}]) == sessions[::-1]
+    assert found(statuses=[{"type": "client_finished"}]) == found(project_ids=["unknown"]) == []
+    page = rest.search_sessions(types.SessionSearchRequest(session_id=sessions[0])).result()
     assert (page.sessions[0].display_name, page.sessions[0].checkpoints_count) == ("Nightly run one", 0)
 
 
-def test_a_session_says_how_it_ended(wires: Wire) -> None:
-    session = wires.post("create_session", tags=[], sdk_version="test", display_name="to end").json()["session_id"]
-    said = wires.post(f"sessions/{session}/finish", reason={"type": "errored"}, detail="out of patience")
-    assert said.status_code == 204
+def test_a_finished_session_has_its_reason_and_detail(raw_client: RawClient) -> None:
+    session = raw_client.post("create_session", tags=[], sdk_version="test", display_name="to end").json()["session_id"]
+    finished = raw_client.post(f"sessions/{session}/finish", reason={"type": "errored"}, detail="out of patience")
+    assert finished.status_code == 204
 
     def found(**status: Any) -> list[Any]:
-        answer = wires.post("sessions/search", session_id=session, statuses=[status])
+        answer = raw_client.post("sessions/search", session_id=session, statuses=[status])
         return list(answer.json()["sessions"])
 
     (one,) = found(type="client_finished", reasons=["errored"])
     assert one["status"]["detail"] == "out of patience"
     assert found(type="client_finished", reasons=["success"]) == found(type="active") == []
-    refused = wires.post("sessions/search", statuses=[{"type": "lost"}], session_id=session)
+    refused = raw_client.post("sessions/search", statuses=[{"type": "lost"}], session_id=session)
     assert (refused.status_code, "client_finished" in refused.json()["detail"]) == (400, True)
-    assert wires.post("sessions/search", limit=0).status_code == 400
+    assert raw_client.post("sessions/search", limit=0).status_code == 400

@@ -1,4 +1,4 @@
-"""Checkpoints by the real SDK: what comes back is what was saved."""
+"""Checkpoints by the real SDK: a loaded model has the saved weights and the saved optimizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def train(model: tinker.TrainingClient, steps: int) -> list[float]:
     return [future.result().metrics["loss:sum"] for future in losses]
 
 
-def test_training_goes_on_from_a_state_as_if_never_stopped(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_training_from_a_state_with_its_optimizer_equals_uninterrupted_training(
+    service: tinker.ServiceClient, model_folder: Path
+) -> None:
     model = new_model(service, model_folder)
     train(model, 3)
     path = model.save_state("three").result().path
@@ -34,7 +36,7 @@ def test_training_goes_on_from_a_state_as_if_never_stopped(service: tinker.Servi
     assert train(again, 3) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_state_without_its_optimizer_has_the_weights_and_a_fresh_adamw(
+def test_a_state_without_its_optimizer_has_the_weights_and_a_new_adamw(
     service: tinker.ServiceClient, model_folder: Path
 ) -> None:
     model = new_model(service, model_folder)
@@ -47,7 +49,7 @@ def test_a_state_without_its_optimizer_has_the_weights_and_a_fresh_adamw(
     assert losses[2] != pytest.approx(expected[2], rel=1e-5)
 
 
-def test_a_model_loads_a_state_into_itself(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_a_model_can_load_its_own_earlier_state(service: tinker.ServiceClient, model_folder: Path) -> None:
     model = new_model(service, model_folder)
     train(model, 2)
     path = model.save_state("two").result().path
@@ -56,17 +58,17 @@ def test_a_model_loads_a_state_into_itself(service: tinker.ServiceClient, model_
     assert train(model, 2) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_name_is_taken_once(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_a_checkpoint_name_can_be_used_once_per_kind(service: tinker.ServiceClient, model_folder: Path) -> None:
     model = new_model(service, model_folder)
     model.save_state("final").result()
-    # another kind, another name
+    # each kind of checkpoint has separate names
     model.save_weights_for_sampler("final").result()
     with pytest.raises(Exception, match="already"):
         model.save_state("final").result()
     train(model, 1)
 
 
-def test_a_sampler_keeps_its_weights_while_training_goes_on(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_training_does_not_change_the_weights_of_a_sampler(service: tinker.ServiceClient, model_folder: Path) -> None:
     model = new_model(service, model_folder)
     train(model, 2)
     prompt = types.ModelInput.from_ints(text(6, 4))
@@ -81,7 +83,7 @@ def test_a_sampler_keeps_its_weights_while_training_goes_on(service: tinker.Serv
     assert moved.logprobs != after.logprobs
 
 
-def test_a_sampler_of_a_path_says_what_the_trainer_says(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_a_sampler_of_a_path_has_the_logprobs_of_the_model(service: tinker.ServiceClient, model_folder: Path) -> None:
     model = new_model(service, model_folder)
     train(model, 3)
     path = model.save_weights_for_sampler("sampler").result().path
@@ -92,5 +94,5 @@ def test_a_sampler_of_a_path_says_what_the_trainer_says(service: tinker.ServiceC
     tokens = list(drawn.sequences[0].tokens)
     whole = [*prompt, *tokens]
     trained = logprobs_of(model.forward([datum(whole, weights=[1.0] * (len(whole) - 1))], "cross_entropy").result())[0]
-    said = torch.tensor(list(drawn.sequences[0].logprobs))
-    assert (trained[len(prompt) - 1 :] - said).abs().max() < 1e-4
+    sampled = torch.tensor(list(drawn.sequences[0].logprobs))
+    assert (trained[len(prompt) - 1 :] - sampled).abs().max() < 1e-4

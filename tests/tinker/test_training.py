@@ -1,4 +1,4 @@
-"""The four verbs by the real SDK, and every built-in loss computed again from what comes back."""
+"""Training by the real SDK, and each built-in loss compared with its formula on the returned logprobs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_models_have_equal_initial_weights_only_if_their_seeds_are_equal(
     assert torch.equal(*after_a_step) == equal
 
 
-def test_a_model_learns_what_it_is_shown(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_training_reduces_the_loss(service: tinker.ServiceClient, model_folder: Path) -> None:
     model = new_model(service, model_folder)
     data = [datum(text(20, seed), weights=[1.0] * 19) for seed in range(4)]
     losses = []
@@ -77,7 +77,9 @@ def test_a_model_learns_what_it_is_shown(service: tinker.ServiceClient, model_fo
     assert losses[-1] < losses[0] / 2
 
 
-def test_get_info_names_the_model_and_a_tokenizer_that_loads(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_get_info_names_the_base_and_its_tokenizer_can_be_loaded(
+    service: tinker.ServiceClient, model_folder: Path
+) -> None:
     model = new_model(service, model_folder)
     info = model.get_info()
     assert info.model_data.model_name == str(model_folder)
@@ -85,7 +87,7 @@ def test_get_info_names_the_model_and_a_tokenizer_that_loads(service: tinker.Ser
     assert model.get_tokenizer().encode("hi") == [104, 105]
 
 
-def test_a_fresh_model_is_the_base_model(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_a_new_model_has_the_outputs_of_its_base(service: tinker.ServiceClient, model_folder: Path) -> None:
     row = datum(text(30), weights=[1.0] * 29)
     one, other = (
         logprobs_of(new_model(service, model_folder, rank=rank, seed=seed).forward([row], "cross_entropy").result())
@@ -94,7 +96,7 @@ def test_a_fresh_model_is_the_base_model(service: tinker.ServiceClient, model_fo
     assert torch.equal(one[0], other[0])
 
 
-def test_cross_entropy_is_the_weighted_sum(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_cross_entropy_is_the_weighted_sum_over_tokens(service: tinker.ServiceClient, model_folder: Path) -> None:
     model = new_model(service, model_folder)
     weights = [np.random.default_rng(i).normal(0, 2, 9 + i) for i in range(3)]
     data = [datum(text(10 + i, i), weights=weights[i]) for i in range(3)]
@@ -104,7 +106,7 @@ def test_cross_entropy_is_the_weighted_sum(service: tinker.ServiceClient, model_
     assert [len(lp) for lp in logprobs_of(output)] == [9, 10, 11]
 
 
-def test_targets_may_be_several_a_position_and_sparse(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_a_position_can_have_several_dense_or_sparse_targets(service: tinker.ServiceClient, model_folder: Path) -> None:
     model = new_model(service, model_folder)
     rng = np.random.default_rng(3)
     row = text(11)
@@ -127,7 +129,7 @@ def test_targets_may_be_several_a_position_and_sparse(service: tinker.ServiceCli
     assert close(again.metrics["loss:sum"], output.metrics["loss:sum"])
 
 
-def test_rows_may_have_several_widths(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_rows_can_have_different_numbers_of_targets(service: tinker.ServiceClient, model_folder: Path) -> None:
     model = new_model(service, model_folder)
     data = [datum(text(6, k), target_tokens=np.full((5, k), 7), weights=np.full((5, k), 0.5)) for k in (2, 2, 3, 1)]
     output = model.forward(data, "cross_entropy").result()
@@ -137,7 +139,7 @@ def test_rows_may_have_several_widths(service: tinker.ServiceClient, model_folde
 
 
 @pytest.mark.parametrize("name", RL)
-def test_a_loss_of_the_page_is_what_the_page_says(service: tinker.ServiceClient, model_folder: Path, name: str) -> None:
+def test_each_loss_equals_its_documented_formula(service: tinker.ServiceClient, model_folder: Path, name: str) -> None:
     model = new_model(service, model_folder)
     data = rl_datums(model)
     fn, config = RL[name]
@@ -146,7 +148,7 @@ def test_a_loss_of_the_page_is_what_the_page_says(service: tinker.ServiceClient,
     assert close(output.metrics["loss:sum"], float(expected))
 
 
-def test_thresholds_come_with_the_call(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_a_call_can_set_the_clip_thresholds(service: tinker.ServiceClient, model_folder: Path) -> None:
     model = new_model(service, model_folder)
     data = rl_datums(model)
     config = {"clip_low_threshold": 0.95, "clip_high_threshold": 1.05}
@@ -155,8 +157,8 @@ def test_thresholds_come_with_the_call(service: tinker.ServiceClient, model_fold
     assert close(output.metrics["loss:sum"], float(expected))
 
 
-def bare(data: list[types.Datum]) -> list[types.Datum]:
-    """As SDKs before 0.36 want a custom loss's rows: with nothing but their targets."""
+def targets_only(data: list[types.Datum]) -> list[types.Datum]:
+    """The rows with only their targets, as SDKs before 0.36 require for a custom loss."""
     return [
         types.Datum(model_input=one.model_input, loss_fn_inputs={"target_tokens": one.loss_fn_inputs["target_tokens"]})
         for one in data
@@ -164,12 +166,12 @@ def bare(data: list[types.Datum]) -> list[types.Datum]:
 
 
 @pytest.mark.parametrize("name", RL)
-def test_a_step_is_that_of_the_same_loss_computed_by_the_client(
+def test_a_step_equals_that_of_the_same_loss_computed_by_the_client(
     service: tinker.ServiceClient, model_folder: Path, name: str
 ) -> None:
     ours, theirs = (new_model(service, model_folder, seed=7) for _ in range(2))
     fn, config = RL[name]
-    # B of a fresh LoRA is zero, and so is A's gradient: a step first
+    # B of a new LoRA is zero, and so is the gradient of A, so take a step first
     for model in (ours, theirs):
         model.forward_backward([datum(text(15, 9), weights=[1.0] * 14)], "cross_entropy").result()
         model.optim_step(types.AdamParams(learning_rate=1e-2)).result()
@@ -179,10 +181,10 @@ def test_a_step_is_that_of_the_same_loss_computed_by_the_client(
         loss = torch.stack([fn(lp, inputs_of(one)) for lp, one in zip(logprobs, data, strict=True)]).sum()
         return loss, {"rows": float(len(data))}
 
-    served = ours.forward_backward(data, name, config or None).result()
-    carried = theirs.forward_backward_custom(data if has("0.36") else bare(data), two_passes).result()
-    if has("0.30"):  # before, the SDK tells the sum of its second pass by this name
-        assert close(served.metrics["loss:sum"], carried.metrics["loss:sum"])
+    one_pass = ours.forward_backward(data, name, config or None).result()
+    two_pass = theirs.forward_backward_custom(data if has("0.36") else targets_only(data), two_passes).result()
+    if has("0.30"):  # earlier SDKs report the sum of their second pass under this name
+        assert close(one_pass.metrics["loss:sum"], two_pass.metrics["loss:sum"])
     probe = [datum(text(25, 11), weights=[1.0] * 24)]
     before = logprobs_of(ours.forward(probe, "cross_entropy").result())[0]
     for model in (ours, theirs):
@@ -193,7 +195,7 @@ def test_a_step_is_that_of_the_same_loss_computed_by_the_client(
     assert (after[0] - after[1]).abs().max() < 1e-3 * moved
 
 
-def test_gradients_add_up_until_the_step(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_gradients_of_calls_before_a_step_are_summed(service: tinker.ServiceClient, model_folder: Path) -> None:
     together, apart = (new_model(service, model_folder, seed=7) for _ in range(2))
     data = [datum(text(12, seed), weights=[1.0] * 11) for seed in range(4)]
     together.forward_backward(data, "cross_entropy").result()
@@ -203,7 +205,7 @@ def test_gradients_add_up_until_the_step(service: tinker.ServiceClient, model_fo
     assert close(*norms)
 
 
-def test_the_gradient_is_clipped_by_its_norm(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_a_clip_norm_limits_the_gradient(service: tinker.ServiceClient, model_folder: Path) -> None:
     probe = [datum(text(25, 11), weights=[1.0] * 24)]
     moved = []
     for clip in (0.0, 1.0):
@@ -216,7 +218,7 @@ def test_the_gradient_is_clipped_by_its_norm(service: tinker.ServiceClient, mode
     assert moved[1] < moved[0] / 1.5
 
 
-def test_chunks_of_a_call_are_its_rows_in_order(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_a_call_in_chunks_has_the_outputs_of_the_whole_call(service: tinker.ServiceClient, model_folder: Path) -> None:
     whole, cut = (new_model(service, model_folder, seed=7) for _ in range(2))
     data = [datum(text(6 + seed, seed), weights=[1.0] * (5 + seed)) for seed in range(7)]
     expected = whole.forward_backward(data, "cross_entropy").result()
@@ -237,7 +239,7 @@ def test_chunks_of_a_call_are_its_rows_in_order(service: tinker.ServiceClient, m
         assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_two_clients_train_at_once_and_do_not_meet(server: str, model_folder: Path) -> None:
+def test_models_of_two_clients_can_train_at_once(server: str, model_folder: Path) -> None:
     data = [datum(text(12, 3), weights=[1.0] * 11)]
     models = [new_model(tinker.ServiceClient(base_url=server), model_folder, seed=7) for _ in range(2)]
     futures = []
@@ -250,7 +252,7 @@ def test_two_clients_train_at_once_and_do_not_meet(server: str, model_folder: Pa
     assert losses[-1] < losses[0]
 
 
-def test_a_loss_of_a_plugin_has_its_name_on_the_wire(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_a_loss_of_a_plugin_is_used_by_its_name(service: tinker.ServiceClient, model_folder: Path) -> None:
     model = new_model(service, model_folder)
     pairs = [datum(text(9, seed), ref_logprobs=tensor([-1.0] * 8), weights=[1.0] * 8) for seed in range(4)]
     output = model.forward_backward(pairs, "dpo", {"beta": 0.2}).result()
@@ -258,7 +260,7 @@ def test_a_loss_of_a_plugin_has_its_name_on_the_wire(service: tinker.ServiceClie
     assert all(name.count(":") == 1 for name in output.metrics)
 
 
-def test_gspo_takes_the_ratio_over_the_masked_tokens(service: tinker.ServiceClient, model_folder: Path) -> None:
+def test_gspo_averages_the_ratio_over_the_masked_tokens(service: tinker.ServiceClient, model_folder: Path) -> None:
     model = new_model(service, model_folder)
     (one,) = rl_datums(model, 1)
     mask = torch.tensor([0.0] * 3 + [1.0] * 4)
@@ -276,7 +278,7 @@ def test_gspo_takes_the_ratio_over_the_masked_tokens(service: tinker.ServiceClie
 
 
 @pytest.mark.parametrize("parts", [{"train_mlp": False}, {"train_attn": False}, {"train_unembed": False}])
-def test_parts_of_a_model_may_be_left_alone(
+def test_parts_of_a_model_can_be_excluded_from_training(
     service: tinker.ServiceClient, model_folder: Path, parts: dict[str, bool]
 ) -> None:
     model = new_model(service, model_folder, **parts)

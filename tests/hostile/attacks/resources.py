@@ -72,7 +72,7 @@ def starts_threads(targets: Targets, logits: Any) -> None:
         threading.Thread(target=time.sleep, args=(3600,)).start()
 
 
-def leaves_a_thread_behind(targets: Targets, logits: Any) -> None:
+def starts_a_thread_that_does_not_end(targets: Targets, logits: Any) -> None:
     import threading
 
     def spin() -> None:

@@ -1,4 +1,4 @@
-"""Speaks to a server by hand, as no SDK does every day."""
+"""A client of the Tinker API that sends requests which the SDK does not send."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tinkerbell_server.api.tinker import wire_pb2 as wire
 PROTOBUF = {"content-type": "application/x-protobuf"}
 
 
-class Wire:
-    """Speaks to a server as the SDK does, one request at a time."""
+class RawClient:
+    """Sends single requests of the Tinker API, with chosen sequence ids."""
 
     def __init__(self, server: str, base: Path) -> None:
         self.http = httpx.Client(base_url=f"{server}/api/v1", timeout=60, trust_env=False)
@@ -44,9 +44,14 @@ class Wire:
 
     def sample(self, sampler: str, seq: int, **params: Any) -> httpx.Response:
         prompt = {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]}
-        asked = {"max_tokens": 2, "seed": seq, **params}
+        sampling_params = {"max_tokens": 2, "seed": seq, **params}
         return self.post(
-            "asample", sampling_session_id=sampler, seq_id=seq, num_samples=1, prompt=prompt, sampling_params=asked
+            "asample",
+            sampling_session_id=sampler,
+            seq_id=seq,
+            num_samples=1,
+            prompt=prompt,
+            sampling_params=sampling_params,
         )
 
     def sampler(self, seq: int) -> str:
@@ -82,7 +87,7 @@ def message(
     config: dict[str, float] | None = None,
     groups: Sequence[int] = (),
 ) -> Any:
-    """Rows `first` to `first + rows` of a text without end. groups: the `group_id` of each."""
+    """A request with the rows `first` to `first + rows` of an endless text. groups: the `group_id` of each row."""
     sent = wire.ForwardBackwardRequest(model_id=model, seq_id=seq, loss_fn=loss_fn, loss_fn_config=config)
     for row in range(first, first + rows):
         datum = sent.data.add()
