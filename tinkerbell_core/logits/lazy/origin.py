@@ -46,7 +46,7 @@ class Origin:
             raise LogitsTooLarge(
                 f"{operation} needs stored logits of {self.bytes:,} bytes, but this server's budget is "
                 f"{self.budget:,}: use functional.target_logprobs, entropy or logsumexp instead, "
-                "send a smaller batch, or raise the setting logits_budget (see docs/custom-losses.md#what-a-loss-costs)"
+                "send a smaller batch, or raise the setting logits_budget (see docs/custom-losses.md#memory)"
             )
         self.materialised.append((operation, self.bytes))
         with torch.enable_grad(), without_autocast(self.source.device):
