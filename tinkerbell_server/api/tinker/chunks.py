@@ -120,5 +120,5 @@ def _check_whole(loss: LossDescription, groups: Sequence[int]) -> None:
             raise BadData(
                 f"loss {loss.name!r} takes rows in groups of {size}, each of one {GROUP_ID!r}, but group {group} "
                 f"has {found[group]} rows, or they are not consecutive: send all rows of a group one after the other "
-                "(see docs/coming-from-tinker.md#more)"
+                "(see docs/coming-from-tinker.md#what-is-added)"
             )
