@@ -29,7 +29,7 @@ def check_uploads_on(engine: EngineDescription) -> None:
         reason = engine.uploads_problem or "its operator can start it with --uploads sandboxed"
         raise UploadsOff(
             f"this server accepts no uploaded losses: {reason}; or install the loss as a plugin "
-            "(see docs/operators.md#where-they-run)"
+            "(see docs/operators.md#isolation)"
         )
 
 
