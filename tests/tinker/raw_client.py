@@ -32,7 +32,7 @@ class RawClient:
             session_id=self.session,
             model_seq_id=self.models,
             base_model=self.base,
-            lora_config={"rank": 4},
+            lora_config={"rank": 4, "seed": 1},
         )
         self.models += 1
         return str(self.done(made)["model_id"])
