@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from tests.fake_engine import FAKE_ENGINE
 from tests.server.conftest import Caller
-from tests.server.strategies import HARD, junk, numbers, words
-from tests.server.strategies import bodies as made_up
+from tests.server.strategies import HARD, bodies, junk, numbers, words
 from tinkerbell_server.api.openai import routes as openai_routes
 from tinkerbell_server.api.openai.completions import ChatCompletion, Completion
 from tinkerbell_server.api.tinker import protocol, wire_pb2
@@ -140,8 +139,8 @@ def filled(path: str, word: str) -> str:
 @pytest.mark.parametrize("route", BODIES)
 @settings(HARD, max_examples=50)
 @given(data=st.data())
-def test_a_body_of_the_right_shape_is_answered(here: Here, route: str, data: st.DataObject) -> None:
-    body = data.draw(made_up(BODIES[route], named(here)))
+def test_a_body_with_the_right_fields_gets_no_server_error(here: Here, route: str, data: st.DataObject) -> None:
+    body = data.draw(bodies(BODIES[route], named(here)))
     word = data.draw(st.one_of(st.sampled_from([here.session, here.model, "weights"]), words))
     method = "PUT" if route.endswith(("/ttl", "/project")) else "POST"
     check(here, method, "/api/v1/" + filled(route, word), msgspec.json.encode(body))
@@ -211,7 +210,7 @@ def test_protobuf_and_arbitrary_bytes_get_no_server_error(
 def test_an_arbitrary_completion_request_gets_no_server_error(
     here: Here, route: str, data: st.DataObject, raw: bytes
 ) -> None:
-    body = data.draw(made_up(Completion if route == "completions" else ChatCompletion, named(here)))
+    body = data.draw(bodies(Completion if route == "completions" else ChatCompletion, named(here)))
     check(here, "POST", f"/v1/{route}", msgspec.json.encode(body))
     check(here, "POST", f"/v1/{route}", raw)
 

@@ -25,6 +25,9 @@ _DTYPES = {
 
 _OF_TOKENS = frozenset({"target_tokens", "weights", "advantages", "logprobs"})
 
+MAX_DENSE = 1 << 24
+"""The most numbers, with its zeros, of a tensor that is sent as a sparse one."""
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardCall:
@@ -105,10 +108,21 @@ def json_tensor(whose: str, value: Any) -> TensorData:
         raise BadData(f"{whose} has dtype {str(dtype)[:40]!r}, but must have float32 or int64")
     numbers = to_numpy(as_tensor(value["data"], whose)).astype(dtype)
     shape = value.get("shape")
+    if shape is not None and not (isinstance(shape, list) and all(type(size) is int for size in shape)):
+        raise BadData(f"{whose} has shape {str(shape)[:40]!r}, but a shape is a list of sizes")
     if value.get("sparse_crow_indices") is not None:
-        crow, col = (np.asarray(value.get(f"sparse_{name}_indices"), dtype=np.int64) for name in ("crow", "col"))
+        crow, col = (_json_indices(whose, f"sparse_{name}_indices", value) for name in ("crow", "col"))
         return from_numpy(_dense(whose, numbers, crow, col, shape or []))
     return TensorData(to_bytes(numbers, dtype), dtype, tuple(shape) if shape is not None else numbers.shape)
+
+
+# Any: as above
+def _json_indices(whose: str, name: str, value: Mapping[str, Any]) -> Array:
+    """The indices `[n]` of a sparse tensor, int64. Raises BadData."""
+    indices = value.get(name)
+    if not isinstance(indices, list) or not all(type(one) is int and -(2**63) <= one < 2**63 for one in indices):
+        raise BadData(f"{whose} is sparse, but its {name} are not a list of integers")
+    return np.asarray(indices, dtype=np.int64)
 
 
 def same_widths(data: list[dict[str, Any]]) -> list[int] | None:
@@ -223,8 +237,11 @@ def _proto_tensor(whose: str, tensor: wire.Tensor) -> TensorData:
 def _dense(whose: str, values: Array, crow: Array, col: Array, shape: Iterable[int]) -> Array:
     """The matrix of a CSR tensor; entries that it does not list are 0."""
     rows, width = (*shape, -1, -1)[:2]
-    if rows < 0 or width < 0 or rows * width > 1 << 28:
-        raise BadData(f"{whose} is sparse and has shape {list(shape)}, but needs two sizes, [T, K]")
+    if rows < 0 or width < 0 or rows * width > MAX_DENSE:
+        raise BadData(
+            f"{whose} is sparse and has shape {list(shape)}, but needs two sizes, [T, K], "
+            f"and at most {MAX_DENSE:,} numbers, zeros included"
+        )
     counts = np.diff(crow)
     if len(crow) != rows + 1 or (len(crow) and crow[0] != 0) or (counts < 0).any() or counts.sum() != len(col):
         raise BadData(f"{whose}: its sparse_crow_indices do not fit {rows} rows and {len(col)} entries")
