@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from tests.engine.calls import CE, create, gradients, rows, run, same, step, weights
 from tests.engine.conftest import MakeEngine
+from tinkerbell_core.errors import BadHyperparameter
+from tinkerbell_server.engines.torch.optim_step import LARGEST_NORM, not_finite
 
 
 def test_a_step_equals_that_of_torch(make_engine: MakeEngine) -> None:
@@ -32,3 +37,49 @@ def test_steps_make_the_text_likelier(make_engine: MakeEngine) -> None:
         losses.append(run(engine, data, CE).loss)
         step(engine)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"eps": 0.0}, {"learning_rate": 1e300}, {"learning_rate": 1.0, "weight_decay": 1e308}],
+    ids=["eps 0", "a large learning rate", "a large weight decay"],
+)
+def test_a_step_that_would_not_be_finite_changes_nothing(make_engine: MakeEngine, settings: dict[str, float]) -> None:
+    engine, twin = make_engine(dtype="float32"), make_engine(dtype="float32")
+    for one in (engine, twin):
+        create(one)
+        run(one, rows([7, 5]))
+        step(one, learning_rate=1e-3)
+        run(one, rows([4, 9]))
+    with torch.no_grad():
+        for one in (engine, twin):  # a gradient of exactly 0 divides 0 by eps
+            for gradient in one._models.get("m").accumulated.gradients.values():
+                gradient[0] = 0.0
+            for moments in one._models.get("m").optimizer.state.values():
+                moments["exp_avg"].zero_()
+                moments["exp_avg_sq"].zero_()
+    before, accumulated = weights(engine), gradients(engine)
+    with pytest.raises(BadHyperparameter, match=r"of \d+ tensors of model 'm' not finite \(first: .*lora_"):
+        step(engine, **{"learning_rate": 1e-3, **settings})
+    assert same(before, weights(engine))
+    assert same(accumulated, gradients(engine))
+    step(engine, learning_rate=1e-3)
+    step_of_twin = step(twin, learning_rate=1e-3)
+    assert step_of_twin.step == 2
+    assert same(weights(engine), weights(twin))
+
+
+@pytest.mark.parametrize("settings", [{"eps": 1e-12, "learning_rate": 1.0}, {"betas": (0.9999, 0.999999)}])
+def test_an_ordinary_step_with_the_largest_gradient_is_finite(
+    make_engine: MakeEngine, settings: dict[str, Any]
+) -> None:
+    engine = make_engine(dtype="float32")
+    create(engine)
+    run(engine, rows([7, 5]))
+    model = engine._models.get("m")
+    with torch.no_grad():
+        for gradient in model.accumulated.gradients.values():
+            gradient.zero_().view(-1)[0] = LARGEST_NORM / 100
+    step(engine, **{"learning_rate": 1e-3, **settings})
+    assert not model.large_moments
+    assert not_finite(model.parameters) == []

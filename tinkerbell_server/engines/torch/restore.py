@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from tinkerbell_core.errors import BadCheckpoint
 from tinkerbell_server.engines.torch.checkpoints import OPTIMIZER, Checkpoint
+from tinkerbell_server.engines.torch.optim_step import LARGEST_NORM
 from tinkerbell_server.engines.torch.trained_model import TrainedModel
 
 
@@ -50,3 +51,5 @@ def restore_moments(model: TrainedModel, checkpoint: Checkpoint) -> None:
         parameter = model.parameters[name]
         device = "cpu" if kind == "step" else parameter.device
         model.optimizer.state[parameter][kind] = value.to(device)
+        if kind != "step" and not bool((value.abs() <= LARGEST_NORM).all()):
+            model.large_moments = True

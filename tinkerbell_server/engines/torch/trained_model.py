@@ -28,6 +28,7 @@ class TrainedModel:
 
     parameters: the trained ones by name. steps: optim_steps taken. calls: forward_backward calls so far.
     initial: the weights that reference="initial" means: "base", or the path that they were loaded from.
+    large_moments: whether a moment of AdamW may be larger than `optim_step` assumes of an ordinary step.
     """
 
     spec: CreateModelRequest
@@ -39,6 +40,7 @@ class TrainedModel:
     calls: int = 0
     initial: str = "base"
     accumulated: Accumulated = field(default_factory=Accumulated)
+    large_moments: bool = False
     saved_path: str | None = None
     saved_step: int | None = None
 
