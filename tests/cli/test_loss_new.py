@@ -35,7 +35,7 @@ def scaled_softplus(x: torch.Tensor) -> torch.Tensor:
 
 
 def softened(model_outputs, loss_fn_inputs, attention_mask, *, strength: float = STRENGTH):  # type: ignore[no-untyped-def]
-    """The sum of softplus(-log p(target)) * strength. Only these tests define it."""
+    """softplus(-log p(target)) * strength, summed: a loss of these tests."""
     mask = effective_mask(loss_fn_inputs, attention_mask)  # [B, T]
     logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"], where=mask)
     return LossFnOutput(masked_sum(strength * scaled_softplus(-logprobs), mask), logprobs)
@@ -231,4 +231,4 @@ def test_loss_show_prints_the_formula_and_the_inputs() -> None:
     output = run("loss", "show", "ppo", "--local").output
     assert "formula          -min(ratio * advantage, clip(ratio) * advantage), summed" in output
     assert "inputs           target_tokens, logprobs, advantages" in output
-    assert loss(softened).summary == "softplus(-log p(target)) * strength, summed: a test's own."
+    assert loss(softened).summary == "softplus(-log p(target)) * strength, summed: a loss of these tests."

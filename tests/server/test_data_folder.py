@@ -49,7 +49,8 @@ FILES = {"tinkerbell.db": store.MIGRATIONS, "keys.db": keys.MIGRATIONS, "tinker.
 def unpack(folder: Path) -> dict[str, Any]:
     """Write the data folder of 0.1.0 to `folder/data` and return the facts about it. Any: JSON."""
     with tarfile.open(RELEASE_0_1_0) as tar:
-        tar.extractall(folder, filter="tar")
+        # Python 3.11.2, which Debian 12 has, knows no filters
+        tar.extractall(folder, **({"filter": "tar"} if hasattr(tarfile, "tar_filter") else {}))
     return dict(json.loads((folder / "facts.json").read_text()))
 
 
