@@ -69,6 +69,7 @@ def test_the_likeliest_token_is_always_possible_with_top_k_and_top_p(make_engine
     engine = make_engine()
     greedy = sample(engine, ABC, temperature=0.0).sequences[0].tokens
     assert sample(engine, ABC, top_k=1).sequences[0].tokens == greedy
+    assert sample(engine, ABC, temperature=1e-40).sequences[0].tokens == greedy
     assert sample(engine, ABC, top_p=1e-9).sequences[0].tokens == greedy
 
 

@@ -53,7 +53,10 @@ class OptimStepRequest(Wire, frozen=True):
 
 
 class SampleRequest(Wire, frozen=True):
-    """Continue a prompt: a string, a chat or token ids. model_id None: the base model. temperature 0: greedy."""
+    """Continue a prompt: a string, a chat or token ids.
+
+    model_id None: the base model. temperature below 1e-6: the likeliest token.
+    """
 
     prompt: Any
     model_id: str | None = None

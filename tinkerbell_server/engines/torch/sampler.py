@@ -29,9 +29,13 @@ class UniformStream:
         return self._drawn.pop()
 
 
+COLDEST = 1e-6
+"""Below this temperature a sample is the likeliest token; logits divided by less can be infinite in float32."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
-    """How the tokens of a row are drawn. temperature 0: the likeliest token. top_k -1, top_p 1: no limit."""
+    """How tokens are drawn. temperature below COLDEST: the likeliest token. top_k -1, top_p 1: no limit."""
 
     temperature: float
     top_k: int
@@ -41,7 +45,7 @@ class SamplingSettings:
 def choose_tokens(logits: Tensor, settings: Sequence[SamplingSettings], uniforms: Sequence[float]) -> Tensor:
     """A token, int64 `[S]`, for each row of logits `[S, V]`. uniforms: a number in [0, 1) for each row."""
     greedy = logits.argmax(-1)  # [S]
-    warm = [index for index, setting in enumerate(settings) if setting.temperature > 0]
+    warm = [index for index, setting in enumerate(settings) if setting.temperature >= COLDEST]
     if not warm:
         return greedy
     rows = torch.tensor(warm, device=logits.device)
