@@ -129,6 +129,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     gradient_checkpointing: Annotated[
         bool, _about("Store fewer activations of each layer and compute them again in the backward pass.")
     ] = False
+    base_dropout: Annotated[
+        bool, _about("Use the dropout that the configuration of the base model asks for, in training.")
+    ] = False
     plugins: Annotated[bool, _about("Load installed plugins in addition to the built-in losses.")] = True
     disabled_plugins: Annotated[
         tuple[str, ...],

@@ -98,6 +98,7 @@ OTHER_VALUES: dict[str, Any] = {
     "micro_batch_tokens": 512,
     "logits_budget": 1_000_000,
     "gradient_checkpointing": True,
+    "base_dropout": True,
     "plugins": False,
     "disabled_plugins": ("a:b", "c"),
     "required_plugins": ("d",),

@@ -43,12 +43,12 @@ def test_peft_loads_a_saved_adapter(make_engine: MakeEngine, bases, base: str, t
 def test_a_loaded_model_continues_exactly_where_it_was_saved(
     make_engine: MakeEngine, full: bool, tmp_path: Path
 ) -> None:
-    engine = make_engine("dropout")
+    engine = make_engine("dropout", base_dropout=True)
     create(engine, full=full)
     train(engine, "m", 2)
     engine.execute(Save(model_id="m", path=str(tmp_path / "saved")))
     train(engine, "m", 2)
-    fresh = make_engine("dropout")
+    fresh = make_engine("dropout", base_dropout=True)
     create(fresh, "n", full=full, rank=2)
     loaded = fresh.execute(Load(model_id="n", path=str(tmp_path / "saved"), optimizer=True))
     assert (loaded.step, loaded.rank, loaded.optimizer) == (2, None if full else 4, True)

@@ -202,7 +202,7 @@ def test_the_budget_applies_to_a_model_that_is_run_through_its_own_forward(
 
 def test_gradient_checkpointing_gives_the_same_gradient_with_dropout(make_engine: MakeEngine) -> None:
     def gradient(**settings: Any) -> dict[str, torch.Tensor]:
-        engine = make_engine("dropout", **settings)
+        engine = make_engine("dropout", base_dropout=True, **settings)
         name = upload(engine, normalised, "mine")
         create(engine, target_modules=["lm_head", "q_proj"])
         off_zero(engine)

@@ -16,7 +16,7 @@ from tinkerbell_server.commands import DeleteModel
 
 
 def test_models_on_one_base_do_not_affect_each_other(make_engine: MakeEngine) -> None:
-    alone, shared = make_engine("dropout"), make_engine("dropout")
+    alone, shared = (make_engine("dropout", base_dropout=True) for _ in range(2))
     create(shared, "neighbour", rank=8, target_modules=["q_proj", "lm_head"], seed=5)
     for engine in (alone, shared):
         for seed in range(3):

@@ -23,7 +23,7 @@ def gap(model_outputs, loss_fn_inputs, attention_mask):
 def test_the_base_is_the_default_reference_and_its_logprobs_are_cached(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = make_engine("dropout")
+    engine = make_engine("dropout", base_dropout=True)
     name = upload(engine, gap, "gap")
     data = rows([5, 8, 3])
     assert run(engine, data, name, backward=False).loss < 1e-4

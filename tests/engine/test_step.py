@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PhiConfig
 
 from tests.engine.calls import CE, LENGTHS, create, gradients, off_zero, rows, run, same, step, upload, weights
 from tests.engine.conftest import MakeEngine
@@ -15,6 +18,7 @@ from tinkerbell_core.functional import hidden_states
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.tensors import from_torch, to_torch
 from tinkerbell_server.commands import RunLoss
+from tinkerbell_server.engines.torch.load_network import turn_off_dropout
 from tinkerbell_server.engines.torch.memory import Budgets
 
 
@@ -60,7 +64,7 @@ def test_the_gradient_equals_that_of_torch_on_the_whole_model(make_engine: MakeE
 
 
 def test_dropout_is_replayed_when_the_backbone_runs_a_second_time(make_engine: MakeEngine) -> None:
-    engine = make_engine("dropout", micro_batch_tokens=24)
+    engine = make_engine("dropout", base_dropout=True, micro_batch_tokens=24)
     coupled = upload(engine, lambda o, i, m: summed_nll(o, i, m), "coupled", coupling="batch")
     alone = upload(engine, lambda o, i, m: summed_nll(o, i, m), "alone", coupling="sequence")
     for model in ("two-passes", "one-pass"):
@@ -73,8 +77,34 @@ def test_dropout_is_replayed_when_the_backbone_runs_a_second_time(make_engine: M
     assert same(gradients(engine, "two-passes"), gradients(engine, "one-pass"), EXACT)
 
 
-def test_dropout_differs_from_call_to_call_and_is_off_without_backward(make_engine: MakeEngine) -> None:
+def test_dropout_of_the_base_is_off_by_default(make_engine: MakeEngine) -> None:
     engine = make_engine("dropout")
+    trained, evaluated = (run(engine, rows(LENGTHS), backward=backward) for backward in (True, False))
+    assert trained.loss == evaluated.loss
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+DROPOUT = [
+    GPT2Config(**SMALL, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5),
+    OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=16, dropout=0.5, attention_dropout=0.5, layerdrop=0.5),
+    LlamaConfig(**SMALL, intermediate_size=32, attention_dropout=0.5),
+    PhiConfig(**SMALL, intermediate_size=32, resid_pdrop=0.5, embd_pdrop=0.5, attention_dropout=0.5),
+]
+
+
+@pytest.mark.parametrize("config", DROPOUT, ids=lambda config: config.model_type)
+def test_a_model_without_dropout_gives_the_same_logits_in_train_mode(config: Any) -> None:
+    model = AutoModelForCausalLM.from_config(config)
+    tokens = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        expected = model.eval()(tokens).logits
+        assert not torch.equal(model.train()(tokens).logits, expected)
+        turn_off_dropout(model)
+        assert torch.equal(model.train()(tokens).logits, expected)
+
+
+def test_dropout_differs_from_call_to_call_and_is_off_without_backward(make_engine: MakeEngine) -> None:
+    engine = make_engine("dropout", base_dropout=True)
     first, second = (run(engine, rows(LENGTHS)).loss for _ in range(2))
     assert first != second
     first, second = (run(engine, rows(LENGTHS), backward=False).loss for _ in range(2))

@@ -79,6 +79,7 @@ class TorchEngine:
                 revision=revision,
                 trust_remote_code=settings.trust_remote_code,
                 gradient_checkpointing=settings.gradient_checkpointing,
+                dropout=settings.base_dropout,
             )
 
         self._base = load(source, choose_dtype(settings.dtype, device))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tinkerbell_core.errors import BadRequest
@@ -55,11 +57,13 @@ def load_network(
     revision: str | None = None,
     trust_remote_code: bool = False,
     gradient_checkpointing: bool = False,
+    dropout: bool = False,
 ) -> Network:
     """Load a hub id or a local folder onto the device, frozen and in eval mode.
 
     attn: the attention implementation of transformers. gradient_checkpointing: in train mode, keep only the input of
-    each layer for the backward pass. Raises BadRequest if the model cannot be loaded or does not support it.
+    each layer for the backward pass. dropout: in train mode, use the dropout of the model. Raises BadRequest if the
+    model cannot be loaded or does not support it.
     """
     options: dict[str, Any] = {  # Any: options of several types
         "revision": revision,
@@ -73,11 +77,27 @@ def load_network(
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BadRequest(f"cannot load the model {str(source)!r}: {reason}") from error
     model.to(device).eval().requires_grad_(False)
+    if not dropout:
+        turn_off_dropout(model)
     if gradient_checkpointing:
         _enable_checkpointing(model, source)
     network = Network(model, str(source), device, dtype)
     network.transform = find_transform(network)
     return network
+
+
+def turn_off_dropout(model: nn.Module) -> None:
+    """Set every probability of dropout to 0: those of dropout modules, and those that a module passes to a function.
+
+    With dropout, the log-probabilities of a training pass differ from those of the reference and the sampler, so the
+    first step of DPO does not have a loss of log 2, and the first ratio of PPO is not 1.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and re.search(r"drop", name):
+                setattr(module, name, 0.0)
 
 
 @torch.no_grad()
