@@ -152,6 +152,19 @@ def test_the_error_for_a_text_that_is_too_long_names_its_record() -> None:
         rows([record], make_tokenizer())
 
 
+def test_weights_of_rows_and_positions_multiply_the_mask_of_a_chat_or_an_answer() -> None:
+    tokenizer = make_tokenizer()
+    mask = to_numpy(rows([CHAT], tokenizer)[0].inputs["weights"])
+    assert set(mask) == {0.0, 1.0}
+    of_row = rows([CHAT], tokenizer, {"weights": [0.5]})[0]
+    assert to_numpy(of_row.inputs["weights"]).tolist() == (0.5 * mask).tolist()
+    of_positions = rows([CHAT], tokenizer, {"weights": [list(range(len(mask)))]})[0]
+    assert to_numpy(of_positions.inputs["weights"]).tolist() == (mask * range(len(mask))).tolist()
+    record = {"prompt": "2+2=", "chosen": "4", "rejected": "five"}
+    pair = rows([record], tokenizer, {"weights": [1, 2]})
+    assert [to_numpy(row.inputs["weights"]).tolist() for row in pair] == [[0, 0, 0, 1], [0, 0, 0, 2, 2, 2, 2]]
+
+
 def test_loss_fn_inputs_have_one_entry_per_position_of_the_shifted_text() -> None:
     assert to_numpy(rows(["abc"], make_tokenizer(), {"weights": [[0, 1]]})[0].inputs["weights"]).tolist() == [0, 1]
     with pytest.raises(BadData, match="'weights' has length 3, but the row has 2 positions"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from tinkerbell_core.errors import BadData
 from tinkerbell_core.tensors import INTEGERS, as_tensor, cast, from_numpy, is_tensor, to_numpy
 from tinkerbell_core.types import LossDescription, TensorData
@@ -62,8 +64,9 @@ def parse_call(
 def shift(row_name: str, tokens: TensorData, inputs: Inputs, counts: Sequence[bool] | None = None) -> Row:
     """A row that predicts each of the ids from those before it: tokens ids[:-1] and target_tokens ids[1:].
 
-    The weight of a position is 1 if its target counts, else 0. inputs: those that the caller sent; they replace
-    target_tokens and weights. counts: for each of the ids, whether it counts; by default all do.
+    The weight of a position is 1 if its target counts, else 0. inputs: those that the caller sent. Weights among them,
+    for the row or for each position, multiply these weights; other inputs replace them. counts: for each of the ids,
+    whether it counts; by default all do.
     """
     ids = to_numpy(tokens)
     if len(ids) < 2:
@@ -72,6 +75,11 @@ def shift(row_name: str, tokens: TensorData, inputs: Inputs, counts: Sequence[bo
         )
     weights = [1.0] * (len(ids) - 1) if counts is None else [float(count) for count in counts[1:]]
     shifted = {"target_tokens": from_numpy(ids[1:]), "weights": as_tensor(weights, "weights")}
+    sent = inputs.get("weights")
+    if counts is not None and sent is not None and sent.shape in ((), (len(weights),)):
+        product = to_numpy(sent) * np.asarray(weights)
+        dtype = "float64" if sent.dtype == "float64" else "float32"
+        inputs = {**inputs, "weights": from_numpy(product.astype(dtype))}
     return Row(from_numpy(ids[:-1]), {**shifted, **inputs})
 
 
