@@ -23,7 +23,7 @@ from tinkerbell_server.service.service import Service
 
 
 def create_app(settings: Settings) -> Starlette:
-    """The application of one server. Raises TinkerbellError where another server has the data dir."""
+    """The application of one server. Raises TinkerbellError if another server has the data dir."""
     service = Service(settings)
     front = TinkerServer(service)
 
