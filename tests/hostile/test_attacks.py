@@ -58,7 +58,7 @@ HARMLESS = {
 }
 """The attacks that may end without an error, because they find nothing or only their own data."""
 
-HANGS = {"sends_requests_forever", "loops", "ignores_signals_and_exceptions", "multiplies_forever", "sleeps"}
+HANGS = {"loops", "ignores_signals_and_exceptions", "multiplies_forever", "sleeps"}
 
 RETURNS_ITS_OWN = {"reads_the_environment"}
 """The attacks that may return a text, because it is their own. The test checks that it contains no secret."""
@@ -92,6 +92,8 @@ def test_an_attack_does_no_harm(sandboxed: World, attack: Attack, phase: str) ->
     assert seconds < DRY_RUN_SECONDS + CALL_SECONDS + 30
     if name in HANGS:
         assert "timed out" in reply
+    if name == "sends_requests_forever":  # a fast machine sends 10,000 requests before the time is up
+        assert "timed out" in reply or "more than 10000 requests" in reply
 
 
 def test_every_list_names_existing_attacks() -> None:
