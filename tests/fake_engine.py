@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import struct
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,7 @@ class FakeEngine:
         self._base_model, self._uploads = base_model, uploads
         self._models: dict[str, _Model] = {}
         self._losses = built_ins()
+        self._device = threading.Lock()
 
     def memory_bytes(self) -> int:
         return 0
@@ -114,7 +116,11 @@ class FakeEngine:
     def close(self) -> None:
         """Do nothing: the engine has no resources."""
 
-    def execute(self, command: commands.Command) -> commands.Result:
+    def execute(self, command: commands.Command, context: commands.CallContext = commands.ALONE) -> commands.Result:
+        with self._device:
+            return self._execute(command)
+
+    def _execute(self, command: commands.Command) -> commands.Result:
         model_id = _word(getattr(command, "model_id", None) or "")
         if model_id.startswith("slow-"):
             time.sleep(0.3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -21,7 +23,11 @@ from tinkerbell_core.types import (
     SampleOutput,
     SaveOutput,
     TensorData,
+    TopLogprobs,
 )
+
+QUANTUM_SECONDS = 0.1
+"""How long a call may use the device while other calls wait; it ends its work item first."""
 
 MATERIALISED = "logits_materialised/"
 """Prefix of the diagnostics of stored logits: `logits_materialised/<operation or reason>:sum`, in bytes."""
@@ -119,6 +125,7 @@ class Sample(Command, frozen=True):
     path: str | None = None
     end: bool = True
     top: int = 0
+    streamed: bool = False
     questions: PromptQuestions | None = None
 
 
@@ -126,6 +133,20 @@ class Samples(Command, frozen=True):
     """Samples that are generated together. An error of one does not affect the others."""
 
     samples: list[Sample]
+
+
+class SamplePiece(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The next tokens of a sample, and their text.
+
+    part: the place of the command in its `Samples`. sequence: the number of the sample among those of its command.
+    """
+
+    part: int
+    sequence: int
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    top: TopLogprobs | None = None
 
 
 class SampleResult(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -245,6 +266,23 @@ class EngineDescription(msgspec.Struct, frozen=True, kw_only=True):
     layers: dict[str, list[str]] = {}
 
 
+@dataclass(frozen=True, slots=True)
+class CallContext:
+    """What an engine knows of a call, besides its command.
+
+    tenant: whose call it is; the calls of several tenants take turns. cancelled: whether the caller has cancelled this
+    part of `Samples`, or part 0 of any other command. report: sends a piece of a sample to the caller.
+    """
+
+    tenant: str = ""
+    cancelled: Callable[[int], bool] = lambda part: False
+    report: Callable[[SamplePiece], None] = lambda piece: None
+
+
+ALONE = CallContext()
+"""The context of a call that nobody watches."""
+
+
 class Engine(Protocol):
     """The owner of the weights and the device."""
 
@@ -256,10 +294,11 @@ class Engine(Protocol):
         """The peak memory use so far."""
         ...
 
-    def execute(self, command: Command) -> Result:
+    def execute(self, command: Command, context: CallContext = ALONE) -> Result:
         """Run a command. Raises TinkerbellError for the user's errors; then nothing has changed.
 
-        May be called from several threads at once; the engine takes care that only one of them uses the device.
+        May be called from several threads at once; the engine takes care that only one of them uses the device. Raises
+        BadRequest for a loss whose call is cancelled; a cancelled sample ends early.
         """
         ...
 

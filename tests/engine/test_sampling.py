@@ -8,7 +8,8 @@ import torch
 from tests.engine.calls import create, rows, run, sample, sample_command, step
 from tests.engine.conftest import MakeEngine
 from tinkerbell_core.errors import UnknownModel
-from tinkerbell_server.commands import Samples
+from tinkerbell_server.commands import CallContext, SamplePiece, Samples
+from tinkerbell_server.engines.torch.sample_text import SampleText
 
 ABC = list(b"abc")
 
@@ -78,3 +79,69 @@ def test_an_unknown_model_is_refused_with_a_similar_id(make_engine: MakeEngine) 
     create(engine, "mine")
     with pytest.raises(UnknownModel, match="did you mean 'mine'"):
         sample(engine, ABC, "mini")
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_sample(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    special = engine._tokenizer.convert_ids_to_tokens(257)
+    uncertain = {"max_tokens": 40, "temperature": 1.0, "end": False}
+    free = next(
+        found
+        for seed in range(200)
+        if 257 in (found := sample(engine, ABC, seed=seed, **uncertain).sequences[0]).tokens[2:]
+    )
+    seed = next(
+        seed for seed in range(200) if sample(engine, ABC, seed=seed, **uncertain).sequences[0].tokens == free.tokens
+    )
+    stopped = sample(engine, ABC, seed=seed, stop=[special], **uncertain).sequences[0]
+    end = free.tokens.index(257)
+    assert (stopped.tokens, stopped.stop_reason) == (free.tokens[: end + 1], "stop")
+    letter = engine._tokenizer.decode([free.tokens[end - 1]], skip_special_tokens=False)
+    mixed = sample(engine, ABC, seed=seed, stop=[letter + special], **uncertain).sequences[0]
+    assert mixed.tokens == stopped.tokens
+    assert mixed.text == engine._tokenizer.decode(free.tokens[: end - 1], skip_special_tokens=True)
+
+
+def test_a_sample_with_stop_strings_ends_at_the_end_of_text_too(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    ended = next(
+        found
+        for seed in range(200)
+        if (found := sample(engine, ABC, seed=seed, max_tokens=40, stop=["\n\nUser:"]).sequences[0]).tokens[-1] == 257
+    )
+    assert ended.stop_reason == "stop"
+    assert len(ended.tokens) < 40
+
+
+@pytest.mark.parametrize("stop", [[], ["ab"], ["zzzzzz"]])
+def test_the_pieces_of_a_streamed_sample_make_its_result(make_engine: MakeEngine, stop: list[str]) -> None:
+    engine = make_engine()
+    pieces: list[SamplePiece] = []
+    commands = [
+        sample_command(ABC, max_tokens=30, num_samples=2, stop=stop, streamed=True, top=2),
+        sample_command([1, 2], max_tokens=30, stop=stop),
+        sample_command([5], max_tokens=30, stop=stop, streamed=True, seed=9),
+    ]
+    results = engine.execute(Samples(samples=commands), CallContext(report=pieces.append)).results
+    assert {(piece.part, piece.sequence) for piece in pieces} == {(0, 0), (0, 1), (2, 0)}
+    assert len(pieces) > 6
+    for part, sequence in ((0, 0), (0, 1), (2, 0)):
+        expected = results[part].output.sequences[sequence]
+        own = [piece for piece in pieces if (piece.part, piece.sequence) == (part, sequence)]
+        assert "".join(piece.text for piece in own) == expected.text
+        assert [token for piece in own for token in piece.tokens] == expected.tokens
+        assert [logprob for piece in own for logprob in piece.logprobs] == expected.logprobs
+        assert all((piece.top is not None) == (part == 0) for piece in own)
+
+
+def test_text_is_held_back_while_it_may_be_the_beginning_of_a_stop_string_or_a_part_of_a_character(
+    make_engine: MakeEngine,
+) -> None:
+    text = SampleText(make_engine()._tokenizer, ["stop"])
+    sent = ""
+    for count in range(1, len("a sto é".encode()) + 1):
+        tokens = list("a sto é".encode()[:count])
+        sent += text.next_piece(tokens)
+        assert "a sto é".startswith(sent)
+        assert len(sent) <= max(0, len(bytes(tokens).decode(errors="ignore")) - 3)
+    assert sent + text.last_piece(list("a sto é".encode())) == "a sto é"

@@ -9,18 +9,32 @@ import struct
 import msgspec
 
 from tinkerbell_core.errors import Problem
-from tinkerbell_server.commands import AnyCommand, EngineDescription
+from tinkerbell_server.commands import AnyCommand, EngineDescription, SamplePiece
 
 
-class Call(msgspec.Struct, frozen=True):
-    """A command and its number. overlaps: it spends its time in a sandbox, so it may run beside other commands."""
+class Call(msgspec.Struct, frozen=True, tag=True):
+    """A command, its number, and the tenant that it is executed for."""
 
     number: int
     command: AnyCommand
-    overlaps: bool = False
+    tenant: str = ""
 
 
-class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Ends a part of a call before it is complete: one command of `Samples`, or part 0 of any other command."""
+
+    number: int
+    part: int
+
+
+class Piece(msgspec.Struct, frozen=True, tag=True):
+    """A piece of a sample of the call of this number."""
+
+    number: int
+    piece: SamplePiece
+
+
+class Reply(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
     """The answer to the call of this number. result: the Result in msgpack.
 
     description: sent at start, and when the losses change. memory_bytes: the peak on the device.

@@ -1,4 +1,4 @@
-"""The engine process: executes the commands of one socket, in order, except those that wait for a sandbox.
+"""The engine process: executes the commands of one socket, each as soon as it arrives.
 
 `python -m tinkerbell_server.engines.process --fd N`. The first frame in is the Settings as JSON, the first frame out a
 Reply that holds the engine's description or the reason why there is none. The process ends when the API's end of the
@@ -24,11 +24,22 @@ from typing import Protocol
 import msgspec
 
 from tinkerbell_core.errors import BadRequest, DeviceFailed, Problem, TinkerbellError
-from tinkerbell_server.commands import AnyCommand, DeleteLosses, Engine, ImportLoss, RegisterLoss
+from tinkerbell_server.commands import (
+    AnyCommand,
+    CallContext,
+    DeleteLosses,
+    Engine,
+    ImportLoss,
+    RegisterLoss,
+    SamplePiece,
+)
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines import framing
 
 log = logging.getLogger("tinkerbell.engine")
+
+_THREADS = 64
+"""More than the calls that the API sends at the same time."""
 
 DEVICE_FAILED = 3
 """The exit status after a command that made the device fail."""
@@ -56,41 +67,58 @@ def serve(sock: socket.socket) -> int:
 
 
 def _execute_calls(sock: socket.socket, engine: Engine) -> None:
-    """Answer calls until the API closes the socket: in order on this thread, those that overlap on others."""
+    """Answer calls until the API closes the socket. The engine decides which of them uses the device."""
     sending = threading.Lock()
     calls: queue.SimpleQueue[framing.Call | None] = queue.SimpleQueue()
+    main_is_free = threading.Semaphore()
+    cancelled: dict[int, set[int]] = {}  # parts, by the number of a call that has not ended
 
-    def answer(call: framing.Call) -> None:
-        reply = execute(engine, call.command)
-        frame = msgspec.msgpack.encode(msgspec.structs.replace(reply, number=call.number))
+    def send(message: framing.Reply | framing.Piece) -> None:
+        frame = msgspec.msgpack.encode(message)
         with sending, contextlib.suppress(ConnectionError):  # the API has closed the socket
             framing.send(sock, frame)
-            if reply.problem is not None and reply.problem.kind == DeviceFailed.__name__:
-                # every later call of this process would fail; the supervisor starts another one
-                os._exit(DEVICE_FAILED)
+
+    def answer(call: framing.Call) -> None:
+        def report(piece: SamplePiece) -> None:
+            send(framing.Piece(call.number, piece))
+
+        parts = cancelled[call.number]
+        reply = execute(engine, call.command, CallContext(call.tenant, parts.__contains__, report))
+        del cancelled[call.number]
+        send(msgspec.structs.replace(reply, number=call.number))
+        if reply.problem is not None and reply.problem.kind == DeviceFailed.__name__:
+            # every later call of this process would fail; the supervisor starts another one
+            os._exit(DEVICE_FAILED)
 
     def receive() -> None:
-        decoder = msgspec.msgpack.Decoder(framing.Call)
+        decoder = msgspec.msgpack.Decoder(framing.Call | framing.Cancel)
         with contextlib.suppress(ConnectionError):
             while (frame := framing.receive(sock)) is not None:
-                call = decoder.decode(frame)
-                if call.overlaps:
-                    overlapping.submit(answer, call)
-                else:
-                    calls.put(call)
+                match decoder.decode(frame):
+                    case framing.Cancel(number=number, part=part):
+                        if number in cancelled:
+                            cancelled[number].add(part)
+                    case framing.Call() as call:
+                        cancelled[call.number] = set()
+                        # the main thread computes fastest, because torch has started its threads for it
+                        if main_is_free.acquire(blocking=False):
+                            calls.put(call)
+                        else:
+                            others.submit(answer, call)
         calls.put(None)
 
-    with ThreadPoolExecutor(thread_name_prefix="overlapping") as overlapping:
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="call") as others:
         threading.Thread(target=receive, name="receive", daemon=True).start()
         while (call := calls.get()) is not None:
             answer(call)
+            main_is_free.release()
         engine.close()  # otherwise the threads would wait for sandboxes
 
 
-def execute(engine: Engine, command: AnyCommand) -> framing.Reply:
+def execute(engine: Engine, command: AnyCommand, context: CallContext) -> framing.Reply:
     """The reply to one command: its result or its error, and the memory that the engine uses."""
     try:
-        result = msgspec.msgpack.encode(engine.execute(command))
+        result = msgspec.msgpack.encode(engine.execute(command, context))
     except TinkerbellError as error:
         return framing.Reply(problem=Problem.of(error))
     except Exception as error:  # a loss can raise anything; the other models of this engine must not be affected

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tinkerbell_core.errors import BadRequest, Problem, TinkerbellError, UnknownLoss, UnknownModel
+from tinkerbell_core.errors import Problem, TinkerbellError, UnknownLoss, UnknownModel
 from tinkerbell_core.registry import is_dotted, resolve
 from tinkerbell_core.types import (
     ForwardRequest,
@@ -23,6 +23,7 @@ from tinkerbell_server.commands import (
     EngineDescription,
     ImportLoss,
     Sample,
+    SamplePiece,
 )
 from tinkerbell_server.config import Settings
 from tinkerbell_server.service.bases import Base, Bases
@@ -111,10 +112,11 @@ class Intake:
         """End an accepted request with an error."""
         self._end(held, error)
 
-    async def run(self, submission: Submission) -> bytes:
+    async def run(self, submission: Submission, on_piece: Callable[[SamplePiece], None] | None = None) -> bytes:
         """Queue a request and wait for its result, in msgpack. Raises its error.
 
-        The request is not recorded, since its result cannot be fetched later.
+        The request is not recorded, since its result cannot be fetched later; if the caller is cancelled, so is the
+        request. on_piece: gets each piece of a sample that is streamed.
         """
         base = self._bases.default
         engine = await base.supervisor.described()
@@ -131,8 +133,13 @@ class Intake:
             else:
                 result.set_exception(self._explained(outcome, submission))
 
-        self._put(base, submission, prepared, submission.parent or _call_id(submission), lambda: None, end)
-        return await result
+        id = submission.parent or _call_id(submission)
+        job = self._put(base, submission, prepared, id, lambda: None, end, on_piece)
+        try:
+            return await result
+        except asyncio.CancelledError:
+            base.queue.cancel(job)
+            raise
 
     def run_unobserved(self, caller: Caller, kind: str, command: AnyCommand, id: str) -> None:
         """Queue a command of the server itself, even if the queue is full; its outcome is dropped."""
@@ -141,10 +148,11 @@ class Intake:
         self._put(self._bases.default, submission, prepared, id, lambda: None, lambda outcome: None)
 
     def cancel(self, request_id: str) -> None:
-        """End a request that waits in the queue; one that runs, has ended or is held stays as it is."""
-        job = self._bases.default.queue.remove_waiting(request_id)
+        """End a request that waits in the queue or runs; one that has ended or is held stays as it is."""
+        queue = self._bases.default.queue
+        job = queue.find(request_id)
         if job is not None:
-            job.on_end(BadRequest("this request was cancelled by its client before it was run"))
+            queue.cancel(job)
 
     def _accept(
         self, submission: Submission, base: Base, engine: EngineDescription, loss: LossDescription | None
@@ -203,7 +211,8 @@ class Intake:
         id: str,
         on_start: Callable[[], None],
         on_end: Callable[[Outcome], None],
-    ) -> None:
+        on_piece: Callable[[SamplePiece], None] | None = None,
+    ) -> Job:
         """Put a job into the queue; if it has text, it is ready as soon as the text is tokenised."""
         command = prepared.command
         model_id = model_of(command)
@@ -217,6 +226,7 @@ class Intake:
             command=command,
             on_start=on_start,
             on_end=on_end,
+            on_piece=on_piece,
             ready=prepared.text is None,
         )
         base.queue.put(job)
@@ -224,6 +234,7 @@ class Intake:
             task = asyncio.create_task(self._tokenize(base, job, prepared))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        return job
 
     async def _tokenize(self, base: Base, job: Job, prepared: Prepared) -> None:
         """Complete the command of a job that has text. An error in the text is the outcome of the job."""

@@ -202,5 +202,6 @@ def _sample_command(
         path=options.path,
         end=options.end,
         top=options.top,
+        streamed=options.streamed,
         questions=options.questions,
     )

@@ -1,27 +1,32 @@
 """Fair queue of one engine: FIFO per lane (a model), round-robin over tenants, then over each tenant's lanes.
 
-A job that runs an uploaded loss spends its time in a sandbox, so a few of these jobs run beside the job that computes.
+A job has the engine alone for a quantum of time; then other jobs are sent to it, and the engine lets them take turns.
+A job that runs an uploaded loss spends its time in a sandbox, so a few of these jobs run beside those that compute.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from tinkerbell_core.errors import TinkerbellError, TooManyRequests
+from tinkerbell_core.errors import BadRequest, TinkerbellError, TooManyRequests
 from tinkerbell_server.access.tenants import LOCAL
-from tinkerbell_server.commands import AnyCommand, Load, RunLoss
+from tinkerbell_server.commands import QUANTUM_SECONDS, AnyCommand, Load, RunLoss, SamplePiece
 from tinkerbell_server.service.save_paths import LoadByName, SaveByName
 
-SANDBOXED = 8
-"""The most jobs that run in sandboxes at the same time."""
+SANDBOXED, SANDBOXED_OF_TENANT = 8, 4
+"""The most jobs that run in sandboxes at the same time, and the most of them that may belong to one tenant."""
 
-SANDBOXED_OF_TENANT = 4
-"""The most of them that may belong to one tenant."""
+COMPUTING, COMPUTING_OF_TENANT = 8, 2
+"""The same for the lanes whose jobs take turns on the device."""
+
+FIRST_OF_TENANT = 16
+"""The most jobs of a kind while each additional job is the first one of its tenant."""
 
 Outcome = bytes | TinkerbellError
 """How a job ends: with its Result in msgpack, or with an error."""
@@ -33,7 +38,9 @@ class Job:
 
     lane: jobs of one lane run one after the other, in the order in which they came.
     ready: False while the text of the command is being tokenised; the job and those behind it wait.
-    on_start, on_end: called at most once each; on_end gets the outcome.
+    on_start, on_end: called at most once each; on_end gets the outcome. on_piece: gets the pieces of a sample that is
+    streamed. stop: ends the job while it runs. cancelled: whether its client has cancelled it while it ran.
+    started: when it was sent to the engine, on the monotonic clock.
     """
 
     id: str
@@ -44,7 +51,11 @@ class Job:
     command: AnyCommand | SaveByName | LoadByName
     on_start: Callable[[], None]
     on_end: Callable[[Outcome], None]
+    on_piece: Callable[[SamplePiece], None] | None = None
+    stop: Callable[[], None] | None = None
+    cancelled: bool = False
     ready: bool = True
+    started: float = 0.0
     accepted: float = field(default_factory=time.monotonic)
 
     @property
@@ -66,7 +77,7 @@ class Job:
 
 
 class FairQueue:
-    """The jobs of one engine that have not ended. One of them computes, or several samples as one; some overlap it.
+    """The jobs of one engine that have not ended. A few of them run; several samples of one lane run as one.
 
     sandboxed: uploaded losses run in another process, so jobs that run one may overlap.
     """
@@ -120,7 +131,8 @@ class FairQueue:
         """The next job that may run, as soon as there is one; from then on it is in `running`."""
         while (lane := self._next_lane()) is None:
             self._changed.clear()
-            await self._changed.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), self._seconds_alone())
         queue = self._lanes[lane]
         job = queue.popleft()
         owner = self._owners[lane]
@@ -132,6 +144,7 @@ class FairQueue:
             del self._lanes[lane], self._owners[lane]
         if ring:
             self._rings[owner] = ring  # behind the other tenants
+        job.started = time.monotonic()
         self.running.append(job)
         return job
 
@@ -141,6 +154,7 @@ class FairQueue:
         queue = self._lanes.get(job.lane)
         while job.kind == "sample" and queue and queue[0].kind == "sample" and queue[0].ready and len(found) < limit:
             found.append(queue.popleft())
+            found[-1].started = job.started
         if queue is not None and not queue:
             self._drop_lane(job.lane)
         self.running += found
@@ -173,6 +187,22 @@ class FairQueue:
                     return job
         return None
 
+    def cancel(self, job: Job) -> None:
+        """End a job with an error: at once if it waits, else when its next work item is done.
+
+        A job that has ended, or whose command cannot be stopped, stays as it is.
+        """
+        if job in self.running:
+            job.cancelled = True
+            if job.stop is not None:
+                job.stop()
+        elif self.remove_waiting(job.id) is not None:
+            job.on_end(BadRequest("this request was cancelled by its client before it was run"))
+
+    def find(self, job_id: str) -> Job | None:
+        """The job of this id, if it has not ended."""
+        return next((job for job in (*self.running, *self._waiting()) if job.id == job_id), None)
+
     def of_model(self, model_id: str) -> list[Job]:
         """The jobs of one model that have not ended."""
         return [job for job in (*self.running, *self._waiting()) if job.model_id == model_id]
@@ -200,18 +230,26 @@ class FairQueue:
         """The first lane, of the first tenant, whose next job may run now."""
         busy = {job.lane for job in self.running}
         overlapping = [job for job in self.running if self.overlaps(job)]
-        engine_busy = len(overlapping) < len(self.running)
+        computing = {job.lane: job for job in self.running if not self.overlaps(job)}
+        has_company = self._seconds_alone() is None
         for lane in itertools.chain.from_iterable(self._rings.values()):
             job = self._lanes[lane][0]
             if lane in busy or not job.ready:
                 continue
             if self.overlaps(job):
-                own = sum(other.tenant == job.tenant for other in overlapping)
-                if len(overlapping) < SANDBOXED and own < SANDBOXED_OF_TENANT:
+                if _has_place(job, overlapping, SANDBOXED, SANDBOXED_OF_TENANT):
                     return lane
-            elif not engine_busy:
+            elif has_company and _has_place(job, computing.values(), COMPUTING, COMPUTING_OF_TENANT):
                 return lane
         return None
+
+    def _seconds_alone(self) -> float | None:
+        """How long the job that was sent last to compute has the engine alone; None if others may be sent."""
+        newest = max((job.started for job in self.running if not self.overlaps(job)), default=None)
+        if newest is None:
+            return None
+        left = newest + QUANTUM_SECONDS - time.monotonic()
+        return left if left > 0 else None
 
     def _drop_lane(self, lane: str) -> None:
         owner = self._owners.pop(lane)
@@ -222,6 +260,14 @@ class FairQueue:
 
     def _waiting(self) -> list[Job]:
         return [job for queue in self._lanes.values() for job in queue]
+
+
+def _has_place(job: Job, others: Collection[Job], most: int, most_of_tenant: int) -> bool:
+    """Whether a job may run beside the others of its kind. A place is kept for a tenant that has none."""
+    own = sum(other.tenant == job.tenant for other in others)
+    if own == 0:
+        return len(others) < max(most, FIRST_OF_TENANT)
+    return own < most_of_tenant and len(others) < most
 
 
 def _served_before(lengths: Sequence[int], place: int, ahead: int) -> int:

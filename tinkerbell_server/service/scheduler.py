@@ -5,10 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 import msgspec
 
-from tinkerbell_core.errors import Conflict, DeviceFailed, EngineLost, Problem, TinkerbellError, UnknownModel
+from tinkerbell_core.errors import (
+    BadRequest,
+    Conflict,
+    DeviceFailed,
+    EngineLost,
+    Problem,
+    TinkerbellError,
+    UnknownModel,
+)
 from tinkerbell_core.types import (
     CreateModelRequest,
     DeleteModelOutput,
@@ -28,10 +38,11 @@ from tinkerbell_server.commands import (
     RegisterLoss,
     RunLoss,
     Sample,
+    SamplePiece,
     Samples,
     Save,
 )
-from tinkerbell_server.engines.client import EngineClient
+from tinkerbell_server.engines.client import CallControl, EngineClient
 from tinkerbell_server.service.queue import FairQueue, Job, Outcome
 from tinkerbell_server.service.recovery import RETRY, reset_models, restore_models
 from tinkerbell_server.service.save_paths import LoadByName, SaveByName, SavePaths
@@ -44,6 +55,9 @@ log = logging.getLogger("tinkerbell.server")
 
 SAMPLES = 128
 """The most sample requests that run as one command."""
+
+
+_CANCELLED = BadRequest("this sample was cancelled by its client while it was drawn")
 
 
 class _SampleReply(msgspec.Struct, frozen=True):
@@ -99,14 +113,23 @@ class Scheduler:
     async def _run(self, engine: EngineClient, jobs: list[Job]) -> None:
         """Run one job, or several samples of one model, each with its outcome."""
         waited = time.monotonic() - jobs[0].accepted
-        for job in jobs:
+        pieces = [job.on_piece for job in jobs]
+
+        def pass_on(piece: SamplePiece) -> None:
+            on_piece = pieces[piece.part]
+            if on_piece is not None:
+                on_piece(piece)
+
+        control = CallControl(pass_on)
+        for part, job in enumerate(jobs):
             job.on_start()
+            job.stop = partial(control.cancel, part)
         outcomes: list[Outcome]
         try:
             if len(jobs) == 1:
-                outcomes = [await self._execute(engine, jobs[0], waited)]
+                outcomes = [await self._execute(engine, jobs[0], waited, control)]
             else:
-                outcomes = await self._sample_together(engine, jobs)
+                outcomes = await self._sample_together(engine, jobs, control)
         except EngineLost:
             self.engine_died(engine)
             return
@@ -118,28 +141,28 @@ class Scheduler:
         for job in jobs:
             self._queue.remove_running(job)
         for job, outcome in zip(jobs, outcomes, strict=True):
-            job.on_end(outcome)
+            job.on_end(_CANCELLED if job.cancelled and job.kind == "sample" else outcome)
 
-    async def _sample_together(self, engine: EngineClient, jobs: list[Job]) -> list[Outcome]:
+    async def _sample_together(self, engine: EngineClient, jobs: list[Job], control: CallControl) -> list[Outcome]:
         samples = [job.command for job in jobs if isinstance(job.command, Sample)]
-        result = await engine.execute(Samples(samples=samples))
+        result = await engine.execute(Samples(samples=samples), jobs[0].tenant, control)
         replies = msgspec.msgpack.decode(result, type=_SamplesReply).results
         return [bytes(reply.output) if reply.problem is None else reply.problem.error() for reply in replies]
 
-    async def _execute(self, engine: EngineClient, job: Job, waited: float) -> bytes:
+    async def _execute(self, engine: EngineClient, job: Job, waited: float, control: CallControl) -> bytes:
         command = job.command
-        overlaps = self._queue.overlaps(job)
+        execute = partial(engine.execute, tenant=job.tenant, control=control)
         if isinstance(command, SaveByName | LoadByName):
             command = self._saves.resolve(command)
         if isinstance(command, CreateModel):
             return await self._create(engine, command.spec)
         if isinstance(command, RunLoss) and self._store.model(command.model_id) is None:
-            return await self._create_and_run(engine, command, waited, overlaps=overlaps)
+            return await self._create_and_run(engine, command, waited, execute)
         if isinstance(command, Load) and command.create is not None and self._store.model(command.model_id) is None:
             return await self._create_and_load(engine, command, command.create)
         if isinstance(command, DeleteModel):
             return await self._delete(engine, command)
-        result = await engine.execute(command, overlaps=overlaps)
+        result = await execute(command)
         self._record(engine, command, result, waited)
         return result
 
@@ -151,11 +174,13 @@ class Scheduler:
         self._store.add_model(spec, msgspec.msgpack.decode(result, type=ModelInfo), engine.description.base_id)
         return result
 
-    async def _create_and_run(self, engine: EngineClient, command: RunLoss, waited: float, *, overlaps: bool) -> bytes:
+    async def _create_and_run(
+        self, engine: EngineClient, command: RunLoss, waited: float, execute: Callable[[AnyCommand], Awaitable[bytes]]
+    ) -> bytes:
         spec = CreateModelRequest(model_id=command.model_id)
         info = msgspec.msgpack.decode(await engine.execute(CreateModel(spec=spec)), type=ModelInfo)
         try:
-            result = await engine.execute(command, overlaps=overlaps)
+            result = await execute(command)
         except (DeviceFailed, EngineLost):  # the engine has ended, and the model with it
             raise
         except TinkerbellError:

@@ -52,6 +52,7 @@ class SampleOptions:
     path: str | None = None
     end: bool = True
     top: int = 0
+    streamed: bool = False
     questions: PromptQuestions | None = None
 
 

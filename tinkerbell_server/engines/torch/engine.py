@@ -19,6 +19,8 @@ from tinkerbell_core.types import (
     SaveOutput,
 )
 from tinkerbell_server.commands import (
+    ALONE,
+    CallContext,
     Command,
     CreateModel,
     DeleteLosses,
@@ -86,7 +88,7 @@ class TorchEngine:
         self._revision = commit_of(self._base.model, settings.revision)
         self._base.base_id = base_identity(source, self._revision)
         self._models = Models(self._base, load, settings.data_path)
-        self._sampler = Sampler(self._models, self._tokenizer)
+        self._sampler = Sampler(self._models, self._tokenizer, self._device_lock)
         self._losses = Losses(
             self._base.vocab_size,
             device,
@@ -124,15 +126,15 @@ class TorchEngine:
         """The peak memory use so far: of tensors on a GPU, of the process on a CPU."""
         return memory.peak_bytes(self._base.device)
 
-    def execute(self, command: Command) -> Result:
+    def execute(self, command: Command, context: CallContext = ALONE) -> Result:
         """Run a command. Raises TinkerbellError for the user's errors; then nothing has changed.
 
-        Commands from several threads run one after another, but while a loss runs in a sandbox, others can run. Raises
-        DeviceFailed if no later command can use the device; then the process must end.
+        Commands from several threads take turns: losses and samples between two of their work items, and while a loss
+        runs in a sandbox. Raises DeviceFailed if no later command can use the device; then the process must end.
         """
-        with self._device_lock.held():
+        with self._device_lock.held(context.tenant, getattr(command, "model_id", None) or ""):
             try:
-                return self._execute(command)
+                return self._execute(command, context)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError, BadLoss) as error:
                 if failure := memory.device_failure(self._base.device):
                     raise DeviceFailed(
@@ -151,18 +153,18 @@ class TorchEngine:
         """End the sandbox. Losses that run in it fail."""
         self._uploads.close()
 
-    def _execute(self, command: Command) -> Result:
+    def _execute(self, command: Command, context: CallContext) -> Result:
         match command:
             case CreateModel():
                 return self._models.create(command.spec).info(self._name)
             case RunLoss():
-                return self._loss_calls.run(command)
+                return self._loss_calls.run(command, context)
             case OptimStep():
                 return self._optim_step(command)
             case Sample():
-                return self._sampler.sample(command)
+                return self._sampler.sample(command, context)
             case Samples():
-                return SamplesOutput(results=self._sampler.sample_together(command.samples))
+                return SamplesOutput(results=self._sampler.sample_together(command.samples, context))
             case Save():
                 return self._save(command)
             case Load():

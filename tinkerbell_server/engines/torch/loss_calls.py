@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from tinkerbell_core.errors import PlainLogitsNeeded
+from tinkerbell_core.errors import BadRequest, PlainLogitsNeeded
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_core.tensors import from_torch
 from tinkerbell_core.types import ForwardOutput
-from tinkerbell_server.commands import Row, RunLoss
+from tinkerbell_server.commands import CallContext, Row, RunLoss
 from tinkerbell_server.engines.torch.device_lock import DeviceLock
 from tinkerbell_server.engines.torch.loss_logits import RUN_AGAIN, why_stored
 from tinkerbell_server.engines.torch.losses import Losses
@@ -29,21 +29,31 @@ log = logging.getLogger("tinkerbell.engine")
 
 
 class LossCalls:
-    """Runs losses on the models of one engine. device_lock: lent to other threads while a sandbox computes."""
+    """Runs losses on the models of one engine. device_lock: lent to other threads between work items."""
 
     def __init__(self, models: Models, losses: Losses, budgets: Budgets, device_lock: DeviceLock) -> None:
         self.budgets = budgets
         self._models, self._losses, self._device_lock = models, losses, device_lock
         self._references = ReferenceCache()
 
-    def run(self, command: RunLoss) -> ForwardOutput:
-        """Run the loss; with `backward`, accumulate its gradient. Raises UnknownModel and what `run_step` raises."""
+    def run(self, command: RunLoss, context: CallContext) -> ForwardOutput:
+        """Run the loss; with `backward`, accumulate its gradient.
+
+        Raises UnknownModel, what `run_step` raises, and BadRequest if the call is cancelled in time.
+        """
         start = time.perf_counter()
         model = self._models.get(command.model_id)
         spec = self._spec(command, model)
-        rows = self._with_references(command.data, spec, model)
-        network = self._activate(model, train=command.backward)
-        step = Step(spec, command.hyperparameters, rows, model.call_seed)
+
+        def pause(restore: Callable[[], object]) -> None:
+            if context.cancelled(0):
+                raise BadRequest("this request was cancelled by its client while it ran, and has changed nothing")
+            self._device_lock.between_items(restore)
+
+        rows = self._with_references(command.data, spec, model, pause)
+        activate = partial(self._activate, model, train=command.backward)
+        network = activate()
+        step = Step(spec, command.hyperparameters, rows, model.call_seed, pause=partial(pause, activate))
         result = self._run_step(network, model, step, why_stored(network, spec), backward=command.backward)
         sequences = len(rows) // spec.group_size
         if command.backward:
@@ -89,10 +99,12 @@ class LossCalls:
             log.info("%s: loss %s runs again with stored logits: %s", model.id, step.spec.id, refusal.message)
         return self._run_step(network, model, step, RUN_AGAIN, backward=backward)
 
-    def _with_references(self, rows: Sequence[Row], spec: LossSpec, model: TrainedModel) -> Sequence[Row]:
+    def _with_references(
+        self, rows: Sequence[Row], spec: LossSpec, model: TrainedModel, pause: Callable[[Callable[[], object]], None]
+    ) -> Sequence[Row]:
         """The rows with ref_logprobs, if the loss reads them and the caller sent none."""
         if KEY in rows[0].inputs or KEY not in (*(spec.inputs or ()), *spec.optional_inputs):
             return rows
         reference = model.initial if model.spec.reference == "initial" else model.spec.reference
         load = partial(self._models.reference, reference)
-        return with_ref_logprobs(rows, reference, self._references, load, self.budgets)
+        return with_ref_logprobs(rows, reference, self._references, load, self.budgets, pause)

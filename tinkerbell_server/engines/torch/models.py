@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -39,6 +42,8 @@ class Models:
         self._references: dict[str, Network | str] = {}
         # the same by path and time of change, the most recently used last
         self._snapshots: dict[tuple[Path, int], Network | str] = {}
+        # the number of calls that draw samples from them now
+        self._in_use: Counter[tuple[Path, int]] = Counter()
 
     def __contains__(self, model_id: object) -> bool:
         return model_id in self._by_id
@@ -119,18 +124,36 @@ class Models:
             self._references[name] = self._load_saved(Path(name))
         return self._activate_saved(self._references[name])
 
-    def snapshot(self, path: Path) -> Network:
-        """The activated network of a saved folder. The last few stay loaded. Raises BadCheckpoint."""
-        changed = path.stat().st_mtime_ns if path.is_dir() else 0
-        found = self._snapshots.pop((path, changed), None)
-        if found is None:
-            found = self._load_saved(path)
-        self._snapshots[path, changed] = found
-        while len(self._snapshots) > SNAPSHOTS:
-            oldest = self._snapshots.pop(next(iter(self._snapshots)))
-            if isinstance(oldest, str):
-                self.adapters.delete(oldest)
-        return self._activate_saved(found)
+    @contextmanager
+    def for_samples(self, path: Path | None, model_id: str | None) -> Iterator[Callable[[], Network]]:
+        """A function that activates a saved folder, a model, or without both the base, and returns its network.
+
+        What it activates stays loaded until the end of the block; of other saved folders, the last few do. Raises
+        UnknownModel, BadCheckpoint.
+        """
+        if path is None:
+            yield partial(self.activate, None if model_id is None else self.get(model_id))
+            return
+        key = path, path.stat().st_mtime_ns if path.is_dir() else 0
+        saved = self._snapshots.pop(key, None)
+        if saved is None:
+            saved = self._load_saved(path)
+        self._snapshots[key] = saved
+        self._in_use[key] += 1
+        try:
+            self._unload_snapshots()
+            yield partial(self._activate_saved, saved)
+        finally:
+            self._in_use[key] -= 1
+
+    def _unload_snapshots(self) -> None:
+        """Unload the saved folders that were used longest ago and from which no samples are drawn now."""
+        idle = [key for key in self._snapshots if not self._in_use[key]]
+        for key in idle[: max(0, len(self._snapshots) - SNAPSHOTS)]:
+            saved = self._snapshots.pop(key)
+            del self._in_use[key]
+            if isinstance(saved, str):
+                self.adapters.delete(saved)
 
     def _load_saved(self, path: Path) -> Network | str:
         checkpoint = checkpoints.read(path)

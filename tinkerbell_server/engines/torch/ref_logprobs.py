@@ -46,29 +46,47 @@ class ReferenceCache:
 
 
 def with_ref_logprobs(
-    rows: Sequence[Row], reference: str, cache: ReferenceCache, load: Callable[[], Network], budgets: Budgets
+    rows: Sequence[Row],
+    reference: str,
+    cache: ReferenceCache,
+    load: Callable[[], Network],
+    budgets: Budgets,
+    pause: Callable[[Callable[[], object]], None] = lambda restore: None,
 ) -> list[Row]:
     """The rows, each with its `ref_logprobs`. load: activates the reference; called only if the cache lacks a row.
 
-    Raises BadData if a row has no target_tokens.
+    pause: called between two micro-batches with a function that activates the reference again; other calls may run in
+    it. Raises BadData if a row has no target_tokens.
     """
     keys = [_key(reference, index, row) for index, row in enumerate(rows)]
     known = {key: cached for key in keys if (cached := cache.get(key)) is not None}
     missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
     if missing:
-        computed = _compute(list(missing.values()), load(), budgets)
+        computed = _compute(list(missing.values()), load, budgets, pause)
         for key, logprobs in zip(missing, computed, strict=True):
             known[key] = logprobs
             cache.put(key, logprobs)
     return [Row(row.tokens, {**row.inputs, KEY: known[key]}) for key, row in zip(keys, rows, strict=True)]
 
 
-def _compute(rows: list[Row], network: Network, budgets: Budgets) -> list[TensorData]:
+def _compute(
+    rows: list[Row],
+    load: Callable[[], Network],
+    budgets: Budgets,
+    pause: Callable[[Callable[[], object]], None],
+) -> list[TensorData]:
+    network = load()
     computed: list[TensorData | None] = [None] * len(rows)
     reason = why_stored(network)
     budget = budgets.stored if reason else budgets.lazy
+
+    def activate() -> None:
+        load().mode(train=False)
+
     with torch.no_grad(), _without_dropout(network):
-        for part in micro_batches([row.tokens.shape[0] for row in rows], 1, budget):
+        for index, part in enumerate(micro_batches([row.tokens.shape[0] for row in rows], 1, budget)):
+            if index:
+                pause(activate)
             bare = [Row(rows[i].tokens, {"target_tokens": rows[i].inputs["target_tokens"]}) for i in part]
             batch = collate(bare, network.device)
             logits = model_outputs(network, network.states(batch.tokens, batch.padding_mask), reason)  # [B, T, V]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ class Step:
     hyperparameters: the value of each one. seed: of this call; each micro-batch derives its own from it, so that
     dropout can be replayed. budget: padded tokens of a micro-batch. stored_because: the reason why the loss gets
     stored logits (see `why_stored`); empty if it gets lazy ones. logits_budget: bytes of logits that may be stored.
+    pause: called before each micro-batch but the first, while the step has no graph; other calls may run in it.
     """
 
     spec: LossSpec
@@ -37,6 +38,7 @@ class Step:
     budget: int = 1
     stored_because: str = ""
     logits_budget: int | None = None
+    pause: Callable[[], None] = lambda: None
 
     @property
     def coupled(self) -> bool:
@@ -78,6 +80,8 @@ def run_step(network: Network, parameters: Sequence[Parameter], step: Step, *, b
                 _two_passes(network, step, parts, results, backward=backward)
             else:
                 for index, part in enumerate(parts):
+                    if index:
+                        step.pause()
                     _one_pass(network, step, index, part, results, backward=backward)
         return results.fetch(parameters if backward else (), len(parts))
     except BaseException:
@@ -111,6 +115,8 @@ def _two_passes(network: Network, step: Step, parts: list[list[int]], results: S
     last = len(parts) - 1
     states: Tensor | None = None
     for index, (part, batch) in enumerate(zip(parts, batches, strict=True)):
+        if index:
+            step.pause()
         step.set_seed(index)
         with torch.set_grad_enabled(backward and index == last):
             piece = network.states(batch.tokens, batch.padding_mask)  # [b, t, H]
@@ -125,6 +131,7 @@ def _two_passes(network: Network, step: Step, parts: list[list[int]], results: S
         return
     torch.autograd.backward(piece, leaf.grad[parts[last], : piece.shape[1]])
     for index, (part, batch) in enumerate(zip(parts[:last], batches, strict=False)):
+        step.pause()
         step.set_seed(index)
         piece = network.states(batch.tokens, batch.padding_mask)
         torch.autograd.backward(piece, leaf.grad[part, : batch.tokens.shape[1]])
