@@ -102,6 +102,8 @@ def test_the_end_of_text_ends_a_sample_unless_stop_is_empty(sampler: Any, model:
     newer = now(model.save_weights_and_get_sampling_client())
     first = sample(newer, temperature=0.0).result().sequences[0]
     assert (list(first.tokens), first.stop_reason) == ([257], "stop")
+    with_stop = sample(newer, temperature=0.0, stop=["\n\nUser:"]).result().sequences[0]
+    assert (list(with_stop.tokens), with_stop.stop_reason) == ([257], "stop")
     continued = sample(newer, temperature=0.0, stop=[]).result().sequences[0]
     assert (continued.tokens[0], len(continued.tokens), continued.stop_reason) == (257, 8, "length")
 

@@ -24,6 +24,7 @@ from tinkerbell_server.sandbox.processes import Sandbox, WorkerProcess
 from tinkerbell_server.sandbox.rpc import Call, ReleaseDevice, names_and_tensors
 
 _MAX_IDLE = 32  # paused workers; each shares most of its memory with the zygote
+_KEPT_ARENAS = 8  # of the worker that was used last, for its next call; most losses need fewer
 _MAX_NAMES, _MAX_NAME = 256, 256  # of inputs and hyperparameters, and characters of each
 
 
@@ -192,17 +193,18 @@ class SandboxedLosses:
         if worker is not None:
             worker.resume()
             return worker
-        worker = self._sandbox.fork()
-        try:
-            with release_device():
+        with release_device():
+            worker = self._sandbox.fork()
+            try:
                 self._open(worker, upload, self._time_limits.dry_run)
-        except BaseException:
-            worker.kill()
-            raise
+            except BaseException:
+                worker.kill()
+                raise
         return worker
 
     def _keep(self, key: tuple[str, str], worker: WorkerProcess) -> None:
         worker.pause()
+        worker.close_arenas(keep=_KEPT_ARENAS)
         with self._lock:
             other = self._idle.pop(key, None)
             for idle in self._idle.values():

@@ -251,8 +251,9 @@ class WorkerProcess:
             arena = self._arenas[use] = Arena(size, writable=writable)
         return arena
 
-    def close_arenas(self) -> None:
-        while self._arenas:
+    def close_arenas(self, keep: int = 0) -> None:
+        """Close the arenas, except the first few that were made."""
+        while len(self._arenas) > keep:
             self._arenas.popitem()[1].close()
 
     def pause(self) -> None:

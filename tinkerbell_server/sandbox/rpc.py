@@ -26,6 +26,16 @@ ReleaseDevice = Callable[[], AbstractContextManager[None]]
 """Makes a context in which other threads can use the device."""
 
 _MAX_DIAGNOSTICS = 64
+_MAX_ARENAS = 24  # each of them is two of the 64 descriptors that a worker may have
+
+
+@dataclass(frozen=True, slots=True)
+class _Outgoing:
+    """A message to a worker, with its tensors and descriptors."""
+
+    message: Run | LogitsReply
+    tensors: Sequence[Tensor | None] = ()
+    fds: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -46,6 +56,7 @@ class Call:
     _replies: list[tuple[list[Tensor | None], Arena | None]] = field(default_factory=list)
     materialised: list[tuple[str, int]] = field(default_factory=list)
     _reply_bytes: int = 0
+    _gradient_arenas: int = 0
 
     def run(self, run: Run, tensors: Sequence[Tensor]) -> LossFnOutput:
         """The output of the loss; if `run.backward`, its loss is attached to the graph of the source.
@@ -54,21 +65,20 @@ class Call:
         LossKilled, a BadMessage, or any other exception, the caller must kill the worker.
         """
         left = self.seconds
+        to_send = _Outgoing(run, tensors)
         try:
-            message: FromWorker | None = None
             for _ in range(MAX_REQUESTS):
+                # a worker may not read what it is sent, so it is sent while others can use the device
                 with self.release_device():
                     start = time.monotonic()
                     self.worker.set_deadline(start + left)
-                    if message is None:
-                        self.worker.send(run, tensors)
+                    self.worker.send(to_send.message, to_send.tensors, to_send.fds)
                     message, received = self.worker.receive(lambda message, infos: self._check(message, infos, run))
                     left -= time.monotonic() - start
                 if not isinstance(message, LogitsRequest):
                     break
                 start = time.monotonic()
-                self.worker.set_deadline(start + max(left, 0.0))
-                self._reply(message, received)
+                to_send = self._reply(message, received)
                 left -= time.monotonic() - start
             return self._output(message, received, run)
         except DeadlineExceeded:
@@ -107,13 +117,12 @@ class Call:
             if not (is_2d or is_3d) or logprobs.dtype not in ("float32", "float64") or logprobs.nbytes > self.budget:
                 raise BadMessage("its logprobs do not have the shape of the batch, or have another dtype than floats")
 
-    def _reply(self, request: LogitsRequest, tensors: Sequence[Tensor | None]) -> None:
+    def _reply(self, request: LogitsRequest, tensors: Sequence[Tensor | None]) -> _Outgoing:
         try:
             values = compute_reply(request, tensors, self.source, self.budget)
         except (TinkerbellError, TypeError, ValueError) as error:
             kind = error.kind if isinstance(error, TinkerbellError) else "BadLoss"
-            self.worker.send(LogitsReply(error=str(error), kind=kind))
-            return
+            return _Outgoing(LogitsReply(error=str(error), kind=kind))
         except (IndexError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
                 raise
@@ -125,19 +134,24 @@ class Call:
                 f"the loss has requested {self._reply_bytes:,} bytes of logits in this call, but the limit is "
                 f"{4 * self.budget:,}: send a smaller batch"
             )
-            self.worker.send(LogitsReply(error=text, kind="BadLoss"))
-            return
+            return _Outgoing(LogitsReply(error=text, kind="BadLoss"))
         if not request.keep:
-            self.worker.send(LogitsReply(), [_detached(value) for value in values])
-            return
+            return _Outgoing(LogitsReply(), [_detached(value) for value in values])
         if request.op == "read" or size < MIN_SHARED:
             self._replies.append((values, None))
-            self.worker.send(LogitsReply(), [_detached(value) for value in values])
-            return
+            return _Outgoing(LogitsReply(), [_detached(value) for value in values])
+        self._gradient_arenas += 1
+        if self._gradient_arenas > _MAX_ARENAS:
+            text = (
+                f"the loss has requested {self._gradient_arenas} blocks of logits of more than {MIN_SHARED:,} bytes in "
+                f"this call, but the limit is {_MAX_ARENAS}: request larger blocks, or read the logits without "
+                "materialising them"
+            )
+            return _Outgoing(LogitsReply(error=text, kind="BadLoss"))
         # the worker can change this gradient while it is used; the training step checks what is computed from it
         arena = self.worker.arena(f"gradient {len(self._replies)}", size, writable=True)
         self._replies.append((values, arena))
-        self.worker.send(LogitsReply(), [_detached(value) for value in values], [arena.fd])
+        return _Outgoing(LogitsReply(), [_detached(value) for value in values], [arena.fd])
 
     def _output(self, message: FromWorker | None, tensors: Sequence[Tensor | None], run: Run) -> LossFnOutput:
         if isinstance(message, Failed):

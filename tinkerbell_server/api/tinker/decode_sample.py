@@ -40,8 +40,8 @@ def sample_request(sent: protocol.Sample, engine: EngineDescription) -> tuple[Sa
         num_samples=sent.num_samples,
     )
     options = SampleOptions(
-        # a list names what stops the sample; if it is empty, nothing does
-        end=params.stop is None,
+        # an empty list says that nothing stops the sample
+        end=params.stop != [],
         top=_within("topk_sample_logprobs", sent.topk_sample_logprobs, engine.vocab_size),
         questions=_questions(sent, len(ids), engine.vocab_size),
     )
