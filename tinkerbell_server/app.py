@@ -17,6 +17,7 @@ from tinkerbell_server.api.tinker import routes as tinker_routes
 from tinkerbell_server.api.tinker.server import TinkerServer
 from tinkerbell_server.config import Settings
 from tinkerbell_server.http.auth import KeyBackend, on_refused
+from tinkerbell_server.http.decoding import Decoding
 from tinkerbell_server.http.handlers import HANDLERS
 from tinkerbell_server.http.middleware import Limits, SecurityHeaders
 from tinkerbell_server.service.service import Service
@@ -26,6 +27,7 @@ def create_app(settings: Settings) -> Starlette:
     """The application of one server. Raises TinkerbellError if another server has the data dir."""
     service = Service(settings)
     front = TinkerServer(service)
+    decoding = Decoding()
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -35,6 +37,7 @@ def create_app(settings: Settings) -> Starlette:
             yield
         finally:
             front.close()
+            decoding.close()
             await service.stop()
 
     backend = KeyBackend(settings, service.keys, service.audit)
@@ -54,5 +57,6 @@ def create_app(settings: Settings) -> Starlette:
     )
     app.state.service = service
     app.state.tinker = front
+    app.state.decoding = decoding
     app.state.completions = Completions(front.requests, front.checkpoints)
     return app

@@ -9,9 +9,11 @@ import torch
 
 from tests.engine.calls import gradients, rows, run, same, step, upload, weights
 from tests.engine.conftest import MakeEngine
-from tinkerbell_core.errors import DeviceFailed, OutOfMemory
+from tinkerbell_core.errors import BadData, DeviceFailed, OutOfMemory
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_server.engines.torch import memory
+from tinkerbell_server.engines.torch import step as step_module
+from tinkerbell_server.engines.torch.batching import collate, padded_bytes
 
 
 def test_a_call_that_runs_out_of_memory_names_tokens_and_bytes_and_changes_nothing(make_engine: MakeEngine) -> None:
@@ -56,3 +58,25 @@ def test_an_error_that_breaks_the_device_is_a_device_failure(
     name = upload(engine, out_of_range, "out_of_range")
     with pytest.raises(DeviceFailed, match="device-side assert"):
         run(engine, rows([40]), name)
+
+
+@pytest.mark.parametrize(("settings", "words"), [({"aggregation": "token-mean"}, "all rows of a call"), ({}, "1 rows")])
+def test_rows_whose_padding_needs_too_much_memory_are_refused_before_a_tensor_is_made(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], words: str
+) -> None:
+    engine = make_engine()
+    run(engine, rows([3]))
+    engine._loss_calls.budgets = engine._loss_calls.budgets._replace(padded=20_000)
+    monkeypatch.setattr(step_module, "collate", lambda *arguments: pytest.fail("a tensor was made"))
+    # for each position: tokens, mask, targets, and 32 float64 states with their gradient
+    lengths = [60] + [1] * 30 if settings else [40]
+    with pytest.raises(BadData, match=words):
+        run(engine, rows(lengths), **settings)
+    monkeypatch.undo()
+
+
+def test_the_size_of_a_batch_is_known_before_it_is_made() -> None:
+    data = rows([5, 9, 2], weights=[[1.0] * 5, [1.0] * 9, [1.0] * 2], advantage=[1.0, 2.0, 3.0])
+    batch = collate(data, torch.device("cpu"))
+    made = [batch.tokens, batch.attention_mask, batch.inputs["target_tokens"], batch.inputs["weights"]]
+    assert padded_bytes(data, 0) == sum(tensor.nbytes for tensor in made)

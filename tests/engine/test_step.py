@@ -31,7 +31,7 @@ def test_the_gradient_is_the_same_at_every_micro_batch_size(
     engine = make_engine(base)
     name = upload(engine, fn, "mine", **settings)
     for budget in (1, 13, 24, 40, 1000):
-        engine._loss_calls.budgets = Budgets(budget, budget, 1 << 30)
+        engine._loss_calls.budgets = Budgets(budget, budget, 1 << 30, 1 << 30)
         create(engine, str(budget))
         off_zero(engine, str(budget))
         result = run(engine, rows(LENGTHS), name, str(budget))

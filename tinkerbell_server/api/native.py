@@ -70,7 +70,7 @@ from tinkerbell_core.types import (
 from tinkerbell_server.access.tenants import unqualified_future
 from tinkerbell_server.api import native_openapi
 from tinkerbell_server.http.auth import Endpoint, allowed, caller_of
-from tinkerbell_server.http.bodies import answer, decode, read_body
+from tinkerbell_server.http.bodies import answer, decode, decode_any_size, read_body
 from tinkerbell_server.http.errors import HttpError
 from tinkerbell_server.service import upload_checks
 from tinkerbell_server.service.futures import digest_of
@@ -170,7 +170,7 @@ async def future(request: Request) -> Response:
 def _submit(kind: str, type_: type[ModelRequest]) -> Endpoint:
     async def endpoint(request: Request) -> Response:
         body = await (_large if type_ is ForwardRequest else _small)(request)
-        submitted = decode(request, body, type_)
+        submitted = await decode_any_size(request, body, type_)
         key = request.headers.get("idempotency-key")
         if key is not None and len(key) > _MOST_KEY:
             raise BadRequest(f"Idempotency-Key has {len(key)} characters, but may have {_MOST_KEY}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -12,9 +13,13 @@ from starlette.responses import Response
 
 from tinkerbell_core.errors import BadRequest, TinkerbellError
 from tinkerbell_core.types import Future
+from tinkerbell_server.http.decoding import LARGE, Decoding, compact, is_compact
 from tinkerbell_server.http.errors import HttpError
 
 MSGPACK, JSON = "application/msgpack", "application/json"
+
+JSON_LIMIT = 64 << 20
+"""The most bytes of a JSON body; its numbers take many times more memory."""
 
 _DRAIN = 64 << 20
 
@@ -46,6 +51,23 @@ async def read_body(request: Request, limit: int, too_large: Callable[[], Tinker
     return b"".join(chunks)
 
 
+async def decode_any_size(request: Request, body: bytes, type_: type[T]) -> T:
+    """Like `decode`, but a large body is decoded in a worker, while other requests go on."""
+    format_ = _format(request.headers.get("content-type"))
+    if len(body) < LARGE or format_ is None or (format_ == MSGPACK and is_compact(body)):
+        return decode(request, body, type_)
+    if format_ == JSON and len(body) > JSON_LIMIT:
+        raise HttpError(
+            f"the body is {len(body) >> 20} MiB of JSON, and the limit is {JSON_LIMIT >> 20} MiB: send {MSGPACK} with "
+            "tensors as bytes, as TinkerClient does, or fewer rows in a call",
+            413,
+        )
+    decoding: Decoding = request.app.state.decoding
+    with _explained(request, type_, format_):
+        body = await decoding.run(compact, body, "json" if format_ == JSON else "msgpack")
+        return msgspec.msgpack.decode(body, type=type_)
+
+
 def decode(request: Request, body: bytes, type_: type[T]) -> T:
     """The body as a struct, in the format of the Content-Type.
 
@@ -54,10 +76,17 @@ def decode(request: Request, body: bytes, type_: type[T]) -> T:
     format_ = _format(request.headers.get("content-type"))
     if format_ is None:
         raise HttpError(f"the body must be {JSON} or {MSGPACK}: set Content-Type to one of them", 415)
-    try:
+    with _explained(request, type_, format_):
         if format_ == MSGPACK:
             return msgspec.msgpack.decode(body, type=type_)
         return msgspec.json.decode(body, type=type_)
+
+
+@contextmanager
+def _explained(request: Request, type_: type[object], format_: str) -> Iterator[None]:
+    """Turn errors of a decoder into BadRequest."""
+    try:
+        yield
     except msgspec.ValidationError as error:
         raise BadRequest(f"{request.url.path}: {str(error)[:1000]}; see {type_.__name__} in the guide") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

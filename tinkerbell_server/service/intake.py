@@ -213,7 +213,7 @@ class Intake:
         on_end: Callable[[Outcome], None],
         on_piece: Callable[[SamplePiece], None] | None = None,
     ) -> Job:
-        """Put a job into the queue; if it has text, it is ready as soon as the text is tokenised."""
+        """Put a job into the queue; if it has text or many rows, it is ready as soon as they are prepared."""
         command = prepared.command
         model_id = model_of(command)
         lane = submission.lane or model_id or (f"sampler:{command.path or ''}" if isinstance(command, Sample) else id)
@@ -227,24 +227,24 @@ class Intake:
             on_start=on_start,
             on_end=on_end,
             on_piece=on_piece,
-            ready=prepared.text is None,
+            ready=prepared.complete,
         )
         base.queue.put(job)
-        if prepared.text is not None:
-            task = asyncio.create_task(self._tokenize(base, job, prepared))
+        if not prepared.complete:
+            task = asyncio.create_task(self._complete(base, job, prepared))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         return job
 
-    async def _tokenize(self, base: Base, job: Job, prepared: Prepared) -> None:
-        """Complete the command of a job that has text. An error in the text is the outcome of the job."""
+    async def _complete(self, base: Base, job: Job, prepared: Prepared) -> None:
+        """Complete the command of a job that has text or many rows. An error in them is the outcome of the job."""
         try:
-            command = await self._preparation.with_tokens(base, prepared)
+            command = await self._preparation.completed(base, prepared)
         except TinkerbellError as error:
             if base.queue.remove_waiting(job.id) is not None:
                 job.on_end(error)
         except Exception:  # after a bug, the jobs behind this one must not wait for ever
-            log.exception("the text of %s could not be tokenised", job.kind)
+            log.exception("%s could not be prepared", job.kind)
             if base.queue.remove_waiting(job.id) is not None:
                 job.on_end(TinkerbellError("internal error, see the server's log"))
         else:

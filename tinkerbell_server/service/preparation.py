@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 import msgspec
@@ -29,6 +30,7 @@ from tinkerbell_server.commands import (
     DeleteModel,
     EngineDescription,
     OptimStep,
+    Row,
     RunLoss,
     Sample,
     TextData,
@@ -40,18 +42,28 @@ from tinkerbell_server.service.scheduler import existing_model
 from tinkerbell_server.service.store import Store
 from tinkerbell_server.service.submissions import QueuedCommand, SampleOptions, Submission
 
+_MANY_ROWS = 256
+"""Rows of a call from which they are checked in a thread: the check of a row takes about 40 microseconds."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """The command of a request. text: what the tokenizer process must read before the command is complete.
 
+    unchecked: many rows, which are checked before the command is complete, while other requests go on.
     loss, sample: what completes the command, together with the tokens.
     """
 
     command: QueuedCommand
+    unchecked: ForwardRequest | None = None
     text: TextData | TextPrompt | None = None
     loss: LossDescription | None = None
     sample: tuple[SampleRequest, SampleOptions] | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the command can be executed as it is."""
+        return self.text is None and self.unchecked is None
 
 
 class KnownModels:
@@ -142,19 +154,8 @@ class Preparation:
         hyperparameters = bind_hyperparameters(
             loss.name, loss.hyperparameters, flat_config(request.loss_fn_config, loss.parts)
         )
-        data = parse_call(
-            request.data,
-            request.loss_fn_inputs,
-            loss,
-            vocab_size=engine.vocab_size,
-            max_length=engine.max_length,
-        )
-        text = data if isinstance(data, TextData) else None
-        if text is not None and text.kind == "chats" and not engine.has_chat_template:
-            raise BadData(
-                f"{engine.base_model} has no chat template, so chats cannot be tokenised; "
-                "send strings or token-id lists, or serve a chat model"
-            )
+        is_large = isinstance(request.data, list) and len(request.data) > _MANY_ROWS
+        data = [] if is_large else _rows_or_text(request, loss, engine)
         command = RunLoss(
             model_id=request.model_id,
             loss=loss.id,
@@ -164,7 +165,8 @@ class Preparation:
             backward=submission.kind == "forward_backward",
             tenant=provenance_owner(tenant),
         )
-        return Prepared(command, text=text, loss=loss)
+        text = data if isinstance(data, TextData) else None
+        return Prepared(command, unchecked=request if is_large else None, text=text, loss=loss)
 
     def _sample(self, request: SampleRequest, options: SampleOptions, engine: EngineDescription) -> Prepared:
         if request.model_id is not None:
@@ -177,19 +179,37 @@ class Preparation:
         placeholder = _sample_command(shortest, options, engine, [0])
         return Prepared(placeholder, text=prompt, sample=(request, options))
 
-    async def with_tokens(self, base: Base, prepared: Prepared) -> AnyCommand:
-        """The command of a request, after the tokenizer process has read its text. Raises BadData, EngineLost."""
+    async def completed(self, base: Base, prepared: Prepared) -> AnyCommand:
+        """The command of a request, after its rows are checked and its text is tokenised. Raises BadData, EngineLost."""
         command = prepared.command
         if isinstance(command, RunLoss):
-            assert isinstance(prepared.text, TextData)
             assert prepared.loss is not None
-            rows = await base.tokenizer.rows(prepared.text, prepared.loss)
-            return msgspec.structs.replace(command, data=rows)
+            data: list[Row] | TextData | TextPrompt | None = prepared.text
+            if prepared.unchecked is not None:
+                engine = await base.supervisor.described()
+                data = await asyncio.to_thread(_rows_or_text, prepared.unchecked, prepared.loss, engine)
+            if isinstance(data, TextData):
+                data = await base.tokenizer.rows(data, prepared.loss)
+            assert isinstance(data, list)
+            return msgspec.structs.replace(command, data=data)
         assert isinstance(command, Sample)
         assert isinstance(prepared.text, TextPrompt)
         assert prepared.sample is not None
         ids = await base.tokenizer.prompt(prepared.text)
         return _sample_command(*prepared.sample, await base.supervisor.described(), ids)
+
+
+def _rows_or_text(request: ForwardRequest, loss: LossDescription, engine: EngineDescription) -> list[Row] | TextData:
+    """The checked rows of a call, or its text. Raises BadData."""
+    data = parse_call(
+        request.data, request.loss_fn_inputs, loss, vocab_size=engine.vocab_size, max_length=engine.max_length
+    )
+    if isinstance(data, TextData) and data.kind == "chats" and not engine.has_chat_template:
+        raise BadData(
+            f"{engine.base_model} has no chat template, so chats cannot be tokenised; "
+            "send strings or token-id lists, or serve a chat model"
+        )
+    return data
 
 
 def _sample_command(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,6 +25,7 @@ from tinkerbell_server.api.tinker.http import (
 )
 from tinkerbell_server.api.tinker.server import TinkerServer
 from tinkerbell_server.http.auth import caller_of
+from tinkerbell_server.http.decoding import LARGE, Decoding
 from tinkerbell_server.service import upload_checks
 
 Submit = Callable[[TinkerServer, Caller, bytes], Awaitable[tuple[str, str]]]
@@ -93,9 +95,18 @@ async def _forward(request: Request, *, backward: bool) -> Response:
     body = await body_of(request)
     proto = request.headers.get("content-type", "").partition(";")[0] == PROTOBUF
     with _numbered(request, lambda: decode.numbered(body) if proto else protocol.numbered(body)):
-        call = decode.from_proto(body) if proto else decode.from_json(body, backward=backward)
+        call = await _decoded(request, body, proto=proto, backward=backward)
         request_id, model_id = await tinker_server(request).training.forward(caller_of(request), call, body)
     return json_response({"request_id": unqualified(request_id), "model_id": model_id})
+
+
+async def _decoded(request: Request, body: bytes, *, proto: bool, backward: bool) -> decode.ForwardCall:
+    """The call in a body; a large one is decoded in a worker, while other requests go on."""
+    function = decode.from_proto if proto else partial(decode.from_json, backward=backward)
+    if len(body) < LARGE:
+        return function(body)
+    decoding: Decoding = request.app.state.decoding
+    return await decoding.run(function, body)
 
 
 @contextmanager

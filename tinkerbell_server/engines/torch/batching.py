@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinkerbell_core.tensors import to_torch
+from tinkerbell_core.types import DTYPES
 from tinkerbell_server.commands import Row
 
 
@@ -54,6 +56,16 @@ def collate(rows: Sequence[Row], device: torch.device) -> Batch:
         {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()},
         lengths,
     )
+
+
+def padded_bytes(rows: Sequence[Row], bytes_per_position: int) -> int:
+    """The size of the batch that `collate` makes of the rows. bytes_per_position: for what is stored in addition."""
+    longest = max(row.tokens.shape[0] for row in rows)
+    tokens_and_mask = 16
+    inputs = sum(
+        math.prod(tensor.shape[1:]) * DTYPES[tensor.dtype] for tensor in rows[0].inputs.values() if tensor.shape
+    )
+    return len(rows) * longest * (tokens_and_mask + inputs + bytes_per_position)
 
 
 def micro_batches(lengths: Sequence[int], group_size: int, budget: int) -> list[list[int]]:

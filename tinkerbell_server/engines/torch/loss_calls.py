@@ -92,7 +92,13 @@ class LossCalls:
     ) -> StepResult:
         """Run the step; a second time with stored logits if the loss uses lazy ones in a way they do not support."""
         tokens = self.budgets.stored if reason or step.spec.materialises else self.budgets.lazy
-        step = replace(step, budget=tokens, stored_because=reason, logits_budget=self.budgets.logits)
+        step = replace(
+            step,
+            budget=tokens,
+            stored_because=reason,
+            logits_budget=self.budgets.logits,
+            padded_budget=self.budgets.padded,
+        )
         try:
             return run_step(network, list(model.parameters.values()), step, backward=backward)
         except PlainLogitsNeeded as refusal:

@@ -22,12 +22,13 @@ class Budgets(NamedTuple):
     """Limits of one loss call.
 
     lazy, stored: padded tokens of a micro-batch, if the loss gets lazy or stored logits. logits: bytes of logits that
-    may be stored at once.
+    may be stored at once. padded: bytes of a padded batch with its hidden states.
     """
 
     lazy: int
     stored: int
     logits: int
+    padded: int
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -54,11 +55,10 @@ def budgets(network: Network, settings: Settings) -> Budgets:
             return settings.micro_batch_tokens
         return token_budget(_bytes_per_token(network, stored, settings.gradient_checkpointing), network.device)
 
-    logits = settings.logits_budget
-    if logits is None:
-        # an eighth, because a loss and its backward pass make several copies of the logits
-        logits = free_bytes(network.device) // 8
-    return Budgets(tokens(stored=False), tokens(stored=True), logits)
+    free = free_bytes(network.device)
+    # an eighth, because a loss and its backward pass make several copies of the logits
+    logits = free // 8 if settings.logits_budget is None else settings.logits_budget
+    return Budgets(tokens(stored=False), tokens(stored=True), logits, free // 4)
 
 
 def token_budget(bytes_per_token: int, device: torch.device) -> int:

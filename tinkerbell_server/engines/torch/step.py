@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tinkerbell_core.errors import BadLoss
+from tinkerbell_core.errors import BadData, BadLoss
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.run import run_loss
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_server.commands import Row
-from tinkerbell_server.engines.torch.batching import Batch, collate, micro_batches
+from tinkerbell_server.engines.torch.batching import Batch, collate, micro_batches, padded_bytes
 from tinkerbell_server.engines.torch.loss_logits import RUN_AGAIN, materialised, model_outputs
 from tinkerbell_server.engines.torch.network import Network
 from tinkerbell_server.engines.torch.step_results import StepResult, StepResults
@@ -28,7 +28,8 @@ class Step:
     hyperparameters: the value of each one. seed: of this call; each micro-batch derives its own from it, so that
     dropout can be replayed. budget: padded tokens of a micro-batch. stored_because: the reason why the loss gets
     stored logits (see `why_stored`); empty if it gets lazy ones. logits_budget: bytes of logits that may be stored.
-    pause: called before each micro-batch but the first, while the step has no graph; other calls may run in it.
+    padded_budget: bytes of a padded batch with its hidden states. pause: called before each micro-batch but the first,
+    while the step has no graph; other calls may run in it.
     """
 
     spec: LossSpec
@@ -38,6 +39,7 @@ class Step:
     budget: int = 1
     stored_because: str = ""
     logits_budget: int | None = None
+    padded_budget: int | None = None
     pause: Callable[[], None] = lambda: None
 
     @property
@@ -59,6 +61,27 @@ class Step:
         lengths = [row.tokens.shape[0] for row in self.rows]
         return micro_batches(lengths, self.spec.group_size, self.budget)
 
+    def check_padding(self, parts: Sequence[Sequence[int]], state_bytes: int) -> None:
+        """Raise BadData if the batch of a part, or for a coupled loss of all rows, is larger than the budget.
+
+        state_bytes: of the hidden states of one position.
+        """
+        if self.padded_budget is None:
+            return
+        batches = [self.rows] if self.coupled else [[self.rows[row] for row in part] for part in parts]
+        # the states, and their gradient
+        size = max(padded_bytes(rows, 2 * state_bytes) for rows in batches)
+        if size > self.padded_budget:
+            lengths = [row.tokens.shape[0] for row in self.rows]
+            together = (
+                "gets all rows of a call as one batch" if self.coupled else f"gets {self.spec.group_size} rows together"
+            )
+            raise BadData(
+                f"loss {self.spec.name!r} {together}, padded to the longest: here {len(lengths)} rows of "
+                f"{min(lengths)} to {max(lengths)} tokens need {size:,} bytes, and the limit is "
+                f"{self.padded_budget:,}: send fewer rows in a call, or rows of similar length"
+            )
+
     def set_seed(self, index: int) -> None:
         """Seed the random numbers of micro-batch `index`; -1 stands for the loss on the whole batch."""
         torch.manual_seed((self.seed * 1_000_003 + index + 1) % 2**63)
@@ -67,11 +90,12 @@ class Step:
 def run_step(network: Network, parameters: Sequence[Parameter], step: Step, *, backward: bool) -> StepResult:
     """Run the loss; with `backward`, put the gradient of this call into `.grad` of the parameters, which must be None.
 
-    Raises BadLoss for a loss that breaks its contract or a gradient that is not finite, LogitsTooLarge for more stored
-    logits than the budget allows, PlainLogitsNeeded for a use of lazy logits that they do not support. Then `.grad` is
-    None.
+    Raises BadData for rows whose padding needs too much memory, BadLoss for a loss that breaks its contract or a
+    gradient that is not finite, LogitsTooLarge for more stored logits than the budget allows, PlainLogitsNeeded for a
+    use of lazy logits that they do not support. Then `.grad` is None.
     """
     parts = step.micro_batches()
+    step.check_padding(parts, int(network.model.config.get_text_config().hidden_size) * network.dtype.itemsize)
     results = StepResults(step.spec, len(step.rows))
     cuda = [network.device] if network.device.type == "cuda" else []
     try:
