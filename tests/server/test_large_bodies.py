@@ -74,7 +74,7 @@ def test_an_error_in_one_of_many_rows_names_it(caller: Caller) -> None:
     rows = [[1, 2, 3]] * 300
     assert caller.done("/forward", model_id="many", data=rows)["tokens"] == 600
     problem = caller.problem("/forward", model_id="many", data=[*rows, [1, 999]])
-    assert "data[300] holds token id 999" in problem["message"]
+    assert "data[300]: 'target_tokens' holds token id 999" in problem["message"]
     # the calls behind it go on
     assert caller.done("/forward", model_id="many", data=[[1, 2]])["tokens"] == 1
 

@@ -35,13 +35,13 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel removes ended workers
     _warm_up(limits)
     channel: Channel[ToZygote] = Channel(sock, ToZygote)
-    channel.send(Ready())
-    while True:
-        try:
+    try:
+        channel.send(Ready())
+        while True:
             _, _, fds = channel.receive_shared(1)
-        except (EOFError, ConnectionError):
-            os._exit(0)
-        _fork(sock, channel, fds[0], limits)
+            _fork(sock, channel, fds[0], limits)
+    except (EOFError, ConnectionError):  # the engine has ended
+        os._exit(0)
 
 
 def _fork(control: socket.socket, channel: Channel[ToZygote], fd: int, limits: Limits) -> None:

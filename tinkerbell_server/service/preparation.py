@@ -180,7 +180,7 @@ class Preparation:
         return Prepared(placeholder, text=prompt, sample=(request, options))
 
     async def completed(self, base: Base, prepared: Prepared) -> AnyCommand:
-        """The command of a request, after its rows are checked and its text is tokenised. Raises BadData, EngineLost."""
+        """The command of a request, with its rows checked and its text tokenised. Raises BadData, EngineLost."""
         command = prepared.command
         if isinstance(command, RunLoss):
             assert prepared.loss is not None
