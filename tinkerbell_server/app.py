@@ -19,7 +19,7 @@ from tinkerbell_server.config import Settings
 from tinkerbell_server.http.auth import KeyBackend, on_refused
 from tinkerbell_server.http.decoding import Decoding
 from tinkerbell_server.http.handlers import HANDLERS
-from tinkerbell_server.http.middleware import Limits, SecurityHeaders
+from tinkerbell_server.http.middleware import Limits, OneLength, SecurityHeaders
 from tinkerbell_server.service.service import Service
 
 
@@ -43,6 +43,7 @@ def create_app(settings: Settings) -> Starlette:
     backend = KeyBackend(settings, service.keys, service.audit)
     middleware = [
         Middleware(SecurityHeaders),
+        Middleware(OneLength),
         Middleware(AuthenticationMiddleware, backend=backend, on_error=on_refused),
         Middleware(Limits, settings=settings),
     ]

@@ -245,7 +245,9 @@ class EngineDescription(msgspec.Struct, frozen=True, kw_only=True):
     base_model: the base model's name as in the settings. base_id: the identity of its content in 64 hexadecimal digits,
     empty if the engine cannot tell. revision: its commit on the hub. memory_bytes: the peak memory use so far.
     uploads: how uploaded losses run. mechanisms: what confines them. uploads_problem: why they are off.
-    layers: modules that can have an adapter, by part: attention, mlp, unembed.
+    layers: modules that can have an adapter, by part: attention, mlp, unembed. module_features: the input and output
+    features of each of them, added up, by its full name. base_parameters: of the base model. parameter_limit: the most
+    parameters that one tenant may train if no setting says so; 0 for no limit.
     """
 
     engine: str
@@ -264,6 +266,9 @@ class EngineDescription(msgspec.Struct, frozen=True, kw_only=True):
     mechanisms: tuple[str, ...] = ()
     uploads_problem: str | None = None
     layers: dict[str, list[str]] = {}
+    module_features: dict[str, int] = {}
+    base_parameters: int = 0
+    parameter_limit: int = 0
 
 
 @dataclass(frozen=True, slots=True)

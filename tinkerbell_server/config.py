@@ -102,6 +102,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Meta(ge=2),
         _about("Requests that may wait for the engine; those of one tenant may fill half of the queue."),
     ] = 2048
+    queue_memory: Annotated[
+        _Count, _about("Size of the bodies of one tenant's requests that have not ended, together, in MiB.")
+    ] = 1024
+    result_limit: Annotated[
+        _Count, _about("Size of the results that the server keeps for one tenant until they are fetched, in MiB.")
+    ] = 1024
+    session_limit: Annotated[_Count, _about("Open sessions of Tinker clients of one tenant.")] = 1000
+    model_limit: Annotated[_Count, _about("Models that one tenant may have.")] = 256
+    parameter_limit: Annotated[
+        _Count | None,
+        _about(
+            "Parameters that the models of one tenant may train, together.",
+            default="half of those for which the memory (GPU or RAM) that is free at the start is sufficient",
+        ),
+    ] = None
     upload_limit: Annotated[_Count, _about("Versions of uploaded losses that one tenant may keep.")] = 1000
     device: Annotated[str, _about("Device of the model: auto, cpu, cuda or cuda:<i>.")] = "auto"
     dtype: Annotated[

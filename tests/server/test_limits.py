@@ -87,7 +87,7 @@ def test_a_tenant_can_fill_half_of_the_queue(serve: Any, texts: list[str]) -> No
         refused = [answer for answer in answers if answer.status_code != 200]
         assert refused
         assert {answer.status_code for answer in refused} == {429}
-        assert "3 requests waiting for the engine" in refused[0].json()["problem"]["message"]
+        assert "3 requests that have not ended" in refused[0].json()["problem"]["message"]
         assert "retry-after" in refused[0].headers
         assert bob.done("/forward", model_id="m", data=ROWS)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from tests.server.conftest import Caller
 from tinkerbell_server.access.keys import Keys
 from tinkerbell_server.config import Settings
 from tinkerbell_server.launch import running_server
-from tinkerbell_server.service.store import Request, Store
 
 ROWS = [[1, 2, 3], [4, 5]]
 
@@ -117,16 +115,6 @@ def test_the_error_for_a_future_of_another_tenant_is_that_for_an_unknown_one(ten
 
 def test_a_sample_of_the_base_has_no_model_id(tenants: Tenants) -> None:
     assert tenants.ann.done("/sample", prompt="x")["model_id"] is None
-
-
-def test_the_results_of_a_tenant_do_not_evict_those_of_others(tmp_path: Path) -> None:
-    with contextlib.closing(Store(tmp_path)) as store:
-        for request_id in ("req-1", "bob/req-1", "ann/req-1", "ann/req-2", "ann/req-3"):
-            store.add_request(Request(request_id, None, "forward", None, "", "queued", None, None))
-            store.finish(request_id, b"", None)
-        store.prune(3600, 2)
-        kept = [name for name in ("req-1", "bob/req-1", "ann/req-1", "ann/req-2", "ann/req-3") if store.request(name)]
-    assert kept == ["req-1", "bob/req-1", "ann/req-2", "ann/req-3"]
 
 
 def test_tenants_can_use_the_same_idempotency_key(tenants: Tenants) -> None:

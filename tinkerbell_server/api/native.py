@@ -182,6 +182,7 @@ def _submit(kind: str, type_: type[ModelRequest]) -> Endpoint:
             # always with the tenant's name before it: a client chooses the key, so it may contain any text
             key=None if key is None else f"{caller.tenant}/{key}",
             digest=digest_of(kind, body),
+            size=len(body),
         )
         service = _service(request)
         request_id = await service.intake.submit(submission)

@@ -1,10 +1,11 @@
-"""The HTTP server around the APIs: limits of a key, security headers, and a time limit for the head of a request."""
+"""The HTTP server around the APIs: limits of a key and of connections, security headers, and the head of a request."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections import Counter
+from typing import ClassVar
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
@@ -15,6 +16,7 @@ from tinkerbell_core.errors import TooManyRequests
 from tinkerbell_server.access.rates import Rates
 from tinkerbell_server.config import Settings
 from tinkerbell_server.http.auth import User
+from tinkerbell_server.http.errors import HttpError
 from tinkerbell_server.http.handlers import refusal
 
 HEAD_SECONDS = 10.0
@@ -22,13 +24,25 @@ HEAD_SECONDS = 10.0
 
 
 class Protocol(H11Protocol):
-    """Closes a connection on which no request starts in time. uvicorn waits for headers without a limit."""
+    """Closes a connection on which no request starts in time. uvicorn waits for headers without a limit.
+
+    Connections without an authenticated request have a small share of their own, so that they cannot use up those of
+    clients with a key.
+    """
 
     _timer: asyncio.TimerHandle | None = None
+    _unknown: ClassVar[dict[Protocol, None]] = {}
+    """The connections on which no request was authenticated, the oldest first."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn has the same
         super().connection_made(transport)
         self._update_timer()
+        self._unknown[self] = None
+        if len(self._unknown) > UNKNOWN_CONNECTIONS:
+            # the oldest, because a client with a key sends its request soon after it has connected
+            oldest = next(iter(self._unknown))
+            del self._unknown[oldest]
+            oldest.transport.close()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -36,10 +50,13 @@ class Protocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if isinstance(self.scope.get("user"), User):
+            self._unknown.pop(self, None)
         self._update_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._unknown.pop(self, None)
         if self._timer is not None:
             self._timer.cancel()
 
@@ -51,6 +68,30 @@ class Protocol(H11Protocol):
         elif not idle and self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+UNKNOWN_CONNECTIONS = 128
+"""The most connections on which no request was authenticated yet; if there is another one, the oldest is closed."""
+
+
+class OneLength:
+    """Refuses a request with Content-Length and Transfer-Encoding, and closes its connection.
+
+    A proxy and this server could disagree about the end of its body, and read the rest as another request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        names = {name for name, _ in scope.get("headers", ())}
+        if {b"content-length", b"transfer-encoding"} <= names:
+            error = HttpError("the request has both Content-Length and Transfer-Encoding: send one of them", 400)
+            response = refusal(HTTPConnection(scope), error)
+            response.headers["Connection"] = "close"
+            await response(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 class Limits:

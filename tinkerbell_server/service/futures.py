@@ -6,21 +6,24 @@ import asyncio
 import hashlib
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from tinkerbell_core.errors import Conflict, Problem, UnknownFuture
+from tinkerbell_core.errors import Conflict, Problem, TooManyRequests, UnknownFuture
 from tinkerbell_core.types import Future
-from tinkerbell_server.access.tenants import qualified
+from tinkerbell_server.access.tenants import owner_of, qualified
 from tinkerbell_server.service.store import Finished, Request, Store
 
 KEEP_SECONDS = 6 * 3600.0
-KEEP = 2000
-"""Finished requests are kept this long, and this many."""
+"""Finished requests are kept this long, if their tenant does not exceed the size limit of results."""
 
-_PRUNE_EVERY = 200
+KEEP_FETCHED = 2000
+"""The most results of a tenant that are kept although they were fetched, for a client that did not get the answer."""
+
+_PRUNE_EVERY = 1000
 
 
 def digest_of(kind: str, body: bytes) -> str:
@@ -36,11 +39,56 @@ class KeyReused(Conflict):
         return "Conflict"
 
 
+class Results:
+    """The sizes of the stored results of each tenant, and which of them were fetched since the server started."""
+
+    def __init__(self, store: Store, limit: int) -> None:
+        """limit: bytes of the results of one tenant."""
+        self._store, self._limit = store, limit
+        self._sizes = Counter(store.result_bytes())
+        self._fetched: dict[str, dict[str, int]] = {}  # size by id, the first fetched first
+
+    def check_room(self, tenant: str) -> None:
+        """Make room for another result. Raises TooManyRequests if too many were not fetched."""
+        fetched = self._fetched.get(tenant, {})
+        while fetched and self._sizes[tenant] >= self._limit:
+            self._drop(tenant, next(iter(fetched)))
+        if self._sizes[tenant] >= self._limit:
+            raise TooManyRequests(
+                f"the results of your requests have {self._sizes[tenant]:,} bytes, and {self._limit:,} is the limit "
+                f"for one tenant: fetch them, then send more; a result that nobody fetches is deleted after "
+                f"{KEEP_SECONDS / 3600:.0f} hours (see docs/operators.md#limits)",
+                retry_after=30.0,
+            )
+
+    def add(self, request_id: str, size: int) -> None:
+        """Count a result that was stored."""
+        self._sizes[owner_of(request_id)] += size
+
+    def fetched(self, request_id: str, size: int) -> None:
+        """Note that a result was sent to a client, and delete those that were fetched long before it."""
+        tenant = owner_of(request_id)
+        fetched = self._fetched.setdefault(tenant, {})
+        fetched.setdefault(request_id, size)
+        if len(fetched) > KEEP_FETCHED:
+            self._drop(tenant, next(iter(fetched)))
+
+    def pruned(self) -> None:
+        """Count again, after old results were deleted."""
+        self._sizes = Counter(self._store.result_bytes())
+
+    def _drop(self, tenant: str, request_id: str) -> None:
+        self._sizes[tenant] -= self._fetched[tenant].pop(request_id)
+        self._store.drop_request(request_id)
+
+
 class Futures:
     """The futures of one server. position: how many jobs run before a queued one, by its id."""
 
-    def __init__(self, store: Store, position: Callable[[str], int | None]) -> None:
+    def __init__(self, store: Store, position: Callable[[str], int | None], result_limit: int) -> None:
+        """result_limit: bytes of the results of one tenant."""
         self.stopping = asyncio.Event()
+        self._results = Results(store, result_limit)
         self._store, self._position = store, position
         self._open: dict[str, asyncio.Event] = {}
         self._any = asyncio.Event()
@@ -57,7 +105,11 @@ class Futures:
         return request
 
     def accept(self, tenant: str, kind: str, *, key: str | None, digest: str, parent: str | None) -> str:
-        """Record a new request; its qualified id. parent: the model, run or sampler that it belongs to."""
+        """Record a new request; its qualified id. parent: the model, run or sampler that it belongs to.
+
+        Raises TooManyRequests if the stored results of the tenant are too large.
+        """
+        self._results.check_room(tenant)
         request_id = qualified(tenant, "req-" + secrets.token_hex(12))
         self._store.add_request(Request(request_id, parent, kind, key, digest, "queued", None, None))
         self._open[request_id] = asyncio.Event()
@@ -70,6 +122,7 @@ class Futures:
     def finish(self, request_id: str, result: bytes | None, problem: Problem | None) -> None:
         """Record how a request ended, and wake those who wait for it."""
         self._store.finish(request_id, result, problem)
+        self._results.add(request_id, len(result or b""))
         event = self._open.pop(request_id, None)
         if event is not None:
             event.set()
@@ -78,7 +131,8 @@ class Futures:
         self._since_prune += 1
         if self._since_prune >= _PRUNE_EVERY:
             self._since_prune = 0
-            self._store.prune(KEEP_SECONDS, KEEP)
+            self._store.prune(KEEP_SECONDS)
+            self._results.pruned()
 
     async def wait(self, request_id: str, seconds: float) -> Future:
         """The future, as soon as it has finished, after `seconds`, or when the server stops."""
@@ -114,9 +168,11 @@ class Futures:
         request = self._store.request(request_id)
         if request is None:
             raise UnknownFuture(
-                f"no request {request_id!r}: results are kept for {KEEP_SECONDS / 3600:.0f} hours, "
-                f"and only the newest {KEEP}"
+                f"no request {request_id!r}: a result is kept for {KEEP_SECONDS / 3600:.0f} hours, and of those that "
+                f"were fetched the last {KEEP_FETCHED}"
             )
+        if request.state in ("done", "failed"):
+            self._results.fetched(request_id, len(request.result or b""))
         queued = request.state == "queued"
         # Any: a Raw if there is a result, which the encoder of either format takes
         result: Any = None if request.result is None else msgspec.Raw(request.result)

@@ -30,6 +30,7 @@ from tinkerbell_server.service.bases import Base, Bases
 from tinkerbell_server.service.futures import Futures
 from tinkerbell_server.service.preparation import KnownModels, Preparation, Prepared
 from tinkerbell_server.service.queue import Job, Outcome
+from tinkerbell_server.service.quotas import ModelQuotas, OpenRequests
 from tinkerbell_server.service.save_paths import SavePaths
 from tinkerbell_server.service.store import Store
 from tinkerbell_server.service.submissions import Submission, model_of, qualified_submission
@@ -59,7 +60,9 @@ class Intake:
     ) -> None:
         self._settings, self._bases, self._futures, self._audit = settings, bases, futures, audit
         self._models = KnownModels(store, bases.default.queue)
-        self._preparation = Preparation(store, saves, self._models)
+        quotas = ModelQuotas(settings, store, bases.default.queue)
+        self._preparation = Preparation(store, saves, self._models, quotas)
+        self._open = OpenRequests(settings)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def submit(self, submission: Submission, hold: Hold | None = None) -> str:
@@ -162,6 +165,7 @@ class Intake:
             submission.before_accept()
         tenant = submission.caller.tenant
         base.queue.check_room(tenant, self._settings.queue_limit)
+        self._open.check_room(tenant, submission.size)
         request_id = self._futures.accept(
             tenant,
             submission.recorded_as or submission.kind,
@@ -169,6 +173,7 @@ class Intake:
             digest=submission.digest,
             parent=submission.parent or model_of(submission.content),
         )
+        self._open.add(tenant, submission.size)
         if submission.on_accept is not None:
             submission.on_accept(request_id)
         return Held(request_id, submission, base, engine, self._audited(submission, loss))
@@ -252,6 +257,7 @@ class Intake:
 
     def _end(self, held: Held, outcome: Outcome) -> None:
         """Record how a request ended, wake those who wait for it, and write its audit entry."""
+        self._open.remove(held.submission.caller.tenant, held.submission.size)
         if isinstance(outcome, bytes):
             if held.submission.on_result is not None:
                 held.submission.on_result(outcome)

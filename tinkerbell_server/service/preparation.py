@@ -37,6 +37,7 @@ from tinkerbell_server.commands import (
 )
 from tinkerbell_server.service.bases import Base
 from tinkerbell_server.service.queue import FairQueue
+from tinkerbell_server.service.quotas import ModelQuotas
 from tinkerbell_server.service.save_paths import LoadByName, SavePaths
 from tinkerbell_server.service.scheduler import existing_model
 from tinkerbell_server.service.store import Store
@@ -72,9 +73,13 @@ class KnownModels:
     def __init__(self, store: Store, queue: FairQueue) -> None:
         self._store, self._queue = store, queue
 
+    def exists(self, model_id: str) -> bool:
+        """Whether a model has this qualified id, or will have it when the queued requests have been executed."""
+        return self._store.model(model_id) is not None or model_id in self._queue.creating()
+
     def check(self, model_id: str) -> None:
         """Raise UnknownModel if no model has this qualified id and none will have it."""
-        if self._store.model(model_id) is None and model_id not in self._queue.creating():
+        if not self.exists(model_id):
             raise self.unknown(model_id)
 
     def unknown(self, model_id: str) -> UnknownModel:
@@ -105,15 +110,15 @@ class KnownModels:
 class Preparation:
     """Checks the content of submissions against the models, the losses and the limits of a server."""
 
-    def __init__(self, store: Store, saves: SavePaths, models: KnownModels) -> None:
-        self._store, self._saves, self._models = store, saves, models
+    def __init__(self, store: Store, saves: SavePaths, models: KnownModels, quotas: ModelQuotas) -> None:
+        self._store, self._saves, self._models, self._quotas = store, saves, models, quotas
 
     def prepare(self, submission: Submission, base: Base, engine: EngineDescription) -> Prepared:
         """The command of a request. Raises an error in the request; nothing is queued or recorded yet."""
         content, caller = submission.content, submission.caller
         match content:
             case CreateModelRequest():
-                prepared = self._create_model(content, base, caller)
+                prepared = self._create_model(content, base, engine, caller)
             case ForwardRequest():
                 prepared = self._run_loss(content, submission, engine)
             case SampleRequest():
@@ -142,10 +147,12 @@ class Preparation:
         self._models.raise_notice(content, engine)
         return prepared
 
-    def _create_model(self, request: CreateModelRequest, base: Base, caller: Caller) -> Prepared:
+    def _create_model(
+        self, request: CreateModelRequest, base: Base, engine: EngineDescription, caller: Caller
+    ) -> Prepared:
         spec = self._saves.check_reference(normalize_spec(request), anywhere=caller.admin)
-        if not base.queue.of_model(spec.model_id):
-            existing_model(self._store, spec)
+        if not base.queue.of_model(spec.model_id) and existing_model(self._store, spec) is None:
+            self._quotas.check_new(spec, engine)
         return Prepared(CreateModel(spec=spec))
 
     def _run_loss(self, request: ForwardRequest, submission: Submission, engine: EngineDescription) -> Prepared:
@@ -156,6 +163,8 @@ class Preparation:
         )
         is_large = isinstance(request.data, list) and len(request.data) > _MANY_ROWS
         data = [] if is_large else _rows_or_text(request, loss, engine)
+        if not self._models.exists(request.model_id):
+            self._quotas.check_new(CreateModelRequest(model_id=request.model_id), engine)
         command = RunLoss(
             model_id=request.model_id,
             loss=loss.id,

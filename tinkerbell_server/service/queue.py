@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from tinkerbell_core.errors import BadRequest, TinkerbellError, TooManyRequests
+from tinkerbell_core.types import CreateModelRequest
 from tinkerbell_server.access.tenants import LOCAL
 from tinkerbell_server.commands import QUANTUM_SECONDS, AnyCommand, Load, RunLoss, SamplePiece
 from tinkerbell_server.service.save_paths import LoadByName, SaveByName
@@ -209,8 +210,16 @@ class FairQueue:
 
     def creating(self) -> set[str]:
         """The models that queued and running jobs create."""
-        jobs = (*self.running, *self._waiting())
-        return {job.model_id for job in jobs if job.creates_model and job.model_id is not None}
+        return {model.model_id for model in self.new_models()}
+
+    def new_models(self) -> list[CreateModelRequest]:
+        """The models that queued and running jobs create if they do not exist."""
+        found: dict[str, CreateModelRequest] = {}
+        for job in (*self.running, *self._waiting()):
+            if job.creates_model and job.model_id is not None:
+                spec = getattr(job.command, "spec", None) or getattr(job.command, "create", None)
+                found.setdefault(job.model_id, spec or CreateModelRequest(model_id=job.model_id))
+        return list(found.values())
 
     def position(self, job_id: str) -> int | None:
         """How many jobs run before this one, as far as is known now; None for a job that does not wait."""

@@ -34,7 +34,7 @@ class Service:
         self.audit = Audit(settings.data_path)
         saves = SavePaths(self.store, settings.data_path)
         self.bases = Bases(settings, self.store, saves)
-        self.futures = Futures(self.store, self.bases.default.queue.position)
+        self.futures = Futures(self.store, self.bases.default.queue.position, settings.result_limit << 20)
         self.intake = Intake(settings, self.store, self.bases, self.futures, saves, self.audit)
         self.library = Library(settings, self.store, self.bases, self.intake, self.audit)
         self._fail_unfinished()

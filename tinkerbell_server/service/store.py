@@ -13,6 +13,7 @@ import msgspec
 
 from tinkerbell_core.errors import Problem, TinkerbellError
 from tinkerbell_core.types import CreateModelRequest, ModelInfo, RegisterLossRequest
+from tinkerbell_server.access.tenants import owner_of
 from tinkerbell_server.commands import EngineDescription
 from tinkerbell_server.database import (
     full_path,
@@ -234,15 +235,20 @@ class Store:
         """The ids of the requests that have not ended, in the order of their acceptance."""
         return [row[0] for row in self._db.execute("SELECT id FROM requests WHERE finished IS NULL ORDER BY rowid")]
 
-    def prune(self, keep_seconds: float, keep: int) -> None:
-        """Remove finished requests that are older than `keep_seconds`, and all but the newest `keep` of each tenant."""
+    def prune(self, keep_seconds: float) -> None:
+        """Remove finished requests that are older than `keep_seconds`."""
         self._db.execute("DELETE FROM requests WHERE finished < ?", (time.time() - keep_seconds,))
-        self._db.execute(
-            "DELETE FROM requests WHERE id IN (SELECT id FROM (SELECT id, row_number() OVER ("
-            " PARTITION BY substr(id, 1, instr(id, '/')) ORDER BY finished DESC) AS place"
-            " FROM requests WHERE finished IS NOT NULL) WHERE place > ?)",
-            (keep,),
-        )
+
+    def drop_request(self, request_id: str) -> None:
+        """Remove a request."""
+        self._db.execute("DELETE FROM requests WHERE id = ?", (request_id,))
+
+    def result_bytes(self) -> dict[str, int]:
+        """The bytes of the results of each tenant."""
+        sizes: dict[str, int] = {}
+        for id, size in self._db.execute("SELECT id, length(result) FROM requests WHERE result IS NOT NULL"):
+            sizes[owner_of(id)] = sizes.get(owner_of(id), 0) + size
+        return sizes
 
     def uploads(self) -> list[tuple[str, RegisterLossRequest]]:
         """Every upload with its qualified name, in the order of registration."""

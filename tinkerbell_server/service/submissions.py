@@ -62,7 +62,8 @@ class Submission:
 
     content: a ModelRequest, or a command that the API has made itself, with the model's qualified id.
     problem: an error in the content of a held request, which is its result when it is queued.
-    key, digest: the idempotency key, unique on this server, and the digest that a repetition must have.
+    key, digest: the idempotency key, unique on this server, and the digest that a repetition must have. size: bytes of
+    the body.
     loss: of a ForwardRequest, if the API has looked it up already. sample: options of a SampleRequest.
     lane: the queue's lane; the model's by default. parent: the qualified id that the request is recorded under.
     kind, recorded_as: of the job, and of the record if an API has its own name for it.
@@ -78,6 +79,7 @@ class Submission:
     problem: TinkerbellError | None = None
     key: str | None = None
     digest: str = ""
+    size: int = 0
     loss: LossDescription | None = None
     sample: SampleOptions = SampleOptions()
     lane: str | None = None

@@ -30,6 +30,12 @@ _NOT_RETRIED = (400, 401, 403, 404, 410, 413)
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
+CONTROL_BYTES = 64 << 10
+"""The most bytes of a body without data. The store keeps what a client sends in it, such as metadata."""
+
+PROMPT_BYTES = 4 << 20
+"""The most bytes of a body with a prompt: larger ones would keep other requests waiting while they are decoded."""
+
 
 def tinker_server(request: Request) -> TinkerServer:
     """The Tinker side of the server that a request was sent to."""
@@ -98,6 +104,17 @@ async def body_of(request: Request) -> bytes:
         mebibytes << 20,
         lambda: HttpError(f"the limit for a body is {mebibytes} MiB; send fewer datums in a call", 413),
     )
+
+
+async def control_body_of(request: Request, limit: int = CONTROL_BYTES) -> bytes:
+    """The body of a request without rows. Raises HttpError (413) if it has more than `limit` bytes."""
+    text = f"{request.url.path} takes a body of at most {limit >> 10} KiB, metadata included"
+    return await body_within(request, limit, lambda: HttpError(text, 413))
+
+
+async def prompt_body_of(request: Request) -> bytes:
+    """The body of a request with a prompt, or with the ids of many requests. Raises HttpError (413)."""
+    return await control_body_of(request, PROMPT_BYTES)
 
 
 async def body_within(request: Request, limit: int, too_large: Callable[[], TinkerbellError]) -> bytes:

@@ -100,6 +100,7 @@ class TinkerRequests:
             # no tenant's name has a colon, so this is never the Idempotency-Key of a native request
             key=f"{caller.tenant}:tinker/{key}",
             digest=digest_of(record.kind, body),
+            size=len(body),
             parent=qualified(caller.tenant, record.parent),
             recorded_as=record.kind,
             on_accept=accepted,

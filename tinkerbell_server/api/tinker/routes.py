@@ -11,8 +11,9 @@ from tinkerbell_server.api.tinker import encode, protocol, routes_rest, routes_t
 from tinkerbell_server.api.tinker.http import (
     PROTOBUF,
     Endpoint,
-    body_of,
+    control_body_of,
     json_response,
+    prompt_body_of,
     tenant_of,
     tinker_server,
     with_json_errors,
@@ -26,7 +27,7 @@ WAIT = 30.0
 
 
 async def retrieve_future(request: Request) -> Response:
-    sent = protocol.parse(await body_of(request), protocol.RetrieveFuture)
+    sent = protocol.parse(await control_body_of(request), protocol.RetrieveFuture)
     requests = tinker_server(request).requests
     answer = await requests.retrieve(tenant_of(request), sent.request_id, WAIT)
     if answer is None:
@@ -39,11 +40,11 @@ async def retrieve_future(request: Request) -> Response:
 
 async def retrieve_futures(request: Request) -> Response:
     sampling = tinker_server(request).sampling
-    return json_response(await sampling.retrieve_futures(tenant_of(request), await body_of(request), WAIT))
+    return json_response(await sampling.retrieve_futures(tenant_of(request), await prompt_body_of(request), WAIT))
 
 
 async def cancel_future(request: Request) -> Response:
-    sent = protocol.parse(await body_of(request), protocol.CancelFuture)
+    sent = protocol.parse(await control_body_of(request), protocol.CancelFuture)
     tinker_server(request).requests.cancel(tenant_of(request), sent.request_id)
     return Response(status_code=204)
 
@@ -80,23 +81,25 @@ async def capabilities(request: Request) -> Response:
 
 
 async def create_session(request: Request) -> Response:
-    return json_response(await tinker_server(request).sessions.create(tenant_of(request), await body_of(request)))
+    return json_response(
+        await tinker_server(request).sessions.create(tenant_of(request), await control_body_of(request))
+    )
 
 
 async def heartbeat(request: Request) -> Response:
-    tinker_server(request).sessions.heartbeat(tenant_of(request), await body_of(request))
+    tinker_server(request).sessions.heartbeat(tenant_of(request), await control_body_of(request))
     return json_response({"type": "session_heartbeat"})
 
 
 async def finish(request: Request) -> Response:
-    body = await body_of(request)
+    body = await prompt_body_of(request)
     tinker_server(request).sessions.finish(tenant_of(request), request.path_params["session_id"], body)
     return Response(status_code=204)
 
 
 async def telemetry(request: Request) -> Response:
     """Accept telemetry and discard it: it contains stack traces and texts of the user."""
-    await body_of(request)
+    await prompt_body_of(request)
     return json_response({"status": "accepted"})
 
 
@@ -106,12 +109,12 @@ async def nothing(request: Request) -> Response:
 
 
 async def create_sampling_session(request: Request) -> Response:
-    sampler_id = tinker_server(request).sampling.create_session(tenant_of(request), await body_of(request))
+    sampler_id = tinker_server(request).sampling.create_session(tenant_of(request), await prompt_body_of(request))
     return json_response({"type": "create_sampling_session", "sampling_session_id": sampler_id})
 
 
 async def join_sampling_session(request: Request) -> Response:
-    sent = protocol.parse(await body_of(request), protocol.JoinSamplingSession)
+    sent = protocol.parse(await prompt_body_of(request), protocol.JoinSamplingSession)
     counter = tinker_server(request).sampling.join(tenant_of(request), sent.sampling_session_id)
     return json_response({"type": "join_sampling_session", "client_counter": counter})
 
@@ -123,7 +126,9 @@ async def sampler(request: Request) -> Response:
 
 
 async def asample(request: Request) -> Response:
-    request_id, sequences = await tinker_server(request).sampling.sample(caller_of(request), await body_of(request))
+    request_id, sequences = await tinker_server(request).sampling.sample(
+        caller_of(request), await prompt_body_of(request)
+    )
     return json_response({"request_id": unqualified(request_id), "sample_sequence_ids": sequences})
 
 

@@ -14,7 +14,7 @@ from starlette.responses import FileResponse, RedirectResponse, Response, Stream
 
 from tinkerbell_core.errors import BadRequest
 from tinkerbell_server.api.tinker import protocol
-from tinkerbell_server.api.tinker.http import audit_immediate, body_of, json_response, tenant_of, tinker_server
+from tinkerbell_server.api.tinker.http import audit_immediate, control_body_of, json_response, tenant_of, tinker_server
 from tinkerbell_server.api.tinker.queries import search
 from tinkerbell_server.api.tinker.store import Checkpoint
 from tinkerbell_server.api.tinker.transfer import SECONDS, write_archive
@@ -61,7 +61,7 @@ async def unpublish(request: Request) -> Response:
 
 
 async def ttl(request: Request) -> Response:
-    sent = protocol.parse(await body_of(request), protocol.Ttl)
+    sent = protocol.parse(await control_body_of(request), protocol.Ttl)
     with audit_immediate(request, "expire_checkpoint", _path(request)):
         tinker_server(request).queries.expire(_own(request), sent.ttl_seconds)
     return Response(status_code=204)
@@ -89,13 +89,13 @@ async def download(request: Request) -> Response:
 
 
 async def weights_info(request: Request) -> Response:
-    sent = protocol.parse(await body_of(request), protocol.WeightsInfo)
+    sent = protocol.parse(await control_body_of(request), protocol.WeightsInfo)
     return json_response(tinker_server(request).queries.weights_info(tenant_of(request), sent.tinker_path))
 
 
 async def copy_weights(request: Request) -> Response:
     key, token = (request.headers.get(f"x-{name}") for name in ("idempotency-key", "tinker-weights-access-token"))
-    body = await body_of(request)
+    body = await control_body_of(request)
     with audit_immediate(request, "copy_weights") as watched:
         path = watched.name = tinker_server(request).copies.copy(tenant_of(request), body, key, token)
     return json_response({"tinker_path": path})
@@ -106,7 +106,9 @@ async def sessions(request: Request) -> Response:
 
 
 async def search_sessions(request: Request) -> Response:
-    return json_response(search(tinker_server(request).requests.store, tenant_of(request), await body_of(request)))
+    return json_response(
+        search(tinker_server(request).requests.store, tenant_of(request), await control_body_of(request))
+    )
 
 
 async def session(request: Request) -> Response:
@@ -114,7 +116,7 @@ async def session(request: Request) -> Response:
 
 
 async def move_session(request: Request) -> Response:
-    sent = protocol.parse(await body_of(request), protocol.Move)
+    sent = protocol.parse(await control_body_of(request), protocol.Move)
     tinker_server(request).queries.move(tenant_of(request), request.path_params["session_id"], sent.project_id)
     return Response(status_code=204)
 

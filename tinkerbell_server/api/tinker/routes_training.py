@@ -19,6 +19,7 @@ from tinkerbell_server.api.tinker.http import (
     audit_refusals,
     body_of,
     body_within,
+    control_body_of,
     json_response,
     tenant_of,
     tinker_server,
@@ -35,7 +36,7 @@ def future(submit: Submit, action: str | None = None) -> Endpoint:
     """An endpoint that answers with the id of a request and of its model. action: its name in the audit log."""
 
     async def endpoint(request: Request) -> Response:
-        body = await body_of(request)
+        body = await control_body_of(request)
         with _numbered(request, lambda: protocol.numbered(body)), audit_refusals(request, action):
             request_id, model_id = await submit(tinker_server(request), caller_of(request), body)
         return json_response({"request_id": unqualified(request_id), "model_id": model_id})
@@ -73,7 +74,7 @@ async def forward(request: Request) -> Response:
 
 async def get_info(request: Request) -> Response:
     requests = tinker_server(request).requests
-    run = requests.run(tenant_of(request), protocol.parse(await body_of(request), protocol.GetInfo).model_id)
+    run = requests.run(tenant_of(request), protocol.parse(await control_body_of(request), protocol.GetInfo).model_id)
     return json_response(
         {
             "type": "get_info",

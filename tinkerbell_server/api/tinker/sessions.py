@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from tinkerbell_core.errors import TooManyRequests
 from tinkerbell_server.access.tenants import visible
 from tinkerbell_server.api.tinker import protocol
 from tinkerbell_server.api.tinker.requests import Gone, TinkerRequests
@@ -50,6 +51,14 @@ class Sessions:
     async def create(self, tenant: str, body: bytes) -> dict[str, Any]:  # Any: JSON values of several types
         """create_session: the answer with the id of the new session."""
         sent = protocol.parse(body, protocol.CreateSession)
+        have = sum(not one.ended for one in self._requests.store.of_tenant(Session, tenant))
+        limit = self._requests.service.settings.session_limit
+        if have >= limit:
+            raise TooManyRequests(
+                f"you have {have} open sessions, and {limit} is the limit for one tenant: end some; one without a "
+                "heartbeat ends after an hour (see docs/operators.md#limits)",
+                retry_after=60.0,
+            )
         session = Session(
             id=secrets.token_hex(16),
             tenant=tenant,

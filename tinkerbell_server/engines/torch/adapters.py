@@ -27,6 +27,7 @@ class Adapters:
 
     At most one adapter is active. Adding or deleting one does not change the weights of the others.
     default_targets: every linear layer except the head. parts: target modules by part: attention, mlp, unembed.
+    features: the input and output features of each module that can have an adapter, added up, by its full name.
     """
 
     def __init__(self, base: Network) -> None:
@@ -44,6 +45,11 @@ class Adapters:
             _leaf(name) for name, module in modules if isinstance(module, nn.Linear | Conv1D | nn.Embedding)
         }
         self._names = [name for name, module in modules if _leaf(name) in self._targets]
+        self.features = {
+            name: sum(parameter.shape)
+            for name, module in modules
+            if isinstance(module, nn.Linear | Conv1D | nn.Embedding) and (parameter := module.weight).dim() == 2
+        }
         self.parts = _targets_by_part(
             [(name, module is head) for name, module in modules if isinstance(module, nn.Linear | Conv1D)]
         )

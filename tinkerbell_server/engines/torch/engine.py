@@ -87,6 +87,8 @@ class TorchEngine:
         self._base = load(source, choose_dtype(settings.dtype, device))
         self._revision = commit_of(self._base.model, settings.revision)
         self._base.base_id = base_identity(source, self._revision)
+        self._base_parameters = sum(parameter.numel() for parameter in self._base.model.parameters())
+        self._parameter_limit = memory.trainable_parameters(device) // 2
         self._models = Models(self._base, load, settings.data_path)
         self._sampler = Sampler(self._models, self._tokenizer, self._device_lock)
         self._losses = Losses(
@@ -120,6 +122,9 @@ class TorchEngine:
             mechanisms=self._uploads.mechanisms,
             uploads_problem=self._uploads.problem,
             layers=self._models.adapters.parts,
+            module_features=self._models.adapters.features,
+            base_parameters=self._base_parameters,
+            parameter_limit=self._parameter_limit,
         )
 
     def memory_bytes(self) -> int:

@@ -61,6 +61,11 @@ def budgets(network: Network, settings: Settings) -> Budgets:
     return Budgets(tokens(stored=False), tokens(stored=True), logits, free // 4)
 
 
+def trainable_parameters(device: torch.device) -> int:
+    """The parameters that can be trained in the free memory: each with its gradient and two moments in float32."""
+    return free_bytes(device) // 16
+
+
 def token_budget(bytes_per_token: int, device: torch.device) -> int:
     """Padded tokens of a micro-batch that uses about 1 GiB on a CPU, or a quarter of the free memory of a GPU."""
     if device.type == "cuda":
