@@ -74,10 +74,16 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that contains the server's data dir."""
+    return tmp_path_factory.mktemp("tinker-server")
+
+
+@pytest.fixture(scope="session")
+def server(model_folder: Path, server_folder: Path) -> Iterator[str]:
     """The address of a server of that model. Uploads are on, so that a custom loss has a name."""
     settings = {"model": str(model_folder), "device": "cpu", "dtype": "float32", **PATIENT}
-    with live_server(tmp_path_factory.mktemp("tinker-server"), **settings, seconds=280) as url:
+    with live_server(server_folder, **settings, seconds=280) as url:
         yield url
 
 

@@ -17,11 +17,10 @@ from tests.tinker.raw_client import RawClient
 from tests.tinker.sdk import now, since, text
 
 
-def sample(sampler: Any, seed: int) -> Any:
+def sample(sampler: Any, seed: int, max_tokens: int = 6) -> Any:
     prompt = types.ModelInput.from_ints(text(3 + seed % 7, seed))
-    return sampler.sample(
-        prompt=prompt, num_samples=1, sampling_params=types.SamplingParams(max_tokens=6, seed=seed, temperature=1.0)
-    )
+    params = types.SamplingParams(max_tokens=max_tokens, seed=seed, temperature=1.0, stop=[])
+    return sampler.sample(prompt=prompt, num_samples=1, sampling_params=params)
 
 
 def tokens(futures: list[Any]) -> list[list[int]]:
@@ -91,7 +90,7 @@ def occupy_engine(raw_client: RawClient) -> httpx.Response:
 def test_a_cancelled_sample_is_removed_from_the_queue(raw_client: RawClient) -> None:
     sampler = raw_client.sampler(3)
     working = occupy_engine(raw_client)
-    future = raw_client.sample(sampler, 0)
+    future = raw_client.sample(sampler, 0, max_tokens=110, stop=[])
     cancelled = raw_client.post("cancel_future", request_id=future.json()["request_id"])
     assert cancelled.status_code == 204
     result = raw_client.done(future)
@@ -126,7 +125,7 @@ def test_cancelling_a_future_of_the_sdk_cancels_the_request(
     monkeypatch.setattr(sampler.holder, "_send_cancel_request", send_cancel)
     monkeypatch.setattr(sampler, "_send_asample_request", send_sample)
     working = occupy_engine(raw_client)
-    future = sample(sampler, 2)
+    future = sample(sampler, 2, max_tokens=110)
     assert accepted.wait(20)
     time.sleep(0.1)
     (future.future() if hasattr(future, "future") else future).cancel()
@@ -136,3 +135,38 @@ def test_cancelling_a_future_of_the_sdk_cancels_the_request(
     assert len(cancelled) == 1
     raw_client.output(working)
     assert tokens([sample(sampler, 1)])
+
+
+def test_the_requests_of_a_session_that_ends_are_cancelled(server: str, model_folder: Path) -> None:
+    ending, other = RawClient(server, model_folder), RawClient(server, model_folder)
+    waiting = [ending.sample(ending.sampler(1), seq, max_tokens=120, stop=[]) for seq in range(40)]
+    start = time.monotonic()
+    ended = ending.http.post(f"/sessions/{ending.session}/finish", json={"reason": {"type": "success"}})
+    assert ended.status_code == 204
+    results = [ending.result(future) for future in waiting]
+    seconds = time.monotonic() - start
+    assert b"cancelled" in results[-1].content
+    other.result(other.sample(other.sampler(1), 0))
+    for client in (ending, other):
+        client.http.close()
+    assert seconds < 20
+
+
+def test_an_inflight_sampler_keeps_two_folders_at_most(server: str, server_folder: Path, model_folder: Path) -> None:
+    client = RawClient(server, model_folder)
+    model = client.model()
+    samplers = []
+    for number in range(6):
+        saved = client.post(
+            "save_weights_for_sampler",
+            model_id=model,
+            seq_id=number + 1,
+            sampling_session_seq_id=number,
+            kind="inflight",
+        )
+        samplers.append(client.done(saved)["sampling_session_id"])
+    folders = sorted(folder.name for folder in server_folder.glob(f"**/{model}/for-sampler.*"))
+    assert folders == ["for-sampler.4", "for-sampler.5"]
+    # the first sampler draws from the newest weights
+    assert client.result(client.sample(samplers[0], 1)).status_code == 200
+    client.http.close()

@@ -204,6 +204,10 @@ class FairQueue:
         """The job of this id, if it has not ended."""
         return next((job for job in (*self.running, *self._waiting()) if job.id == job_id), None)
 
+    def samples_from(self, path: str) -> bool:
+        """Whether a job that has not ended draws samples from a saved folder."""
+        return any(getattr(job.command, "path", None) == path for job in (*self.running, *self._waiting()))
+
     def of_model(self, model_id: str) -> list[Job]:
         """The jobs of one model that have not ended."""
         return [job for job in (*self.running, *self._waiting()) if job.model_id == model_id]

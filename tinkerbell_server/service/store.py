@@ -235,6 +235,11 @@ class Store:
         """The ids of the requests that have not ended, in the order of their acceptance."""
         return [row[0] for row in self._db.execute("SELECT id FROM requests WHERE finished IS NULL ORDER BY rowid")]
 
+    def unfinished_of(self, model_id: str) -> list[str]:
+        """The ids of the requests of one model, run or sampler that have not ended."""
+        query = "SELECT id FROM requests WHERE model_id = ? AND finished IS NULL ORDER BY rowid"
+        return [row[0] for row in self._db.execute(query, (model_id,))]
+
     def prune(self, keep_seconds: float) -> None:
         """Remove finished requests that are older than `keep_seconds`."""
         self._db.execute("DELETE FROM requests WHERE finished < ?", (time.time() - keep_seconds,))

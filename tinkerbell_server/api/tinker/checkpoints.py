@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -210,13 +211,23 @@ class Checkpoints:
                 )
             )
             if follows:
+                before = self._requests.store.get(Run, run.id)
                 self._requests.touch(run.id, follower=str(folder / name))
+                self._drop_followed(run, {str(folder / name), before.follower if before else None})
 
         submission = Submission(
             caller=caller, kind="save", content=content, action=kind, subject=run.id, on_result=add_record
         )
         record = StoredRequest(id="", tenant=run.tenant, parent=run.id, kind=kind, sampling_session_id=sampler_id)
         return await self._sequencer.submit(run, sent.seq_id, submission, body, record)
+
+    def _drop_followed(self, run: Run, kept: set[str | None]) -> None:
+        """Delete the folders that the samplers of a run have used before, if no request draws samples from them."""
+        queue = self._requests.service.bases.default.queue
+        for sampler in self._requests.store.of_parent(Sampler, run.parent):
+            folder = sampler.folder
+            if sampler.follows == run.id and folder not in kept and folder and not queue.samples_from(folder):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def sampler_id_of(session_id: str, seq: int) -> str:

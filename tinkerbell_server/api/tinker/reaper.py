@@ -45,6 +45,7 @@ class Reaper:
             if not session.ended and session.last_seen < time.time() - SILENT_SECONDS:
                 self._requests.store.put(msgspec.structs.replace(session, ended=True))
                 session = msgspec.structs.replace(session, ended=True)
+                self._requests.cancel_session(session)
             if session.ended:
                 self._release(session)
 

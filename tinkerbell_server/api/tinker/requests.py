@@ -129,8 +129,14 @@ class TinkerRequests:
         assert isinstance(future.result, msgspec.Raw)
         return encode.done(record, bytes(future.result))
 
+    def cancel_session(self, session: Session) -> None:
+        """End the requests of a session that wait or run."""
+        for parent in (*self.store.of_parent(Run, session.id), *self.store.of_parent(Sampler, session.id)):
+            for request_id in self.service.store.unfinished_of(qualified(session.tenant, parent.id)):
+                self.service.intake.cancel(request_id)
+
     def cancel(self, tenant: str, request_id: str) -> None:
-        """End a request that waits in the queue; a running or ended one stays as it is. Raises NotHere."""
+        """End a request that waits in the queue or runs; one that has ended stays as it is. Raises NotHere."""
         qualified_id = qualified(tenant, request_id)
         if self.store.get(StoredRequest, qualified_id, tenant) is None:
             raise NotHere(f"no request {request_id[:80]!r} on this server")

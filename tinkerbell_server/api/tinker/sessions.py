@@ -84,9 +84,10 @@ class Sessions:
         self._requests.store.put(msgspec.structs.replace(session, last_seen=time.time()))
 
     def finish(self, tenant: str, session_id: str, body: bytes) -> None:
-        """End a session; the reaper then frees everything that was not saved by name."""
+        """End a session and its requests; the reaper then frees everything that was not saved by name."""
         sent = protocol.parse(body, protocol.Finish)
         session = self._requests.session(tenant, session_id)
         reason = str(sent.reason.get("type", "success"))[:40]
         ended = msgspec.structs.replace(session, ended=True, reason=reason, detail=(sent.detail or "")[:1000] or None)
         self._requests.store.put(ended)
+        self._requests.cancel_session(ended)
