@@ -40,7 +40,7 @@ class Protocol(H11Protocol):
         self._unknown[self] = None
         if len(self._unknown) > UNKNOWN_CONNECTIONS:
             # the oldest, because a client with a key sends its request soon after it has connected
-            oldest = next(iter(self._unknown))
+            oldest = next((one for one in self._unknown if one._is_idle()), self)
             del self._unknown[oldest]
             oldest.transport.close()
 
@@ -60,9 +60,12 @@ class Protocol(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
 
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
     def _update_timer(self) -> None:
         """Run one timer while no request is being handled. Incoming bytes do not restart it."""
-        idle = self.cycle is None or self.cycle.response_complete
+        idle = self._is_idle()
         if idle and self._timer is None:
             self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
         elif not idle and self._timer is not None:
