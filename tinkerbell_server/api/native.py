@@ -97,6 +97,7 @@ def routes() -> list[Route]:
     """Every path of the native API."""
     return [
         Route("/healthz", healthz),
+        Route("/health", healthz),
         Route(native_openapi.PATH, openapi),
         Route("/list_loss_functions", allowed("read", list_loss_functions)),
         Route("/list_models", allowed("read", list_models)),

@@ -19,9 +19,24 @@ _ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, A
 """What the code of a template raises for a chat that it cannot render."""
 
 _RESERVED = frozenset(
-    ("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages")
-    + ("padding", "raise_exception", "return_assistant_tokens_mask", "return_dict", "return_tensors", "strftime_now")
-    + ("tokenize", "tokenizer_kwargs", "tools", "truncation")
+    [
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "raise_exception",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "strftime_now",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    ]
 )
 """Arguments and variables that the server or transformers sets."""
 
@@ -88,7 +103,7 @@ def _check_arguments(arguments: Mapping[str, Any], template: str) -> None:  # An
             listing = f" (it reads: {', '.join(known)})" if known else ""
             near = did_you_mean(name, known)
             raise BadHyperparameter(
-                f"chat_template_kwargs.{name[:80]} is not read by the model's chat template{near}{listing}: leave it out"
+                f"chat_template_kwargs.{name[:80]} is not read by the model's chat template{near}{listing}"
             )
 
 
@@ -96,7 +111,9 @@ def _check_messages(messages: Sequence[Json], template: str) -> None:
     for place, message in enumerate(messages):
         for name in sorted(message.keys() - _ALWAYS_READ):
             # the name of a tool is known from its call
-            if not re.search(rf"\b{re.escape(name)}\b", template) and not (name == "name" and message["role"] == "tool"):
+            if not re.search(rf"\b{re.escape(name)}\b", template) and not (
+                name == "name" and message["role"] == "tool"
+            ):
                 raise BadData(
                     f"messages[{place}].{name} is not read by the model's chat template, so the model would not see "
                     "it: leave it out, or write it into the content"
@@ -151,7 +168,7 @@ def template_variables(template: str) -> frozenset[str] | None:
     """The variables that a template reads; None if it has statements that only transformers knows."""
     # the tag of transformers around the tokens of the assistant
     plain = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", template)
-    environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701  # not HTML
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # not HTML
     try:
         return frozenset(meta.find_undeclared_variables(environment.parse(plain)))
     except TemplateSyntaxError:

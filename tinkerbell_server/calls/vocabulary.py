@@ -96,9 +96,13 @@ class Vocabulary:
         return bytes([int(byte[1], 16)]) if byte else str(token).replace(_SPACE, " ").encode()
 
 
-@lru_cache(maxsize=1)
 def vocabulary_of(tokenizer: Any) -> Vocabulary:  # Any: as above
     """The vocabulary of the tokenizer that a process uses."""
+    return _cached(tokenizer)
+
+
+@lru_cache(maxsize=1)
+def _cached(tokenizer: Any) -> Vocabulary:  # Any: as above
     return Vocabulary(tokenizer)
 
 
