@@ -4,7 +4,7 @@ Bodies are msgpack (`Content-Type: application/msgpack`) or JSON (`application/j
 answer has the format that `Accept` names, otherwise the format of the request's body, otherwise JSON. In JSON, bytes
 are base64. The structs are in `tinkerbell_core.types`; fields with their default value are omitted.
 
-    GET  /healthz                 {"status": "ok"|"starting"|"engine_down", "problem": str|null, "boot_id": str,
+    GET  /healthz, /health        {"status": "ok"|"starting"|"engine_down", "problem": str|null, "boot_id": str,
                                    "version": str, "engine": str, "base_model": str|null, "device": str|null,
                                    "dtype": str|null, "vocab_size": int|null, "max_length": int|null,
                                    "uploads": "off"|"sandboxed"|"trusted", "auth": "auto"|"on"|"off", "queue": int,
