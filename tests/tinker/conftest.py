@@ -13,22 +13,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.chat_templates import WITH_TOOLS
 from tests.conftest import PATIENT
 from tests.live import live_server
 from tests.tinker.raw_client import RawClient
-from tinkerbell_server.engines.torch.tiny_model import CHAT_TEMPLATE, write_tokenizer
+from tinkerbell_server.engines.torch.tiny_model import write_tokenizer
 
 collect_ignore_glob = [] if find_spec("tinker") else ["test_*.py"]
 
 os.environ["TINKER_API_KEY"] = "tml-test"
 os.environ["TINKER_TELEMETRY"] = "0"
-
-TOOLS_TEMPLATE = (
-    "{% if tools %}{{ '<tools>' + (tools | tojson) }}{% endif %}{% if think %}{{ '<think>' }}{% endif %}"
-    "{% for message in messages if message.tool_calls %}{% for call in message.tool_calls %}"
-    "{{ '<call>' + call.function.name + (call.function.arguments | tojson) }}{% endfor %}{% endfor %}"
-)
-"""The part of a chat template that renders tools, calls and the variable `think`."""
 
 
 def pytest_report_header() -> str:
@@ -77,9 +71,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
     write_tokenizer(folder)
-    (folder / "chat_template.jinja").write_text(
-        TOOLS_TEMPLATE + CHAT_TEMPLATE.replace("message['content']", "(message['content'] or '')")
-    )
+    (folder / "chat_template.jinja").write_text(WITH_TOOLS)
     return folder
 
 
