@@ -62,6 +62,7 @@ def test_the_generation_prompt_can_be_left_out_and_the_last_message_continued() 
     ("messages", "options", "template", "message"),
     [
         ([{"role": "developer", "content": "be kind"}, USER], {}, QWEN, r"messages\[0\] has the role 'developer'"),
+        ([{"role": "developer", "content": "hi"}, USER], {}, QWEN, r"messages\[0\] has the role 'developer'"),
         ([USER], {"tools": [TOOL]}, "{{ messages[0].content }} tools", "does not read them"),
         ([USER, CALL], {}, "{% for m in messages %}{{ m.content }}{% endfor %}", r"messages\[1\].tool_calls is not"),
         ([{**USER, "name": "ann"}], {}, "{{ messages[0].content }}", r"messages\[0\].name is not read"),

@@ -193,6 +193,8 @@ def test_echo_returns_the_prompt_with_its_logprobs(client: Any, trained: Any, mo
     scored = client.completions.create(**options, prompt="abcd", max_tokens=0)
     assert (scored.choices[0].text, scored.usage.completion_tokens) == ("abcd", 0)
     assert scored.choices[0].logprobs.token_logprobs == found.token_logprobs[:4]
+    alone = client.completions.create(**options, prompt="a", max_tokens=0).choices[0].logprobs
+    assert (alone.tokens, alone.token_logprobs, alone.top_logprobs) == (["a"], [None], [None])
     unlikely = client.completions.create(**options, prompt="adcb", max_tokens=0).choices[0].logprobs
     assert all(len(row) == 2 for row in unlikely.top_logprobs[1:])
 

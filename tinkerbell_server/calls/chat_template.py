@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -59,7 +58,7 @@ def render_chat(prompt: TextPrompt, tokenizer: Any) -> str:  # Any: a tokenizer 
     except _ERRORS as error:
         reason = str(error)[:300] or type(error).__name__
         raise BadData(f"messages: the model's chat template refuses this chat: {reason}") from None
-    _check_rendered(prompt, text, tokenizer)
+    _check_rendered(prompt, prompt.text, tokenizer)
     return text
 
 
@@ -120,40 +119,30 @@ def _check_messages(messages: Sequence[Json], template: str) -> None:
                 )
 
 
-def _check_rendered(prompt: TextPrompt, text: str, tokenizer: Any) -> None:  # Any: as above
+def _check_rendered(prompt: TextPrompt, messages: Sequence[Json], tokenizer: Any) -> None:  # Any: as above
     """Raise BadData if the content of a message is left out. That of an assistant may be: templates drop reasoning."""
-    assert not isinstance(prompt.text, str)
-    missing = {
+    # a word in the place of each content shows which of them are rendered, also if two are equal or are written in
+    # another form
+    words = {
         place: f"tinkerbellprobe{place}x"
-        for place, message in enumerate(prompt.text)
-        if message["role"] != "assistant" and not _contains(text, message.get("content"))
+        for place, message in enumerate(messages)
+        if message["role"] != "assistant" and message.get("content")
     }
-    if not missing:
-        return
-    # the template may write the content in another form: see whether it writes a word
     probes = [
-        {**message, "content": missing[place]} if place in missing else message
-        for place, message in enumerate(prompt.text)
+        {**message, "content": words[place]} if place in words else message for place, message in enumerate(messages)
     ]
     try:
-        probed = _rendered(prompt, probes, tokenizer).lower()
+        text = _rendered(prompt, probes, tokenizer).lower()
     except _ERRORS:
-        return
-    for place, word in missing.items():
-        if word not in probed:
-            role = prompt.text[place]["role"]
+        return  # the template reads its contents, and refuses these
+    for place, word in words.items():
+        if word not in text:
+            role = messages[place]["role"]
             instead = ", with the role 'system' for example" if role == "developer" else ""
             raise BadData(
                 f"messages[{place}] has the role {role!r}, which the model's chat template leaves out: send it in "
                 f"another form{instead}"
             )
-
-
-def _contains(text: str, content: Any) -> bool:  # Any: the content of a message
-    if not isinstance(content, str) or not content.strip():
-        return True
-    stripped = content.strip()
-    return stripped in text or json.dumps(stripped, ensure_ascii=False)[1:-1] in text
 
 
 def _reads(template: str, name: str) -> bool:
