@@ -4,12 +4,13 @@ Bodies are msgpack (`Content-Type: application/msgpack`) or JSON (`application/j
 answer has the format that `Accept` names, otherwise the format of the request's body, otherwise JSON. In JSON, bytes
 are base64. The structs are in `tinkerbell_core.types`; fields with their default value are omitted.
 
-    GET  /healthz, /health        {"status": "ok"|"starting"|"engine_down", "problem": str|null, "boot_id": str,
+    GET  /healthz                 {"status": "ok"|"starting"|"engine_down", "problem": str|null, "boot_id": str,
                                    "version": str, "engine": str, "base_model": str|null, "device": str|null,
                                    "dtype": str|null, "vocab_size": int|null, "max_length": int|null,
                                    "uploads": "off"|"sandboxed"|"trusted", "auth": "auto"|"on"|"off", "queue": int,
                                    "restarts": int};
                                   always 200; without a required key: only status, boot_id and version
+    GET  /health                  the same as /healthz
     GET  /openapi.json            the OpenAPI document of this API, as JSON; needs no key
     GET  /list_loss_functions     {"available_loss_functions": [name], "descriptions": {name: summary},
                                    "losses": [LossDescription], "plugins": [PluginDescription]}
