@@ -38,6 +38,8 @@ COOKBOOK_NEEDS = [
     "tiktoken",
 ]
 """The dependencies of tinker-cookbook without tml-renderers, and those of its arithmetic recipe."""
+CLIENTS = ["inspect_ai", "langchain-openai", "litellm", "llm", "lm_eval", "openai"]
+"""Programs that sample over the OpenAI API; `tests/clients` uses the newest versions."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -139,6 +141,15 @@ def sdk_latest(session: nox.Session) -> None:
     install_working_tree(session, *TEST_TOOLS)
     session.install("--upgrade", "openai", "tinker")
     session.run("pytest", "tests/tinker", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def clients(session: nox.Session) -> None:
+    """Programs that sample over the OpenAI API, each against a real server."""
+    install_working_tree(session, *TEST_TOOLS)
+    session.install(*CLIENTS)
+    # the clients and what they need give warnings, which are errors in the other sessions
+    session.run("pytest", "-W", "ignore", "tests/clients", *session.posargs, env=OFFLINE)
 
 
 @nox.session

@@ -15,7 +15,10 @@ class ByteTokenizer:
 
     chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}"
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
         if "!crash!" in text:
             os._exit(9)
         if "!bug!" in text:
@@ -26,7 +29,8 @@ class ByteTokenizer:
 
     # Any: as in the protocol
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, add_generation_prompt: bool = False, **options: Any
-    ) -> dict[str, list[int]]:
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool = False, **options: Any
+    ) -> str | dict[str, list[int]]:
         text = "".join(f"<{message['role']}>{message['content']}|" for message in conversation)
-        return self(text + "<assistant>" * add_generation_prompt)
+        text += "<assistant>" * add_generation_prompt
+        return self(text) if tokenize else text

@@ -1,4 +1,5 @@
-"""`python -m tests.tables` writes the generated tables in docs: the losses, the matches with peers, the settings."""
+"""`python -m tests.tables` writes the generated tables in docs: the losses, the matches with peers, the settings, the
+fields of the OpenAI API."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ from tests.oracles.__main__ import mapping, outcome, peer
 from tests.oracles.records import read
 from tinkerbell_core.loss_docstring import parse_docstring
 from tinkerbell_core.registry import LossRegistry, build_registry
+from tinkerbell_server.api.openai.fields import fields_table
 from tinkerbell_server.cli.settings import settings_table
 
 ROOT = Path(__file__).parents[1]
 WHICH, PEERS = ROOT / "docs" / "which-loss.md", ROOT / "docs" / "peers.md"
-SETTINGS = ROOT / "docs" / "settings.md"
+SETTINGS, OPENAI = ROOT / "docs" / "settings.md", ROOT / "docs" / "openai.md"
 BUILT_IN = "tinkerbell-core"
 IMPLIED = {"target_tokens", "weights"}
 """Inputs that the server makes from text. The table of losses omits them."""
@@ -72,3 +74,4 @@ if __name__ == "__main__":
     WHICH.write_text(with_table(WHICH.read_text(), "losses", losses()))
     PEERS.write_text(with_table(PEERS.read_text(), "peers", peers()))
     SETTINGS.write_text(with_table(SETTINGS.read_text(), "settings", settings_table()))
+    OPENAI.write_text(with_table(OPENAI.read_text(), "fields", fields_table()))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tests.tables import PEERS, SETTINGS, WHICH, losses, peers, with_table
+from tests.tables import OPENAI, PEERS, SETTINGS, WHICH, losses, peers, with_table
 from tinkerbell_core.registry import build_registry
+from tinkerbell_server.api.openai.fields import fields_table
 from tinkerbell_server.cli.settings import settings_table
 
 WRITE_AGAIN = "out of date: run python -m tests.tables"
@@ -31,3 +32,8 @@ def test_the_table_of_matches_is_current() -> None:
 def test_the_table_of_settings_is_current() -> None:
     page = SETTINGS.read_text()
     assert page == with_table(page, "settings", settings_table()), WRITE_AGAIN
+
+
+def test_the_table_of_the_fields_of_the_openai_api_is_current() -> None:
+    page = OPENAI.read_text()
+    assert page == with_table(page, "fields", fields_table()), WRITE_AGAIN

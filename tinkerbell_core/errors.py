@@ -4,6 +4,7 @@
     ├── BadRequest                the request is invalid; it changed nothing
     │   ├── UnknownLoss, AmbiguousLoss, UnknownModel, UnknownFuture
     │   ├── BadData               data or loss_fn_inputs
+    │   │   └── ContextTooLong    a prompt and its sample have more tokens than the model takes
     │   ├── BadHyperparameter     loss_fn_config, or a setting of an optimiser or sampler
     │   ├── BadLoss               the loss raised or broke its contract; carries the author's traceback
     │   │   └── LossKilled        the process of the loss was killed: time limit, memory limit, or forbidden operation
@@ -81,6 +82,10 @@ class UnknownFuture(BadRequest):
 
 class BadData(BadRequest):
     """`data` or `loss_fn_inputs` are not valid for the model or the loss."""
+
+
+class ContextTooLong(BadData):
+    """A prompt, or a prompt together with max_tokens, has more tokens than the model takes."""
 
 
 class BadHyperparameter(BadRequest):

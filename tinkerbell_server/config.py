@@ -96,7 +96,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     body_limit: Annotated[_Count, _about("Size limit of a forward or forward_backward request, in MiB.")] = 256
     rate_limit: Annotated[int, Meta(ge=0), _about("Requests that one key may send in a minute; 0: no limit.")] = 6000
-    concurrency_limit: Annotated[_Count, _about("Requests of one key that may run at the same time.")] = 64
+    concurrency_limit: Annotated[_Count, _about("Requests of one key that may run at the same time.")] = 512
     queue_limit: Annotated[
         int,
         Meta(ge=2),

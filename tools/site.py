@@ -45,7 +45,15 @@ NAV: list[tuple[str, Any]] = [
     ("Losses", [("Which loss", "which-loss.md"), ("Comparison with other projects", "peers.md")]),
     ("Run a server", [("Operators", "operators.md"), ("Security", "security.md")]),
     ("Coming from", [("Tinker", "coming-from-tinker.md"), ("TRL", "coming-from-trl.md")]),
-    ("Reference", [("HTTP API", "http-api.md"), ("Python API", "python-api.md"), ("Settings", "settings.md")]),
+    (
+        "Reference",
+        [
+            ("HTTP API", "http-api.md"),
+            ("OpenAI API", "openai.md"),
+            ("Python API", "python-api.md"),
+            ("Settings", "settings.md"),
+        ],
+    ),
     ("Architecture", "architecture.md"),
     ("Performance", "performance.md"),
     ("Project", [("Changelog", "changelog.md"), ("Contributing", "contributing.md")]),

@@ -45,7 +45,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, str, str]] = [
     ("/sample", {"prompt": "x", "temperature": -1}, 422, "BadHyperparameter", "temperature"),
     ("/sample", {"prompt": "x", "top_p": 0}, 422, "BadHyperparameter", "top_p is 0"),
     ("/sample", {"prompt": "x", "top_k": 0}, 422, "BadHyperparameter", "top_k"),
-    ("/sample", {"prompt": [1] * 500, "max_tokens": 100}, 422, "BadHyperparameter", "512"),
+    ("/sample", {"prompt": [1] * 500, "max_tokens": 100}, 422, "ContextTooLong", "512"),
     ("/sample", {"prompt": "x", "stop": [""]}, 422, "BadHyperparameter", "stop[0]"),
     ("/save", {"model_id": "absent"}, 404, "UnknownModel", "absent"),
     ("/save", {"model_id": "here", "name": "../x"}, 422, "BadRequest", "name is '../x'"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tinkerbell_core.errors import BadData, BadHyperparameter
+from tinkerbell_core.errors import BadData, BadHyperparameter, ContextTooLong
 from tinkerbell_core.types import SampleRequest
 from tinkerbell_server.calls.sample import TextPrompt, check_sample_request, sample_command
 from tinkerbell_server.commands import EngineDescription
@@ -47,11 +47,11 @@ def test_the_command_has_the_token_ids_and_the_settings() -> None:
 def test_the_prompt_and_the_sample_must_fit_the_model_together() -> None:
     ids = [1] * 12
     assert sample_command(request("abc"), ENGINE, ids).prompt == ids
-    with pytest.raises(BadHyperparameter, match=r"13 tokens and max_tokens is 4, .* takes 16 .* to at most 3"):
+    with pytest.raises(ContextTooLong, match=r"13 tokens and max_tokens is 4, .* takes 16 .* to at most 3"):
         sample_command(request("abc"), ENGINE, [1] * 13)
-    with pytest.raises(BadHyperparameter, match="13 tokens and max_tokens is 4"):
+    with pytest.raises(ContextTooLong, match="13 tokens and max_tokens is 4"):
         check_sample_request(request([1] * 13), ENGINE)
-    with pytest.raises(BadData, match="the prompt has 16 tokens, but the model takes 16 tokens"):
+    with pytest.raises(ContextTooLong, match="the prompt has 16 tokens, but the model takes 16 tokens"):
         check_sample_request(request([1] * 16), ENGINE)
 
 

@@ -13,8 +13,9 @@ from tinkerbell_core.spec import Provenance
 from tinkerbell_core.tensors import to_numpy
 from tinkerbell_core.types import LossDescription
 from tinkerbell_server.calls.data import parse_call
+from tinkerbell_server.calls.prompts import prompt_ids
 from tinkerbell_server.calls.sample import TextPrompt
-from tinkerbell_server.calls.text import prompt_ids, rows_from_text
+from tinkerbell_server.calls.text import rows_from_text
 from tinkerbell_server.commands import Row, TextData
 
 PLAIN = (

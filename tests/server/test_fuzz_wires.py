@@ -17,7 +17,7 @@ from tests.fake_engine import FAKE_ENGINE
 from tests.server.conftest import Caller
 from tests.server.strategies import HARD, bodies, junk, numbers, words
 from tinkerbell_server.api.openai import routes as openai_routes
-from tinkerbell_server.api.openai.completions import ChatCompletion, Completion
+from tinkerbell_server.api.openai.bodies import ChatCompletion, Completion
 from tinkerbell_server.api.tinker import protocol, wire_pb2
 from tinkerbell_server.api.tinker import routes as tinker_routes
 from tinkerbell_server.config import Settings

@@ -22,8 +22,9 @@ from tinkerbell_core.spec import Provenance
 from tinkerbell_core.tensors import to_numpy
 from tinkerbell_core.types import LossDescription
 from tinkerbell_server.calls.data import parse_call
+from tinkerbell_server.calls.prompts import prompt_ids
 from tinkerbell_server.calls.sample import TextPrompt
-from tinkerbell_server.calls.text import prompt_ids, rows_from_text
+from tinkerbell_server.calls.text import rows_from_text
 from tinkerbell_server.commands import EngineDescription, TextData
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines.tokenizer.client import TokenizerClient

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.chat_templates import WITH_TOOLS
 from tests.conftest import PATIENT
 from tests.live import live_server
 from tests.tinker.raw_client import RawClient
@@ -70,6 +71,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
     write_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(WITH_TOOLS)
     return folder
 
 

@@ -79,6 +79,15 @@ def test_a_checkpoint_can_be_deleted_once(rest: Any, run: Any) -> None:
         rest.delete_checkpoint(run.model_id, "weights/short-lived").result()
 
 
+def test_a_checkpoint_without_its_kind_is_a_bad_request(rest: Any, run: Any, server: str) -> None:
+    with pytest.raises(tinker.BadRequestError, match="no kind: send weights/state or sampler_weights/state"):
+        rest.delete_checkpoint(run.model_id, "state").result()
+    folder = f"{server}/api/v1/training_runs/{run.model_id}/checkpoints"
+    for method, path in (("POST", "state/publish"), ("DELETE", "state/publish"), ("PUT", "state/ttl")):
+        answer = httpx.request(method, f"{folder}/{path}", json={}, trust_env=False)
+        assert (answer.status_code, "weights" in answer.text) == (400, True)
+
+
 def test_a_checkpoint_can_be_published_and_can_expire(rest: Any, run: Any) -> None:
     path = f"tinker://{run.model_id}/weights/state"
 

@@ -10,6 +10,7 @@ are base64. The structs are in `tinkerbell_core.types`; fields with their defaul
                                    "uploads": "off"|"sandboxed"|"trusted", "auth": "auto"|"on"|"off", "queue": int,
                                    "restarts": int};
                                   always 200; without a required key: only status, boot_id and version
+    GET  /health                  the same as /healthz
     GET  /openapi.json            the OpenAPI document of this API, as JSON; needs no key
     GET  /list_loss_functions     {"available_loss_functions": [name], "descriptions": {name: summary},
                                    "losses": [LossDescription], "plugins": [PluginDescription]}
@@ -97,6 +98,7 @@ def routes() -> list[Route]:
     """Every path of the native API."""
     return [
         Route("/healthz", healthz),
+        Route("/health", healthz),
         Route(native_openapi.PATH, openapi),
         Route("/list_loss_functions", allowed("read", list_loss_functions)),
         Route("/list_models", allowed("read", list_models)),

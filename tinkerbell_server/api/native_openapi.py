@@ -104,6 +104,7 @@ def _submitted(path: str, summary: str, body: type[msgspec.Struct], answer: type
 
 OPERATIONS = (
     Operation("GET", "/healthz", "Report the state of the server; the status is always 200.", None, Health),
+    Operation("GET", "/health", "The same as `/healthz`.", None, Health),
     Operation("GET", PATH, "Return this document, as JSON.", None, dict),
     Operation("GET", "/list_loss_functions", "List the losses and plugins.", "read", LossListing),
     Operation("GET", "/list_models", "List the models.", "read", ModelListing),
@@ -154,7 +155,8 @@ key with the same body returns the Future of the first request, and with another
 An error has the status of its kind: 422 unless the kind has another; 413 for a body over the limit; 429 with
 `Retry-After` over a limit of the key or of the queue; 500 for a bug.
 
-If the server requires API keys, each operation except `/healthz` and `/openapi.json` needs a key with its scope.
+If the server requires API keys, each operation except `/healthz`, `/health` and `/openapi.json` needs a key with its
+scope.
 """
 
 

@@ -6,16 +6,24 @@ from typing import Any
 
 import msgspec
 
-from tinkerbell_core.errors import BadData, BadHyperparameter
+from tinkerbell_core.errors import BadData, BadHyperparameter, ContextTooLong
 from tinkerbell_core.types import SampleRequest
 from tinkerbell_server.calls.settings import check_sample_settings
 from tinkerbell_server.commands import EngineDescription, Sample
 
 
 class TextPrompt(msgspec.Struct, frozen=True):
-    """A prompt that the tokenizer process turns into token ids: a string, or a chat of {role, content} messages."""
+    """A prompt that the tokenizer process turns into token ids: a string, or a chat, which its template renders.
 
-    text: str | list[dict[str, str]]
+    tools, template_kwargs: more arguments of the template. continue_final_message: the sample continues the last
+    message.
+    """
+
+    text: str | list[dict[str, Any]]  # Any: JSON values; each message has a role
+    tools: list[dict[str, Any]] = []
+    template_kwargs: dict[str, Any] = {}
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
 
 def check_sample_request(request: SampleRequest, engine: EngineDescription) -> list[int] | TextPrompt:
@@ -34,7 +42,7 @@ def check_sample_request(request: SampleRequest, engine: EngineDescription) -> l
 def sample_command(request: SampleRequest, engine: EngineDescription, ids: list[int]) -> Sample:
     """The command of a checked request. ids: the token ids of its prompt.
 
-    Raises BadHyperparameter if the prompt and max_tokens are longer than the model allows.
+    Raises ContextTooLong if the prompt and max_tokens are longer than the model allows.
     """
     _check_length(request, engine, len(ids))
     return Sample(
@@ -53,12 +61,12 @@ def sample_command(request: SampleRequest, engine: EngineDescription, ids: list[
 def _check_length(request: SampleRequest, engine: EngineDescription, length: int) -> None:
     room = engine.max_length - length
     if room < 1:
-        raise BadData(
+        raise ContextTooLong(
             f"the prompt has {length} tokens, but the model takes {engine.max_length} tokens, prompt and sample "
             "together: shorten the prompt"
         )
     if request.max_tokens > room:
-        raise BadHyperparameter(
+        raise ContextTooLong(
             f"the prompt has {length} tokens and max_tokens is {request.max_tokens}, but the model takes "
             f"{engine.max_length} tokens, prompt and sample together: shorten the prompt or set max_tokens to at most "
             f"{room}"
@@ -66,6 +74,9 @@ def _check_length(request: SampleRequest, engine: EngineDescription, length: int
 
 
 def _prompt(prompt: Any, engine: EngineDescription) -> list[int] | TextPrompt:  # Any: decoded, not checked yet
+    if isinstance(prompt, TextPrompt):
+        _check_chat_template(engine)
+        return prompt
     if not isinstance(prompt, str | list):
         raise BadData(f"prompt is {type(prompt).__name__}, but must be a string, a chat or a list of token ids")
     if not prompt:
@@ -82,11 +93,15 @@ def _prompt(prompt: Any, engine: EngineDescription) -> list[int] | TextPrompt:  
     return prompt
 
 
-def _chat(prompt: list[dict[Any, Any]], engine: EngineDescription) -> list[dict[str, str]]:  # Any: not checked yet
+def _check_chat_template(engine: EngineDescription) -> None:
     if not engine.has_chat_template:
         raise BadData(
             f"{engine.base_model} has no chat template, so a chat cannot be tokenised: send a string or token ids"
         )
+
+
+def _chat(prompt: list[dict[Any, Any]], engine: EngineDescription) -> list[dict[str, str]]:  # Any: not checked yet
+    _check_chat_template(engine)
     for position, message in enumerate(prompt):
         if set(message) != {"role", "content"} or not all(isinstance(part, str) for part in message.values()):
             raise BadData(

@@ -1,4 +1,4 @@
-"""Turns text into rows and token ids with the tokenizer and the chat template of a model."""
+"""Turns text into rows with the tokenizer and the chat template of a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from tinkerbell_core.tensors import as_tensor
 from tinkerbell_core.types import LossDescription
 from tinkerbell_server.calls.data import shift
 from tinkerbell_server.calls.rows import check_rows, names_of_rows
-from tinkerbell_server.calls.sample import TextPrompt
 from tinkerbell_server.commands import Row, TextData
 
 Chat = Sequence[Mapping[str, str]]
@@ -65,31 +64,6 @@ def rows_from_text(
         for row_name, (ids, counts), inputs in zip(row_names, counted, text.inputs, strict=True)
     ]
     return check_rows(rows, row_names, loss, vocab_size=vocab_size, max_length=max_length)
-
-
-def prompt_ids(prompt: TextPrompt, tokenizer: Tokenizer, *, vocab_size: int, max_length: int) -> list[int]:
-    """The token ids of a prompt; those of a chat end where the assistant's answer begins.
-
-    Raises BadData if there are no tokens, or if the model cannot take them.
-    """
-    if isinstance(prompt.text, str):
-        ids = _token_ids(prompt.text, tokenizer)
-    else:
-        ids = chat_ids("the prompt", prompt.text, tokenizer, add_generation_prompt=True)
-    if not ids:
-        raise BadData("the prompt has no tokens: send a prompt that the tokenizer makes at least one token of")
-    if len(ids) >= max_length:
-        raise BadData(
-            f"the prompt has {len(ids)} tokens, but the model takes {max_length} tokens, prompt and sample together: "
-            "shorten the prompt"
-        )
-    outside = next((token for token in ids if not 0 <= token < vocab_size), None)
-    if outside is not None:
-        raise BadData(
-            f"the tokenizer turns the prompt into token id {outside}, but the model has ids 0 to {vocab_size - 1}: "
-            "the tokenizer does not belong to this model"
-        )
-    return ids
 
 
 def chat_ids(name: str, chat: Chat, tokenizer: Tokenizer, *, add_generation_prompt: bool = False) -> list[int]:

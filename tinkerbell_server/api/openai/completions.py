@@ -1,74 +1,62 @@
-"""Completions and chat completions of the OpenAI API: decodes bodies into samples, and samples into choices."""
+"""Completions and chat completions of the OpenAI API: makes samples of bodies, and choices of samples."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import msgspec
 
-from tinkerbell_core.errors import BadHyperparameter, BadRequest, UnknownModel, did_you_mean
-from tinkerbell_core.tensors import to_numpy
-from tinkerbell_core.types import SampledSequence, SampleOutput, SampleRequest
+from tinkerbell_core.errors import (
+    BadData,
+    BadHyperparameter,
+    ContextTooLong,
+    TinkerbellError,
+    did_you_mean,
+)
+from tinkerbell_core.types import SampleOutput, SampleRequest
 from tinkerbell_server.access.tenants import Caller, owner_of, qualified, unqualified
+from tinkerbell_server.api.openai.bodies import Body, ChatCompletion, Completion
+from tinkerbell_server.api.openai.fields import FIELDS
+from tinkerbell_server.api.openai.logprobs import (
+    Token,
+    TokenNames,
+    flat_logprobs,
+    ids_in,
+    listed_logprobs,
+    tokens_of_prompt,
+    tokens_of_sample,
+)
+from tinkerbell_server.api.openai.messages import chat_prompt
 from tinkerbell_server.api.tinker.checkpoints import Checkpoints
 from tinkerbell_server.api.tinker.requests import TinkerRequests
 from tinkerbell_server.api.tinker.store import Checkpoint
-from tinkerbell_server.commands import EngineDescription
+from tinkerbell_server.calls.sample import TextPrompt
+from tinkerbell_server.commands import EngineDescription, PromptQuestions
+from tinkerbell_server.http.openai_errors import OpenAIError
 from tinkerbell_server.service.submissions import SampleOptions, Submission
 
 Json = dict[str, Any]  # Any: JSON values of several types
 
-_MOST_TOP = 20
+_DEFAULT_TOKENS = 16
+"""max_tokens of /v1/completions if the request has none, as in the OpenAI API."""
+
+_NAMES = {"num_samples": "n"}
+"""The fields that have another name in the requests of the intake."""
 
 
-class Body(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of both kinds of completion.
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What a name stands for: a model in training, a folder of weights, or with neither the base model."""
 
-    An unknown field is ignored; fields that are known but not supported are in `_NEUTRAL`.
-    """
-
-    model: str
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    n: int | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    stream: bool | None = None
-
-
-class Completion(Body, frozen=True):
-    """logprobs: how many of the most likely tokens to report, in addition to the one that was drawn."""
-
-    prompt: Any  # Any: a string, token ids, or a list of either
-    logprobs: int | None = None
-
-
-class ChatCompletion(Body, frozen=True):
-    messages: list[dict[str, Any]]  # Any: content may be a string or parts
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-
-
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "echo": (False,),
-    "suffix": ("",),
-    "best_of": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-}
-"""Fields that are not supported, with the values that have no effect; null has none either."""
+    engine: EngineDescription
+    id: str | None = None
+    path: str | None = None
 
 
 class Completions:
@@ -83,63 +71,118 @@ class Completions:
         live = [unqualified(one.id) for one in self._requests.service.store.models() if owner_of(one.id) == tenant]
         return [self._requests.base.name, *live, *(one.id for one in saved if one.kind != "external_weights")]
 
-    async def complete(self, caller: Caller, body: bytes) -> tuple[Json, bool]:
-        """The answer to a completion, and whether it is to be streamed."""
-        sent = _parse(body, Completion)
-        engine = await self._requests.engine()
-        model_id, path = self._find(caller.tenant, sent.model, engine)
-        options = SampleOptions(path=path, top=_top(sent.logprobs or 0, engine))
-        requests = [_request(sent, model_id, prompt, sent.max_tokens or 16) for prompt in _prompts(sent.prompt)]
-        outputs = await self._draw(caller, requests, options)
+    async def complete(self, caller: Caller, sent: Completion) -> Json:
+        """The answer to a completion. Raises OpenAIError for a field, TinkerbellError for everything else."""
+        model = await self._find(caller.tenant, sent.model)
+        prompts = self._prompts(sent.prompt)
+        top = min(sent.logprobs or 0, model.engine.vocab_size)
+        scored = sent.echo and sent.logprobs is not None
+        options = SampleOptions(
+            path=model.path,
+            end=not sent.ignore_eos,
+            top=top,
+            questions=PromptQuestions(logprobs=True, top=top) if scored else None,
+        )
+        try:
+            # the choices show the prompt as tokens
+            ids = [await self._ids(prompt) for prompt in prompts] if sent.echo else prompts
+            longest = _DEFAULT_TOKENS if sent.max_tokens is None else max(1, sent.max_tokens)
+            outputs = await self._draw(caller, [_request(sent, model, prompt, longest) for prompt in ids], options)
+        except TinkerbellError as error:
+            _raise_for("prompt", error, model.engine)
+        if sent.max_tokens == 0:
+            outputs = [_without_sample(output) for output in outputs]
         choices: list[Json] = []
-        for output in outputs:
-            for sequence in output.sequences:
-                logprobs = None if sent.logprobs is None else _flat_logprobs(sequence)
-                choices.append(
-                    {
-                        "index": len(choices),
-                        "text": sequence.text,
-                        "finish_reason": sequence.stop_reason,
-                        "logprobs": logprobs,
-                    }
-                )
-        return _answer("text_completion", "cmpl", sent.model, choices, outputs), bool(sent.stream)
+        for prompt, own, output in zip(prompts, ids, outputs, strict=True):
+            choices += await self._text_choices(sent, prompt, own, output, len(choices))
+        return _answer("text_completion", "cmpl", sent.model, choices, outputs)
 
-    async def chat(self, caller: Caller, body: bytes) -> tuple[Json, bool]:
-        """The answer to a chat completion, and whether it is to be streamed."""
-        sent = _parse(body, ChatCompletion)
-        engine = await self._requests.engine()
-        model_id, path = self._find(caller.tenant, sent.model, engine)
+    async def chat(self, caller: Caller, sent: ChatCompletion) -> Json:
+        """The answer to a chat completion. Raises as `complete` does."""
+        model = await self._find(caller.tenant, sent.model)
         longest = sent.max_completion_tokens or sent.max_tokens
-        messages = [_message(place, one) for place, one in enumerate(sent.messages)]
-        top = _top((sent.top_logprobs or 0) if sent.logprobs else 0, engine)
-        options = SampleOptions(path=path, top=top, fill=longest is None)
-        outputs = await self._draw(caller, [_request(sent, model_id, messages, longest or 1)], options)
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": sequence.text, "refusal": None},
-                "finish_reason": sequence.stop_reason,
-                "logprobs": {"content": _listed_logprobs(sequence), "refusal": None} if sent.logprobs else None,
-            }
-            for index, sequence in enumerate(outputs[0].sequences)
-        ]
-        return _answer("chat.completion", "chatcmpl", sent.model, choices, outputs), bool(sent.stream)
+        top = min(sent.top_logprobs or 0, model.engine.vocab_size)
+        options = SampleOptions(path=model.path, end=not sent.ignore_eos, top=top, fill=longest is None)
+        prompt = chat_prompt(sent)
+        try:
+            outputs = await self._draw(caller, [_request(sent, model, prompt, longest or 1)], options)
+        except TinkerbellError as error:
+            _raise_for("messages", error, model.engine)
+        choices: list[Json] = []
+        for index, sequence in enumerate(outputs[0].sequences):
+            logprobs = None
+            if sent.logprobs:
+                tokens = tokens_of_sample(sequence)
+                content = listed_logprobs(tokens, await self._token_names(sent, ids_in(tokens)))
+                logprobs = {"content": content, "refusal": None}
+            message = {"role": "assistant", "content": sequence.text, "refusal": None}
+            choices.append(
+                {"index": index, "message": message, "finish_reason": sequence.stop_reason, "logprobs": logprobs}
+            )
+        return _answer("chat.completion", "chatcmpl", sent.model, choices, outputs)
 
-    def _find(self, tenant: str, name: str, engine: EngineDescription) -> tuple[str | None, str | None]:
-        """The model's id, or the folder of its weights; neither for the base. Raises UnknownModel."""
+    async def _find(self, tenant: str, name: str) -> _Model:
+        """The model of this name. Raises OpenAIError."""
+        engine = await self._requests.engine()
         base = self._requests.base
         if name in (base.name, *base.also):
-            return None, None
+            return _Model(engine)
         if name.startswith("tinker://"):
-            return None, self._checkpoints.find(tenant, name).folder
+            return _Model(engine, path=self._checkpoints.find(tenant, name).folder)
         model = self._requests.service.store.model(qualified(tenant, name))
         if model is None or not model.has_base(engine):
-            known = self.models(tenant)
-            raise UnknownModel(
-                f"no model {name[:160]!r}{did_you_mean(name, known)} (GET /v1/models lists what there is)"
+            near = did_you_mean(name, self.models(tenant))
+            raise OpenAIError(
+                f"no model {name[:160]!r}{near} (GET /v1/models lists what there is)",
+                param="model",
+                code="model_not_found",
+                status=404,
             )
-        return name, None
+        return _Model(engine, id=name)
+
+    def _prompts(self, prompt: Any) -> list[Any]:  # Any: strings or token ids, which the intake checks
+        several = isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list)
+        prompts: list[Any] = prompt if several else [prompt]
+        limit = self._requests.service.settings.queue_limit // 2
+        if len(prompts) > limit:
+            raise _invalid_prompt(f"prompt has {len(prompts)} prompts, but a request can have {limit}: send less")
+        for one in prompts:
+            if isinstance(one, list) and any(isinstance(item, dict | list) for item in one):
+                raise _invalid_prompt(
+                    "prompt must be a string, a list of token ids, or a list of either; /v1/chat/completions takes "
+                    "messages"
+                )
+        return prompts
+
+    async def _ids(self, prompt: Any) -> Any:  # Any: as above
+        if not isinstance(prompt, str) or not prompt:
+            return prompt
+        return await self._requests.service.bases.default.tokenizer.prompt(TextPrompt(prompt))
+
+    # Any: as above
+    async def _text_choices(
+        self, sent: Completion, prompt: Any, ids: Any, output: SampleOutput, first: int
+    ) -> list[Json]:
+        """The choices of one prompt."""
+        before: list[Token] = [] if output.prompt is None else tokens_of_prompt(ids, output.prompt)
+        drawn = [tokens_of_sample(sequence) for sequence in output.sequences]
+        names = None
+        if sent.logprobs is not None or (sent.echo and not isinstance(prompt, str)):
+            wanted = ids_in(before).union(*map(ids_in, drawn), ids if sent.echo else ())
+            names = await self._token_names(sent, wanted)
+        echoed = "" if not sent.echo else prompt if isinstance(prompt, str) or names is None else names.text(ids)
+        choices = []
+        for index, (sequence, tokens) in enumerate(zip(output.sequences, drawn, strict=True), start=first):
+            text = echoed + sequence.text
+            logprobs = None
+            if sent.logprobs is not None and names is not None:
+                logprobs = flat_logprobs([*before, *tokens], names, text)
+            choices.append({"index": index, "text": text, "finish_reason": sequence.stop_reason, "logprobs": logprobs})
+        return choices
+
+    async def _token_names(self, sent: Body, ids: set[int]) -> TokenNames:
+        pieces = await self._requests.service.bases.default.tokenizer.pieces(ids)
+        return TokenNames(pieces, as_ids=sent.return_tokens_as_token_ids)
 
     async def _draw(
         self, caller: Caller, requests: Sequence[SampleRequest], options: SampleOptions
@@ -153,74 +196,53 @@ class Completions:
         return [msgspec.msgpack.decode(result, type=SampleOutput) for result in results]
 
 
-def chunks(answer: Json) -> list[Json]:
-    """The answer as the events of a stream: the text of each choice, then its finish reason."""
-    chat = answer["object"] == "chat.completion"
-    head = {key: answer[key] for key in ("id", "created", "model")}
-    head["object"] = "chat.completion.chunk" if chat else "text_completion"
-    events = []
-    for choice in answer["choices"]:
-        opened: Json = {"index": choice["index"], "logprobs": choice["logprobs"], "finish_reason": None}
-        ended: Json = {"index": choice["index"], "logprobs": None, "finish_reason": choice["finish_reason"]}
-        if chat:
-            opened["delta"] = {"role": "assistant", "content": choice["message"]["content"]}
-            ended["delta"] = {}
-        else:
-            opened["text"], ended["text"] = choice["text"], ""
-        events += [{**head, "choices": [opened]}, {**head, "choices": [ended]}]
-    return events
-
-
-def _parse(body: bytes, type_: type[Any]) -> Any:  # Any: one of the two bodies, as its caller says
-    try:
-        fields = msgspec.json.decode(body, type=dict[str, Any])
-        for name, neutral in _NEUTRAL.items():
-            value = fields.get(name)
-            if value is not None and value not in neutral:
-                raise BadHyperparameter(
-                    f"{name} is {str(value)[:80]!r}, which this server does not support: leave it out"
-                )
-        return msgspec.convert(fields, type_)
-    except msgspec.ValidationError as error:
-        raise BadRequest(str(error)[:500]) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON: {str(error)[:500]}") from None
-
-
-def _prompts(prompt: Any) -> list[Any]:  # Any: strings or token ids, checked by the intake
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
-        return prompt
-    return [prompt]
-
-
-def _message(place: int, message: Json) -> dict[str, str]:
-    content = message.get("content")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
-    if not isinstance(content, str) or not isinstance(message.get("role"), str):
-        raise BadRequest(f"messages[{place}] must have a role and a content of text")
-    return {"role": message["role"], "content": content}
-
-
 # Any: as in SampleRequest
-def _request(sent: Body, model_id: str | None, prompt: Any, max_tokens: int) -> SampleRequest:
+def _request(sent: Body, model: _Model, prompt: Any, max_tokens: int) -> SampleRequest:
     return SampleRequest(
-        model_id=model_id,
+        model_id=model.id,
         prompt=prompt,
         max_tokens=max_tokens,
-        temperature=1.0 if sent.temperature is None else sent.temperature,
-        top_p=1.0 if sent.top_p is None else sent.top_p,
-        stop=sent.stop if isinstance(sent.stop, str) else list(sent.stop or ()),
+        temperature=sent.temperature,
+        top_p=sent.top_p,
+        top_k=sent.top_k or -1,
+        stop=sent.stops,
         seed=sent.seed,
-        num_samples=1 if sent.n is None else sent.n,
+        num_samples=sent.n,
     )
 
 
-def _top(count: int, engine: EngineDescription) -> int:
-    """How many of the most likely tokens to report at each position. Raises BadHyperparameter."""
-    if not 0 <= count <= _MOST_TOP:
-        raise BadHyperparameter(f"log-probabilities of {count} tokens are requested, but {_MOST_TOP} is the limit")
-    return min(count, engine.vocab_size)
+def _without_sample(output: SampleOutput) -> SampleOutput:
+    """The output of a request for no token, for which the engine has drawn one."""
+    empty = [
+        msgspec.structs.replace(sequence, tokens=[], logprobs=[], text="", stop_reason="length", top=None)
+        for sequence in output.sequences
+    ]
+    return msgspec.structs.replace(output, sequences=empty)
+
+
+def _raise_for(prompt: str, error: TinkerbellError, engine: EngineDescription) -> NoReturn:
+    """Raise an error of the intake or the engine as clients recognise it. prompt: the field that has the prompt."""
+    message = error.message
+    if isinstance(error, ContextTooLong):
+        # litellm and inspect_ai look for these words, and for the code
+        raise OpenAIError(
+            f"This model's maximum context length is {engine.max_length} tokens. However, {message}",
+            param=prompt,
+            code="context_length_exceeded",
+        ) from error
+    if not isinstance(error, BadData | BadHyperparameter):
+        raise error
+    begins = re.match(r"\w+", message)
+    name = begins[0] if begins else ""
+    if name in _NAMES:
+        message = _NAMES[name] + message.removeprefix(name)
+        name = _NAMES[name]
+    known = any(field.name == name for field in FIELDS)
+    raise OpenAIError(message, param=name if known else prompt, code="invalid_value") from error
+
+
+def _invalid_prompt(message: str) -> OpenAIError:
+    return OpenAIError(message, param="prompt", code="invalid_value")
 
 
 def _answer(kind: str, prefix: str, model: str, choices: list[Json], outputs: Sequence[SampleOutput]) -> Json:
@@ -234,39 +256,3 @@ def _answer(kind: str, prefix: str, model: str, choices: list[Json], outputs: Se
         "choices": choices,
         "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
     }
-
-
-def _tops(sequence: SampledSequence) -> list[list[tuple[str, float]]]:
-    """The most likely tokens at each position, written as ids: a token may hold a part of a character."""
-    if sequence.top is None:
-        return [[] for _ in sequence.tokens]
-    ids, logprobs = to_numpy(sequence.top.ids), to_numpy(sequence.top.logprobs)
-    return [
-        [(_token(token), float(logprob)) for token, logprob in zip(*row, strict=True)]
-        for row in zip(ids.tolist(), logprobs.tolist(), strict=True)
-    ]
-
-
-def _flat_logprobs(sequence: SampledSequence) -> Json:
-    return {
-        "tokens": [_token(token) for token in sequence.tokens],
-        "token_logprobs": sequence.logprobs,
-        "top_logprobs": [dict(row) for row in _tops(sequence)],
-        "text_offset": [],
-    }
-
-
-def _listed_logprobs(sequence: SampledSequence) -> list[Json]:
-    return [
-        {
-            "token": _token(token),
-            "logprob": logprob,
-            "bytes": None,
-            "top_logprobs": [{"token": name, "logprob": value, "bytes": None} for name, value in row],
-        }
-        for token, logprob, row in zip(sequence.tokens, sequence.logprobs, _tops(sequence), strict=True)
-    ]
-
-
-def _token(token: int) -> str:
-    return f"token_id:{token}"

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from tinkerbell_core.errors import EngineLost, TinkerbellError
-from tinkerbell_server.api.openai.completions import Completions, Json, chunks
-from tinkerbell_server.api.tinker.http import (
-    Endpoint,
-    body_of,
-    for_tenant,
-    json_response,
-    status_of,
-    tenant_of,
-    with_retry_after,
-)
-from tinkerbell_server.api.tinker.requests import NotHere
+from tinkerbell_server.api.openai.bodies import parse_chat, parse_completion
+from tinkerbell_server.api.openai.completions import Completions, Json
+from tinkerbell_server.api.openai.stream import events
+from tinkerbell_server.api.tinker.http import body_within, json_response, tenant_of
 from tinkerbell_server.http.auth import allowed, caller_of
+from tinkerbell_server.http.openai_errors import OpenAIError
 
-log = logging.getLogger("tinkerbell.server")
+BODY_LIMIT = 16 << 20
+"""The most bytes of a body."""
 
 
 def routes() -> list[Route]:
-    """Every path under /v1."""
+    """Every path under /v1. Errors have the form of the OpenAI API: `http.handlers` sees the path."""
     return [
-        Route("/v1/models", _answering(allowed("read", models))),
-        Route("/v1/models/{name:path}", _answering(allowed("read", model))),
-        Route("/v1/completions", _answering(allowed("read", completions)), methods=["POST"]),
-        Route("/v1/chat/completions", _answering(allowed("read", chat_completions)), methods=["POST"]),
+        Route("/v1/models", allowed("read", models)),
+        Route("/v1/models/{name:path}", allowed("read", model)),
+        Route("/v1/completions", allowed("read", completions), methods=["POST"]),
+        Route("/v1/chat/completions", allowed("read", chat_completions), methods=["POST"]),
     ]
 
 
@@ -48,17 +38,34 @@ async def model(request: Request) -> Response:
     for known in _completions(request).models(tenant_of(request)):
         if known.lstrip("/") == name.lstrip("/"):
             return json_response(_model(known))
-    raise NotHere(f"no model {name[:160]!r}: GET /v1/models lists what there is")
+    raise OpenAIError(
+        f"no model {name[:160]!r}: GET /v1/models lists what there is",
+        param="model",
+        code="model_not_found",
+        status=404,
+    )
 
 
 async def completions(request: Request) -> Response:
-    answer, stream = await _completions(request).complete(caller_of(request), await body_of(request))
-    return _streamed(answer) if stream else json_response(answer)
+    sent = parse_completion(await _body(request))
+    answer = await _completions(request).complete(caller_of(request), sent)
+    return _streamed(answer, sent.include_usage) if sent.stream else json_response(answer)
 
 
 async def chat_completions(request: Request) -> Response:
-    answer, stream = await _completions(request).chat(caller_of(request), await body_of(request))
-    return _streamed(answer) if stream else json_response(answer)
+    sent = parse_chat(await _body(request))
+    answer = await _completions(request).chat(caller_of(request), sent)
+    return _streamed(answer, sent.include_usage) if sent.stream else json_response(answer)
+
+
+async def _body(request: Request) -> bytes:
+    """The body of a request. Raises OpenAIError if it is too large or not sent as JSON."""
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/json":
+        raise OpenAIError(f"Content-Type is {media[:80]!r}, but must be application/json", status=415)
+    mebibytes = BODY_LIMIT >> 20
+    limit = f"{request.url.path} takes a body of at most {mebibytes} MiB (see docs/operators.md#limits)"
+    return await body_within(request, BODY_LIMIT, lambda: OpenAIError(limit, status=413, code="request_too_large"))
 
 
 def _completions(request: Request) -> Completions:
@@ -70,29 +77,5 @@ def _model(name: str) -> Json:
     return {"id": name, "object": "model", "created": 0, "owned_by": "tinkerbell"}
 
 
-def _streamed(answer: Json) -> Response:
-    def events() -> Iterator[bytes]:
-        for chunk in chunks(answer):
-            yield b"data: " + msgspec.json.encode(chunk) + b"\n\n"
-        yield b"data: [DONE]\n\n"
-
-    return StreamingResponse(events(), media_type="text/event-stream")
-
-
-def _answering(endpoint: Endpoint) -> Endpoint:
-    """The endpoint, with every error in the form that clients of the OpenAI API read."""
-
-    async def guarded(request: Request) -> Response:
-        try:
-            return await endpoint(request)
-        except TinkerbellError as error:
-            kind = "server_error" if isinstance(error, EngineLost) else "invalid_request_error"
-            message = for_tenant(request, error).message
-            body = {"message": message, "type": kind, "param": None, "code": error.kind}
-            return with_retry_after(json_response({"error": body}, status_of(error)), error)
-        except Exception:  # a bug: the client gets a general message, and the log has the details
-            log.exception("%s %s", request.method, request.url.path)
-            body = {"message": "internal error, see the server's log", "type": "server_error", "param": None}
-            return json_response({"error": body}, 500)
-
-    return guarded
+def _streamed(answer: Json, include_usage: bool) -> Response:
+    return StreamingResponse(events(answer, include_usage=include_usage), media_type="text/event-stream")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tinkerbell_core.errors import BadData, BadHyperparameter
+from tinkerbell_core.errors import BadData, BadHyperparameter, ContextTooLong
 from tinkerbell_core.tensors import from_numpy, to_numpy
 from tinkerbell_core.types import SampleRequest, TensorData
 from tinkerbell_server.api.tinker import decode, protocol
@@ -23,7 +23,9 @@ def sample_request(sent: protocol.Sample, engine: EngineDescription) -> tuple[Sa
         raise BadData("prompt is empty: give at least one token to continue from")
     room = engine.max_length - len(ids)
     if room < 1:
-        raise BadData(f"the prompt has {len(ids)} tokens, but the model takes {engine.max_length} with the answer")
+        raise ContextTooLong(
+            f"the prompt has {len(ids)} tokens, but the model takes {engine.max_length} with the answer"
+        )
     if sent.record_stability_info:
         raise BadHyperparameter(
             "record_stability_info is for stable_reinforce, which is not on this server: train with "

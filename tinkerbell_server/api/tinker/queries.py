@@ -78,10 +78,10 @@ class Queries:
         self._records.put(msgspec.structs.replace(session, project_id=project_id))
 
     def own(self, tenant: str, run_id: str, kind: str, name: str) -> Checkpoint:
-        """A checkpoint of the tenant, by the parts of its path. Raises NotHere."""
+        """A checkpoint of the tenant, by the parts of its path. Raises NotHere, BadRequest for an unknown kind."""
         self._known_run(tenant, run_id)
         if kind not in KINDS:
-            raise NotHere(f"no kind of checkpoint {kind[:60]!r}: there is {', '.join(KINDS)}")
+            raise BadRequest(f"no kind of checkpoint {kind[:60]!r}: the id is <kind>/<name>, of {' or '.join(KINDS)}")
         path = TinkerPath(run_id, kind, name)
         checkpoint = self._records.get(Checkpoint, str(path), tenant)
         if checkpoint is None or _expired(checkpoint):

@@ -141,6 +141,8 @@ _ANYBODY: dict[str, Endpoint] = {
     "downloads/{token}": routes_rest.download,
 }
 
+_WITHOUT_KIND = f"{_RUN}/checkpoints/{{name}}"
+
 _READ: tuple[tuple[str, str, Endpoint], ...] = (
     ("GET", "get_server_capabilities", capabilities),
     ("GET", "samplers/{sampler_id}", sampler),
@@ -163,6 +165,8 @@ _READ: tuple[tuple[str, str, Endpoint], ...] = (
     ("GET", "checkpoints", routes_rest.checkpoints),
     ("GET", f"{_CHECKPOINT}/external_weights_urls", routes_rest.external_urls),
     ("GET", f"{_CHECKPOINT}/archive", routes_rest.archive),
+    ("GET", f"{_WITHOUT_KIND}/external_weights_urls", routes_rest.without_kind),
+    ("GET", f"{_WITHOUT_KIND}/archive", routes_rest.without_kind),
     ("POST", "weights_info", routes_rest.weights_info),
     ("GET", "sessions", routes_rest.sessions),
     ("POST", "sessions/search", routes_rest.search_sessions),
@@ -183,6 +187,9 @@ _TRAIN: tuple[tuple[str, str, Endpoint], ...] = (
     ("POST", f"{_CHECKPOINT}/publish", routes_rest.publish),
     ("DELETE", f"{_CHECKPOINT}/publish", routes_rest.unpublish),
     ("PUT", f"{_CHECKPOINT}/ttl", routes_rest.ttl),
+    ("DELETE", _WITHOUT_KIND, routes_rest.without_kind),
+    ("POST", f"{_WITHOUT_KIND}/publish", routes_rest.without_kind),
+    ("PUT", f"{_WITHOUT_KIND}/ttl", routes_rest.without_kind),
     ("PUT", "sessions/{session_id}/project", routes_rest.move_session),
 )
 

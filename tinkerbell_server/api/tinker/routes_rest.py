@@ -48,6 +48,13 @@ async def delete_checkpoint(request: Request) -> Response:
     return Response(status_code=204)
 
 
+async def without_kind(request: Request) -> Response:
+    """Refuse a checkpoint that is named without its kind."""
+    name = request.path_params["name"]
+    ids = " or ".join(f"{kind}/{name[:60]}" for kind in ("weights", "sampler_weights"))
+    raise BadRequest(f"the checkpoint {name[:60]!r} has no kind: send {ids}")
+
+
 async def publish(request: Request) -> Response:
     with audit_immediate(request, "publish_checkpoint", _path(request)):
         tinker_server(request).queries.publish(_own(request), public=True)

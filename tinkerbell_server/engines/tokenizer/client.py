@@ -7,6 +7,7 @@ import contextlib
 import logging
 import socket
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -14,10 +15,11 @@ import msgspec
 from tinkerbell_core.errors import BadData, EngineLost, Problem, TinkerbellError
 from tinkerbell_core.types import LossDescription
 from tinkerbell_server.calls.sample import TextPrompt
+from tinkerbell_server.calls.vocabulary import Piece
 from tinkerbell_server.commands import EngineDescription, Row, TextData
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines import framing
-from tinkerbell_server.engines.tokenizer.messages import PromptRequest, Reply, RowsRequest, Start
+from tinkerbell_server.engines.tokenizer.messages import PiecesRequest, PromptRequest, Reply, RowsRequest, Start
 
 log = logging.getLogger("tinkerbell.server")
 
@@ -36,13 +38,16 @@ _REPLY = msgspec.msgpack.Decoder(Reply)
 _ENCODED = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _ROW = msgspec.msgpack.Decoder(Row)
 _IDS = msgspec.msgpack.Decoder(list[int])
+_PIECES = msgspec.msgpack.Decoder(list[Piece])
+
+_Message = RowsRequest | PromptRequest | PiecesRequest
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
     """A message, and the future that gets its result in msgpack."""
 
-    message: RowsRequest | PromptRequest
+    message: _Message
     result: asyncio.Future[msgspec.Raw]
 
     def fail(self, error: TinkerbellError) -> None:
@@ -65,6 +70,7 @@ class TokenizerClient:
         self._refusal: Problem | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
+        self._pieces: dict[int, Piece] = {}
 
     @property
     def pid(self) -> int | None:
@@ -100,7 +106,16 @@ class TokenizerClient:
         """The token ids of a prompt, of which there is at least one. Raises the same errors as `rows`."""
         return _IDS.decode(await self._send(PromptRequest(prompt)))
 
-    async def _send(self, message: RowsRequest | PromptRequest) -> msgspec.Raw:
+    async def pieces(self, ids: Iterable[int]) -> dict[int, Piece]:
+        """The bytes of tokens, by id; ids that were asked for before need no process. Raises the errors of `rows`."""
+        wanted = set(ids)
+        missing = sorted(wanted - self._pieces.keys())
+        if missing:
+            pieces = _PIECES.decode(await self._send(PiecesRequest(missing)))
+            self._pieces.update(zip(missing, pieces, strict=True))
+        return {id: self._pieces[id] for id in wanted}
+
+    async def _send(self, message: _Message) -> msgspec.Raw:
         if self._stopped:
             raise EngineLost(_STOPPED)
         request = _Request(message, asyncio.get_running_loop().create_future())
@@ -237,7 +252,7 @@ class _Process:
             return "closed its socket"
         return f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
 
-    async def exchange(self, message: Start | RowsRequest | PromptRequest) -> msgspec.Raw:
+    async def exchange(self, message: Start | _Message) -> msgspec.Raw:
         """Send a message and return the result in msgpack.
 
         Raises the error that the process replies with, or EngineLost if the process dies, which is ended then.
@@ -265,7 +280,7 @@ class _Process:
         self._socket.close()
 
 
-def _exchange(sock: socket.socket, message: Start | RowsRequest | PromptRequest) -> msgspec.Raw:
+def _exchange(sock: socket.socket, message: Start | _Message) -> msgspec.Raw:
     try:
         frame = msgspec.msgpack.encode(message)
     except OverflowError:

@@ -31,6 +31,12 @@ class PromptRequest(msgspec.Struct, frozen=True, tag=True):
     prompt: TextPrompt
 
 
+class PiecesRequest(msgspec.Struct, frozen=True, tag=True):
+    """Asks for the bytes of these tokens, a `list[Piece]`."""
+
+    ids: list[int]
+
+
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     """The answer to a message: its result in msgpack, or the error. The answer to Start has neither if it succeeded."""
 

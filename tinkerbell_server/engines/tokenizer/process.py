@@ -21,11 +21,13 @@ from typing import Protocol
 import msgspec
 
 from tinkerbell_core.errors import BadRequest, Problem, TinkerbellError
-from tinkerbell_server.calls.text import Tokenizer, prompt_ids, rows_from_text
+from tinkerbell_server.calls.prompts import prompt_ids
+from tinkerbell_server.calls.text import Tokenizer, rows_from_text
+from tinkerbell_server.calls.vocabulary import Piece, vocabulary_of
 from tinkerbell_server.commands import Row
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines import framing
-from tinkerbell_server.engines.tokenizer.messages import PromptRequest, Reply, RowsRequest, Start
+from tinkerbell_server.engines.tokenizer.messages import PiecesRequest, PromptRequest, Reply, RowsRequest, Start
 
 log = logging.getLogger("tinkerbell.tokenizer")
 
@@ -49,15 +51,17 @@ def serve(sock: socket.socket) -> int:
         _send(sock, Reply(problem=_problem(error)))
         return 1
     _send(sock, Reply())
-    decoder = msgspec.msgpack.Decoder(RowsRequest | PromptRequest)
+    decoder = msgspec.msgpack.Decoder(RowsRequest | PromptRequest | PiecesRequest)
     while (frame := framing.receive(sock)) is not None:
         _send(sock, answer(decoder.decode(frame), tokenizer, start, settings))
     return 0
 
 
-def answer(request: RowsRequest | PromptRequest, tokenizer: Tokenizer, start: Start, settings: Settings) -> Reply:
+def answer(
+    request: RowsRequest | PromptRequest | PiecesRequest, tokenizer: Tokenizer, start: Start, settings: Settings
+) -> Reply:
     """The reply to one request; an error is part of the reply."""
-    result: list[Row] | list[int]
+    result: list[Row] | list[int] | list[Piece]
     try:
         match request:
             case RowsRequest(text=text, loss=loss):
@@ -71,6 +75,8 @@ def answer(request: RowsRequest | PromptRequest, tokenizer: Tokenizer, start: St
                 )
             case PromptRequest(prompt=prompt):
                 result = prompt_ids(prompt, tokenizer, vocab_size=start.vocab_size, max_length=start.max_length)
+            case PiecesRequest(ids=ids):
+                result = vocabulary_of(tokenizer).pieces(ids)
     except Exception as error:  # a chat template is code of the model, and this process also serves other requests
         return Reply(problem=_problem(error))
     return Reply(result=msgspec.Raw(msgspec.msgpack.encode(result)))
