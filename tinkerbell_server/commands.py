@@ -139,6 +139,7 @@ class SamplePiece(msgspec.Struct, frozen=True, omit_defaults=True):
     """The next tokens of a sample, and their text.
 
     part: the place of the command in its `Samples`. sequence: the number of the sample among those of its command.
+    stop_reason: why the sample has ended, in its last piece.
     """
 
     part: int
@@ -147,6 +148,7 @@ class SamplePiece(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: list[int]
     logprobs: list[float]
     top: TopLogprobs | None = None
+    stop_reason: Literal["stop", "length"] | None = None
 
 
 class SampleResult(msgspec.Struct, frozen=True, omit_defaults=True):

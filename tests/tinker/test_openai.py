@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import tinker
 from tinker import types
@@ -89,7 +93,7 @@ def test_a_stream_ends_with_the_usage_if_it_is_asked_for(client: Any, model_fold
     usage = client.completions.create(**options).usage
     *before, last = client.completions.create(**options, stream=True, stream_options={"include_usage": True})
     assert (last.choices, last.usage) == ([], usage)
-    assert [chunk.usage for chunk in before] == [None, None]
+    assert [chunk.usage for chunk in before] == [None] * len(before)
 
 
 def test_token_ids_and_strings_end_a_sample(client: Any, trained: Any) -> None:
@@ -314,3 +318,73 @@ def test_values_that_change_nothing_are_accepted(client: Any, model_folder: Path
         model=str(model_folder), prompt="ab", max_tokens=2, user="ann", extra_body=neutral
     )
     assert answer.usage.completion_tokens == 2
+
+
+def test_a_stream_arrives_token_by_token(client: Any, model_folder: Path) -> None:
+    options = {"model": str(model_folder), "prompt": "ab", "max_tokens": 100, "seed": 5}
+    options["extra_body"] = {"ignore_eos": True}
+    whole = client.completions.create(**options)
+    start, times, texts = time.monotonic(), [], []
+    for chunk in client.completions.create(**options, stream=True):
+        times.append(time.monotonic() - start)
+        texts.append(chunk.choices[0].text)
+    assert "".join(texts) == whole.choices[0].text
+    assert len(texts) > 20
+    # the first text comes long before the last
+    assert times[0] < times[-1] / 3
+
+
+def test_a_stream_of_several_samples_has_the_logprobs_and_the_end_of_each(client: Any, model_folder: Path) -> None:
+    options = {
+        "model": str(model_folder), "prompt": ["ab", "abc"], "max_tokens": 8, "n": 2, "seed": 5, "logprobs": 2, "stop": ["zz"]
+    }  # fmt: skip
+    whole = {choice.index: choice for choice in client.completions.create(**options).choices}
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**options, stream=True)]
+    assert whole.keys() == {0, 1, 2, 3}
+    for index, expected in whole.items():
+        own = [chunk for chunk in chunks if chunk.index == index]
+        assert "".join(chunk.text for chunk in own) == expected.text
+        assert [chunk.finish_reason for chunk in own][-1] == expected.finish_reason
+        assert {chunk.finish_reason for chunk in own[:-1]} == {None}
+        found = [chunk.logprobs for chunk in own if chunk.logprobs is not None]
+        for field in ("tokens", "top_logprobs", "text_offset"):
+            assert [one for each in found for one in getattr(each, field)] == getattr(expected.logprobs, field)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_closed_connection_cancels_its_sample(server: str, model_folder: Path, stream: bool) -> None:
+    body = {
+        "model": str(model_folder),
+        "prompt": "ab",
+        "max_tokens": 120,
+        "n": 64,
+        "stream": stream,
+        "ignore_eos": True,
+    }
+    url = httpx.URL(f"{server}/v1/completions")
+    content = json.dumps(body).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
+    sent = []
+    for _ in range(12):
+        sock = socket.create_connection((url.host, url.port), timeout=20)
+        sock.sendall(head.encode() + content)
+        sent.append(sock)
+    with httpx.Client(base_url=server, timeout=60, trust_env=False) as http:
+        deadline = time.monotonic() + 30
+        while http.get("/healthz").json()["queue"] < 3:
+            assert time.monotonic() < deadline
+        for sock in sent:
+            sock.close()
+        start = time.monotonic()
+        while http.get("/healthz").json()["queue"]:
+            assert time.monotonic() - start < 10
+            time.sleep(0.02)
+    assert time.monotonic() - start < 2
+
+
+def test_an_error_before_the_first_token_of_a_stream_has_its_status(client: Any, model_folder: Path) -> None:
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        client.completions.create(model=str(model_folder), prompt="x" * 300, max_tokens=5, stream=True)

@@ -6,8 +6,9 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NoReturn
 
 import msgspec
@@ -33,6 +34,7 @@ from tinkerbell_server.api.openai.logprobs import (
     tokens_of_sample,
 )
 from tinkerbell_server.api.openai.messages import chat_prompt
+from tinkerbell_server.api.openai.stream import OnPiece, Pieces, chunks_of, end_of, head_of, piece_of
 from tinkerbell_server.api.tinker.checkpoints import Checkpoints
 from tinkerbell_server.api.tinker.requests import TinkerRequests
 from tinkerbell_server.api.tinker.store import Checkpoint
@@ -59,6 +61,14 @@ class _Model:
     path: str | None = None
 
 
+@dataclass(slots=True)
+class _Sent:
+    """What a stream has sent of a choice."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+
+
 class Completions:
     """Completions by the base model, the models in training and the saved weights."""
 
@@ -70,6 +80,52 @@ class Completions:
         saved = self._requests.store.of_tenant(Checkpoint, tenant)
         live = [unqualified(one.id) for one in self._requests.service.store.models() if owner_of(one.id) == tenant]
         return [self._requests.base.name, *live, *(one.id for one in saved if one.kind != "external_weights")]
+
+    async def stream(self, caller: Caller, sent: Completion | ChatCompletion) -> AsyncIterator[Json]:
+        """The chunks of a streamed answer; the last one has the usage. Raises as `complete` and `chat` do."""
+        chat = isinstance(sent, ChatCompletion)
+        model = await self._find(caller.tenant, sent.model)
+        if isinstance(sent, Completion) and (sent.echo or sent.max_tokens == 0):
+            for chunk in chunks_of(await self.complete(caller, sent)):
+                yield chunk
+            return
+        if isinstance(sent, ChatCompletion):
+            requests, options = self._chat_requests(sent, model)
+        else:
+            prompts, longest = self._prompts(sent.prompt), sent.max_tokens or _DEFAULT_TOKENS
+            requests = [_request(sent, model, prompt, longest) for prompt in prompts]
+            options = SampleOptions(
+                path=model.path, end=not sent.ignore_eos, top=min(sent.logprobs or 0, model.engine.vocab_size)
+            )
+        options = replace(options, streamed=True)
+        head = head_of(_new_id("chatcmpl" if chat else "cmpl"), int(time.time()), sent.model, chat=chat)
+        pieces = Pieces(lambda on_piece: self._draw(caller, requests, options, on_piece))
+        sent_before: dict[int, _Sent] = {}  # by choice
+        try:
+            async for prompt, piece in pieces:
+                index = prompt * sent.n + piece.sequence
+                first = index not in sent_before
+                before = sent_before.setdefault(index, _Sent())
+                before.text += piece.text
+                before.tokens += tokens_of_sample(piece)
+                logprobs = await self._piece_logprobs(sent, before, len(piece.tokens))
+                yield {**head, "choices": [piece_of(index, piece.text, logprobs, chat=chat, first=first)]}
+                if piece.stop_reason is not None:
+                    yield {**head, "choices": [end_of(index, piece.stop_reason, chat=chat)]}
+        except TinkerbellError as error:
+            _raise_for("messages" if chat else "prompt", error, model.engine)
+        yield {**head, "choices": [], "usage": _usage(pieces.output)}
+
+    # Any: JSON values of several types
+    async def _piece_logprobs(self, sent: Completion | ChatCompletion, choice: _Sent, count: int) -> Any:
+        """The log-probabilities of the last `count` tokens of a choice, if they are asked for."""
+        if sent.logprobs is None or sent.logprobs is False:
+            return None
+        names = await self._token_names(sent, ids_in(choice.tokens))
+        if isinstance(sent, ChatCompletion):
+            return {"content": listed_logprobs(choice.tokens[-count:], names), "refusal": None}
+        # the offsets are those in the text of the whole choice
+        return {name: values[-count:] for name, values in flat_logprobs(choice.tokens, names, choice.text).items()}
 
     async def complete(self, caller: Caller, sent: Completion) -> Json:
         """The answer to a completion. Raises OpenAIError for a field, TinkerbellError for everything else."""
@@ -100,12 +156,9 @@ class Completions:
     async def chat(self, caller: Caller, sent: ChatCompletion) -> Json:
         """The answer to a chat completion. Raises as `complete` does."""
         model = await self._find(caller.tenant, sent.model)
-        longest = sent.max_completion_tokens or sent.max_tokens
-        top = min(sent.top_logprobs or 0, model.engine.vocab_size)
-        options = SampleOptions(path=model.path, end=not sent.ignore_eos, top=top, fill=longest is None)
-        prompt = chat_prompt(sent)
+        requests, options = self._chat_requests(sent, model)
         try:
-            outputs = await self._draw(caller, [_request(sent, model, prompt, longest or 1)], options)
+            outputs = await self._draw(caller, requests, options)
         except TinkerbellError as error:
             _raise_for("messages", error, model.engine)
         choices: list[Json] = []
@@ -120,6 +173,12 @@ class Completions:
                 {"index": index, "message": message, "finish_reason": sequence.stop_reason, "logprobs": logprobs}
             )
         return _answer("chat.completion", "chatcmpl", sent.model, choices, outputs)
+
+    def _chat_requests(self, sent: ChatCompletion, model: _Model) -> tuple[list[SampleRequest], SampleOptions]:
+        longest = sent.max_completion_tokens or sent.max_tokens
+        top = min(sent.top_logprobs or 0, model.engine.vocab_size)
+        options = SampleOptions(path=model.path, end=not sent.ignore_eos, top=top, fill=longest is None)
+        return [_request(sent, model, chat_prompt(sent), longest or 1)], options
 
     async def _find(self, tenant: str, name: str) -> _Model:
         """The model of this name. Raises OpenAIError."""
@@ -185,14 +244,26 @@ class Completions:
         return TokenNames(pieces, as_ids=sent.return_tokens_as_token_ids)
 
     async def _draw(
-        self, caller: Caller, requests: Sequence[SampleRequest], options: SampleOptions
+        self,
+        caller: Caller,
+        requests: Sequence[SampleRequest],
+        options: SampleOptions,
+        on_piece: OnPiece = lambda prompt, piece: None,
     ) -> list[SampleOutput]:
-        """The samples of each prompt, drawn together."""
+        """The samples of each prompt, drawn together. If the caller is cancelled, or one fails, so are the others."""
         submissions = [
             Submission(caller=caller, kind="sample", content=request, sample=options) for request in requests
         ]
         intake = self._requests.service.intake
-        results = await asyncio.gather(*(intake.run(submission) for submission in submissions))
+        runs = [
+            asyncio.ensure_future(intake.run(submission, partial(on_piece, prompt)))
+            for prompt, submission in enumerate(submissions)
+        ]
+        try:
+            results = await asyncio.gather(*runs)
+        finally:
+            for run in runs:
+                run.cancel()
         return [msgspec.msgpack.decode(result, type=SampleOutput) for result in results]
 
 
@@ -245,14 +316,22 @@ def _invalid_prompt(message: str) -> OpenAIError:
     return OpenAIError(message, param="prompt", code="invalid_value")
 
 
-def _answer(kind: str, prefix: str, model: str, choices: list[Json], outputs: Sequence[SampleOutput]) -> Json:
+def _new_id(prefix: str) -> str:
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def _usage(outputs: Sequence[SampleOutput]) -> Json:
     prompt = sum(output.prompt_tokens for output in outputs)
     completion = sum(len(sequence.tokens) for output in outputs for sequence in output.sequences)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _answer(kind: str, prefix: str, model: str, choices: list[Json], outputs: Sequence[SampleOutput]) -> Json:
     return {
-        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "id": _new_id(prefix),
         "object": kind,
         "created": int(time.time()),
         "model": model,
         "choices": choices,
-        "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
+        "usage": _usage(outputs),
     }

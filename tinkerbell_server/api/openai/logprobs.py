@@ -11,6 +11,7 @@ from typing import Any
 from tinkerbell_core.tensors import to_numpy
 from tinkerbell_core.types import PromptScores, SampledSequence, TopLogprobs
 from tinkerbell_server.calls.vocabulary import Piece
+from tinkerbell_server.commands import SamplePiece
 
 Json = dict[str, Any]  # Any: JSON values of several types
 
@@ -72,8 +73,8 @@ class TokenNames:
         return b"" if piece.special else piece.content
 
 
-def tokens_of_sample(sequence: SampledSequence) -> list[Token]:
-    """The tokens of a sample."""
+def tokens_of_sample(sequence: SampledSequence | SamplePiece) -> list[Token]:
+    """The tokens of a sample, or of a piece of it."""
     tops = _rows(sequence.top, len(sequence.tokens))
     return [Token(*one) for one in zip(sequence.tokens, sequence.logprobs, tops, strict=True)]
 

@@ -1,17 +1,24 @@
-"""Routes of the OpenAI API under /v1. The events of a stream are sent when its sample is complete."""
+"""Routes of the OpenAI API under /v1. A client that closes its connection cancels its request."""
 
 from __future__ import annotations
 
-from starlette.requests import Request
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from tinkerbell_server.api.openai.bodies import parse_chat, parse_completion
+from tinkerbell_server.api.openai.bodies import ChatCompletion, Completion, parse_chat, parse_completion
 from tinkerbell_server.api.openai.completions import Completions, Json
-from tinkerbell_server.api.openai.stream import events
+from tinkerbell_server.api.openai.stream import events, started
 from tinkerbell_server.api.tinker.http import body_within, json_response, tenant_of
 from tinkerbell_server.http.auth import allowed, caller_of
-from tinkerbell_server.http.openai_errors import OpenAIError
+from tinkerbell_server.http.openai_errors import OpenAIError, openai_refusal
+
+T = TypeVar("T")
 
 BODY_LIMIT = 16 << 20
 """The most bytes of a body."""
@@ -48,14 +55,16 @@ async def model(request: Request) -> Response:
 
 async def completions(request: Request) -> Response:
     sent = parse_completion(await _body(request))
-    answer = await _completions(request).complete(caller_of(request), sent)
-    return _streamed(answer, sent.include_usage) if sent.stream else json_response(answer)
+    if sent.stream:
+        return await _streamed(request, sent)
+    return json_response(await _while_connected(request, _completions(request).complete(caller_of(request), sent)))
 
 
 async def chat_completions(request: Request) -> Response:
     sent = parse_chat(await _body(request))
-    answer = await _completions(request).chat(caller_of(request), sent)
-    return _streamed(answer, sent.include_usage) if sent.stream else json_response(answer)
+    if sent.stream:
+        return await _streamed(request, sent)
+    return json_response(await _while_connected(request, _completions(request).chat(caller_of(request), sent)))
 
 
 async def _body(request: Request) -> bytes:
@@ -77,5 +86,36 @@ def _model(name: str) -> Json:
     return {"id": name, "object": "model", "created": 0, "owned_by": "tinkerbell"}
 
 
-def _streamed(answer: Json, include_usage: bool) -> Response:
-    return StreamingResponse(events(answer, include_usage=include_usage), media_type="text/event-stream")
+async def _streamed(request: Request, sent: Completion | ChatCompletion) -> Response:
+    chunks = _with_usage(_completions(request).stream(caller_of(request), sent), include_usage=sent.include_usage)
+    begun = await _while_connected(request, started(chunks))
+    lines = events(begun, lambda error: msgspec.json.decode(openai_refusal(request, error).body))
+    return StreamingResponse(lines, media_type="text/event-stream")
+
+
+async def _with_usage(chunks: AsyncIterator[Json], *, include_usage: bool) -> AsyncIterator[Json]:
+    """The chunks as a client asked for them: each with a usage, which only the last one has, or without it."""
+    async for chunk in chunks:
+        if include_usage:
+            yield {"usage": None, **chunk}
+        elif chunk["choices"]:
+            yield chunk
+
+
+async def _while_connected(request: Request, answering: Coroutine[Any, Any, T]) -> T:  # Any: of no interest here
+    """The result of a coroutine, which is cancelled if the client closes its connection."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answer = asyncio.ensure_future(answering)
+    closed = asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait([answer, closed], return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return await answer
+    finally:
+        answer.cancel()
+        closed.cancel()

@@ -219,6 +219,7 @@ def _report(row: _Row, context: CallContext) -> None:
             tokens=row.tokens[begin:],
             logprobs=row.logprobs[begin:],
             top=_tops(row.tops[begin:]),
+            stop_reason=row.stop_reason,
         )
     )
     row.reported = len(row.tokens)
