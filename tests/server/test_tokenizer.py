@@ -25,6 +25,7 @@ from tinkerbell_server.calls.data import parse_call
 from tinkerbell_server.calls.prompts import prompt_ids
 from tinkerbell_server.calls.sample import TextPrompt
 from tinkerbell_server.calls.text import rows_from_text
+from tinkerbell_server.calls.vocabulary import Piece
 from tinkerbell_server.commands import EngineDescription, TextData
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines.tokenizer.client import TokenizerClient
@@ -308,3 +309,11 @@ async def test_the_event_loop_runs_while_a_long_text_is_tokenised(folder: Path) 
         assert len(await rows) == 1000
     # on an idle machine the longest lag is about 30 ms of 3 s; a loop that waited would have one lag of the whole time
     assert max(lags) < sum(lags) / 2
+
+
+async def test_the_bytes_of_tokens_are_asked_for_once(folder: Path) -> None:
+    async with running(model=str(folder)) as client:
+        expected = {200: Piece(b"\xc8"), 257: Piece(b"<|eos|>", special=True)}
+        assert await client.pieces([200, 257, 200]) == expected
+        await client.stop()
+        assert await client.pieces([257, 200]) == expected

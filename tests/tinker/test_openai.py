@@ -240,7 +240,7 @@ def test_tools_calls_and_results_reach_the_model(client: Any, model_folder: Path
             r"messages\[0\].content\[0\]",
         ),
         ({"messages": [{"role": "user", "content": None}]}, "messages", r"messages\[0\].content must be"),
-        ({"messages": [{"role": "user", "content": "hi", "contnt": "x"}]}, "messages", "did you mean 'content'"),
+        ({"messages": [{"role": "user", "content": "hi", "contents": "x"}]}, "messages", "did you mean 'content'"),
         ({"tool_choice": "required"}, "tool_choice", "'required'"),
         ({"tools": [{"type": "x"}]}, "tools", r"tools\[0\] must be"),
         ({"top_logprobs": 2}, "top_logprobs", "without logprobs"),
