@@ -21,7 +21,8 @@ from typing import Protocol
 import msgspec
 
 from tinkerbell_core.errors import BadRequest, Problem, TinkerbellError
-from tinkerbell_server.calls.text import Tokenizer, prompt_ids, rows_from_text
+from tinkerbell_server.calls.templates import Tokenizer
+from tinkerbell_server.calls.text import prompt_ids, rows_from_text
 from tinkerbell_server.commands import Row
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines import framing
@@ -68,6 +69,7 @@ def answer(request: RowsRequest | PromptRequest, tokenizer: Tokenizer, start: St
                     vocab_size=start.vocab_size,
                     max_length=start.max_length,
                     chat_tokens=settings.chat_tokens,
+                    end_of_text=settings.add_end_of_text,
                 )
             case PromptRequest(prompt=prompt):
                 result = prompt_ids(prompt, tokenizer, vocab_size=start.vocab_size, max_length=start.max_length)

@@ -1,0 +1,130 @@
+"""Finds where the answers of a rendered chat begin and end, from where the texts of the assistant are in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tinkerbell_core.errors import BadData
+from tinkerbell_server.calls.marks import Extent
+from tinkerbell_server.calls.templates import ChatTemplate, Tools
+
+Span = tuple[int, int]
+"""The first of some characters or tokens, and the place after the last."""
+
+_CALL_ENDS = frozenset({"<|call|>", "<|eom_id|>", "<|eot_id|>"})
+"""Tokens that end a turn with a tool call, in families whose other turns end with another token."""
+
+
+class Spans:
+    """Finds where the answers of a rendered chat begin and end."""
+
+    def __init__(
+        self,
+        name: str,
+        messages: list[dict[str, Any]],
+        text: str,
+        template: ChatTemplate,
+        tools: Tools | None,
+        extents: Mapping[int, Extent],
+    ) -> None:
+        self._name, self._messages, self._text, self._template = name, messages, text, template
+        self._tools, self._extents = tools, extents
+        self._prompts: dict[str, str | None] = {}
+
+    def of(self, turn: int) -> Span:
+        """From the first character that the model generates to the end of the mark that ends the turn."""
+        start, end = self._start(turn), self._end(turn)
+        following = self._extents.get(turn + 1)
+        if following is not None and end > following.first:
+            raise self._refusal(turn, "the end of this turn cannot be found")
+        return start, end
+
+    def _start(self, turn: int) -> int:
+        frame, text, first = self._template.frame, self._text, self._extents[turn].first
+        before = self._messages[turn - 1]["role"] if turn else None
+        after = self._after_contents(turn)
+        header = frame.header or (frame.after_user if before == "user" else "")
+        if header.strip() and (place := text.rfind(header, after, first)) >= 0:
+            start = place + len(header)
+            return start + _common(frame.reasoning, text[start : start + len(frame.reasoning)])
+        if before not in (None, "user"):
+            prompt = self._prompt_after(turn)
+            if prompt is not None and text.startswith(prompt, after) and after + len(prompt) <= first:
+                return after + len(prompt)
+        elif not header.strip() and not self._first_is_call(turn):
+            return first
+        raise self._refusal(turn, "the end of the prompt before this turn cannot be found")
+
+    def _prompt_after(self, turn: int) -> str | None:
+        """What the template writes after a message with the role of the one before, until the model generates.
+
+        Found by rendering the messages before the first such turn; None if they are rendered differently alone.
+        """
+        role = self._messages[turn - 1]["role"]
+        if role not in self._prompts:
+            prompt = self._template.render(
+                self._name, self._messages[:turn], self._tools, tokenize=False, add_generation_prompt=True
+            )
+            content = self._messages[turn - 1]["content"].strip()
+            place = prompt.rfind(content) if content and self._text.startswith(prompt) else -1
+            self._prompts[role] = prompt[place + len(content) :] if place >= 0 else None
+        return self._prompts[role]
+
+    def _after_contents(self, turn: int) -> int:
+        """A position after the answer and the contents before a turn, which may hold what begins an answer."""
+        before = max((other for other in self._extents if other < turn), default=-1)
+        position = self._extents[before].last if before >= 0 else 0
+        for message in self._messages[before + 1 : turn]:
+            content = message["content"].strip()
+            place = self._text.find(content, position, self._extents[turn].first)
+            position = place + len(content) if place >= 0 else position
+        return position
+
+    def _end(self, turn: int) -> int:
+        frame, extent = self._template.frame, self._extents[turn]
+        content = self._messages[turn]["content"]
+        space = content[len(content.rstrip()) :]
+        last = extent.last
+        if extent.in_call:
+            return self._end_of_call(turn)
+        if frame.ends:
+            found = self._template.tokens.search(self._text, last)
+            if found is not None and self._text[last : found.start()].strip() in frame.gaps:
+                special = self._template.special_tokens.match(found.group())
+                if found.group() in frame.ends or (frame.open and special):
+                    return found.end()
+            if frame.open and turn == len(self._messages) - 1:
+                return last + (len(space) if self._text.startswith(space, last) else 0)
+            raise self._refusal(turn, f"none of {sorted(frame.ends)} follows it")
+        if frame.end and self._text.startswith(space + frame.end, last):
+            return last + len(space) + len(frame.end)
+        if self._text.startswith(frame.end, last):
+            return last + (len(frame.end) or (len(space) if self._text.startswith(space, last) else 0))
+        raise self._refusal(turn, f"{frame.end!r} does not follow it")
+
+    def _end_of_call(self, turn: int) -> int:
+        frame, last = self._template.frame, self._extents[turn].last
+        if not frame.ends and frame.end and (place := self._text.find(frame.end, last)) >= 0:
+            return place + len(frame.end)
+        for found in self._template.tokens.finditer(self._text, last):
+            special = self._template.special_tokens.match(found.group())
+            if found.group() in frame.ends | _CALL_ENDS or (frame.open and special):
+                return found.end()
+        if frame.open and turn == len(self._messages) - 1:
+            return len(self._text)
+        raise self._refusal(turn, "no token ends its tool call")
+
+    def _first_is_call(self, turn: int) -> bool:
+        extent, message = self._extents[turn], self._messages[turn]
+        return extent.calls and not message["content"].strip()
+
+    def _refusal(self, turn: int, reason: str) -> BadData:
+        return BadData(
+            f"{self._name}, turn {turn} (assistant): in the rendering of the chat template {reason}, so the server "
+            "cannot find the tokens of this turn: send this row as token ids with weights"
+        )
+
+
+def _common(one: str, other: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
