@@ -32,7 +32,7 @@ class ByteTokenizer:
             "offset_mapping": [(place, place + 1) for place, one in enumerate(encoded) for _ in one],
         }
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, clean_up_tokenization_spaces: bool = False) -> str:
         return bytes(token_ids).decode("utf-8", "replace")
 
     # Any: as in the protocol

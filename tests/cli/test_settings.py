@@ -103,6 +103,7 @@ OTHER_VALUES: dict[str, Any] = {
     "disabled_plugins": ("a:b", "c"),
     "required_plugins": ("d",),
     "chat_tokens": "all",
+    "add_end_of_text": False,
     "engine": "my.engine",
 }
 

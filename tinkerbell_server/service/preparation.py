@@ -15,6 +15,7 @@ from tinkerbell_core.types import (
     LoadRequest,
     LossDescription,
     OptimStepRequest,
+    PreviewRequest,
     SampleRequest,
     SaveRequest,
 )
@@ -29,6 +30,7 @@ from tinkerbell_server.commands import (
     DeleteModel,
     EngineDescription,
     OptimStep,
+    Row,
     RunLoss,
     Sample,
     TextData,
@@ -136,25 +138,27 @@ class Preparation:
             existing_model(self._store, spec)
         return Prepared(CreateModel(spec=spec))
 
+    def parse(
+        self, request: ForwardRequest | PreviewRequest, loss: LossDescription, engine: EngineDescription
+    ) -> list[Row] | TextData:
+        """The rows of a call, or its text. Raises BadData."""
+        data = parse_call(
+            request.data, request.loss_fn_inputs, loss, vocab_size=engine.vocab_size, max_length=engine.max_length
+        )
+        if isinstance(data, TextData) and data.kind == "chats" and not engine.has_chat_template:
+            raise BadData(
+                f"{engine.base_model} has no chat template, so chats cannot be tokenised; "
+                "send strings or token-id lists, or serve a chat model"
+            )
+        return data
+
     def _run_loss(self, request: ForwardRequest, submission: Submission, engine: EngineDescription) -> Prepared:
         tenant = submission.caller.tenant
         loss = submission.loss or find_loss(request.loss_fn, visible(tenant, engine.losses))
         hyperparameters = bind_hyperparameters(
             loss.name, loss.hyperparameters, flat_config(request.loss_fn_config, loss.parts)
         )
-        data = parse_call(
-            request.data,
-            request.loss_fn_inputs,
-            loss,
-            vocab_size=engine.vocab_size,
-            max_length=engine.max_length,
-        )
-        text = data if isinstance(data, TextData) else None
-        if text is not None and text.kind == "chats" and not engine.has_chat_template:
-            raise BadData(
-                f"{engine.base_model} has no chat template, so chats cannot be tokenised; "
-                "send strings or token-id lists, or serve a chat model"
-            )
+        data = self.parse(request, loss, engine)
         command = RunLoss(
             model_id=request.model_id,
             loss=loss.id,
@@ -164,7 +168,7 @@ class Preparation:
             backward=submission.kind == "forward_backward",
             tenant=provenance_owner(tenant),
         )
-        return Prepared(command, text=text, loss=loss)
+        return Prepared(command, text=data if isinstance(data, TextData) else None, loss=loss)
 
     def _sample(self, request: SampleRequest, options: SampleOptions, engine: EngineDescription) -> Prepared:
         if request.model_id is not None:
