@@ -147,7 +147,7 @@ def words(name: str, value: Any) -> list[str]:
     if isinstance(value, tuple):
         return [word for each in value for word in (flag, each)]
     if isinstance(value, bool):
-        return [flag if value else f"--no-{name}"]
+        return [flag if value else f"--no-{name.replace('_', '-')}"]
     return [flag, str(value)]
 
 
