@@ -174,6 +174,24 @@ DEFAULT_SYSTEM = Family(
     CHATML.special,
 )
 
+COHERE = Family(
+    "{% for m in messages %}{{ '<|START_OF_TURN|><|' + m.role + '|>' }}"
+    "{% if m.role == 'assistant' %}{{ '<|START_RESPONSE|>' + m.content + '<|END_RESPONSE|>' }}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|END_OF_TURN|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|START_OF_TURN|><|assistant|>' }}{% endif %}",
+    ("<|START_OF_TURN|>", "<|END_OF_TURN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|user|>", "<|assistant|>"),
+)
+
+RESULTS_IN_TURN = Family(
+    "{% for m in messages %}{% if m.role != 'tool' %}{{ '<|turn>' + m.role + '\\n' + m.content }}"
+    "{% if m.tool_calls %}{{ '<tool_call>' + m.tool_calls[0].function.name + '</tool_call>' }}"
+    "{{ '<result>' + messages[loop.index].content + '</result>' }}"
+    "{% else %}{{ '<turn|>' }}{% endif %}{{ '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn>assistant\\n' }}{% endif %}",
+    ("<|turn>", "<turn|>"),
+    ("<tool_call>", "</tool_call>", "<result>", "</result>"),
+)
+
 GENERATION = Family(
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"

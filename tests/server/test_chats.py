@@ -190,6 +190,11 @@ CASES: dict[str, tuple[Family, Any, list[str]]] = {
         [*called()[:3], *called()[1:]],
         ['[TOOL_CALLS] [{"name": "sum", "arguments": {"a": "2", "b": 2}}]</s>'] * 2 + [" It is 4.</s>"],
     ),
+    "cohere, two answers": (
+        families.COHERE,
+        TWO,
+        [f"<|START_RESPONSE|>{text}<|END_RESPONSE|><|END_OF_TURN|>" for text in ("yo", "4")],
+    ),
     "always prompts": (families.ALWAYS_PROMPTS, TWO, ["yo<|im_end|>", "4<|im_end|>"]),
     "default system prompt": (families.DEFAULT_SYSTEM, TWO, ["yo<|im_end|>", "4<|im_end|>"]),
     "default system prompt, answer first": (
@@ -247,6 +252,8 @@ def test_tools_are_rendered_and_do_not_count(family: Family) -> None:
 
 
 REFUSED: list[tuple[Family, Any, Any, str]] = [
+    (families.RESULTS_IN_TURN, called(), None, r"turn 1 \(assistant\): .* the end of this turn cannot be found"),
+    (families.RESULTS_IN_TURN, called()[:3], None, r"turn 1 \(assistant\): .* no token ends its tool call"),
     (families.CHATML, TWO, TOOLS, r"data\[0\] has tools, but the chat template of the model does not read them"),
     (
         families.CHATML,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,10 +36,23 @@ class Spans:
     def of(self, turn: int) -> Span:
         """From the first character that the model generates to the end of the mark that ends the turn."""
         start, end = self._start(turn), self._end(turn)
-        following = self._extents.get(turn + 1)
-        if following is not None and end > following.first:
+        if not self._before_next(turn, end):
             raise self._refusal(turn, "the end of this turn cannot be found")
         return start, end
+
+    def _before_next(self, turn: int, end: int) -> bool:
+        """Whether a position after a turn is before the next messages."""
+        following = next((other for other in sorted(self._extents) if other > turn), len(self._messages))
+        limit = self._extents[following].first if following in self._extents else len(self._text)
+        if end > limit:
+            return False
+        # a template may write a content in another form, as JSON; then it is at neither place
+        contents = [message["content"].strip() for message in self._messages[turn + 1 : following]]
+        last = self._extents[turn].last
+        return not any(
+            content and self._text.find(content, end, limit) < 0 <= self._text.find(content, last, end)
+            for content in contents
+        )
 
     def _start(self, turn: int) -> int:
         frame, text, first = self._template.frame, self._text, self._extents[turn].first
@@ -93,7 +107,7 @@ class Spans:
             if found is not None and self._text[last : found.start()].strip() in frame.gaps:
                 special = self._template.special_tokens.match(found.group())
                 if found.group() in frame.ends or (frame.open and special):
-                    return found.end()
+                    return self._after_run(found)
             if frame.open and turn == len(self._messages) - 1:
                 return last + (len(space) if self._text.startswith(space, last) else 0)
             raise self._refusal(turn, f"none of {sorted(frame.ends)} follows it")
@@ -110,10 +124,18 @@ class Spans:
         for found in self._template.tokens.finditer(self._text, last):
             special = self._template.special_tokens.match(found.group())
             if found.group() in frame.ends | _CALL_ENDS or (frame.open and special):
-                return found.end()
+                return self._after_run(found)
         if frame.open and turn == len(self._messages) - 1:
             return len(self._text)
         raise self._refusal(turn, "no token ends its tool call")
+
+    def _after_run(self, found: re.Match[str]) -> int:
+        """The place after a token that ends a turn and those that follow it directly and belong to the end."""
+        run = self._template.frame.run
+        if found.group() not in run:
+            return found.end()
+        rest = "".join(run[run.index(found.group()) + 1 :])
+        return found.end() + (len(rest) if self._text.startswith(rest, found.end()) else 0)
 
     def _first_is_call(self, turn: int) -> bool:
         extent, message = self._extents[turn], self._messages[turn]

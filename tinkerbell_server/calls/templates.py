@@ -48,15 +48,16 @@ class Frame:
     """What a template writes before and after an answer.
 
     header: the generation prompt, without a beginning of the reasoning. reasoning: that beginning, if it has one.
-    after_user: what follows the content of a user until the model generates. ends: the tokens that end an answer.
-    gaps: what may be between an answer and such a token, without white space. end: the text that ends an answer if no
-    token does. open: whether nothing ends the last answer of a chat.
+    after_user: what follows the content of a user until the model generates. ends: the tokens that can end an answer.
+    run: the tokens that end each answer, if it is more than one. gaps: what may be between an answer and such a token,
+    without white space. end: the text that ends an answer if no token does. open: whether nothing ends the last answer.
     """
 
     header: str
     reasoning: str
     after_user: str
     ends: frozenset[str]
+    run: tuple[str, ...]
     gaps: frozenset[str]
     end: str
     open: bool
@@ -132,6 +133,7 @@ class ChatTemplate:
             for text in (between, after)
             if (found := self.tokens.search(text)) and (beginning is None or found.group() != beginning.group())
         ]
+        run = self._run(between, after, beginning) if marks else ()
         end = "" if marks else after.rstrip() or after
         if not marks and not between.startswith(end):
             raise BadData(
@@ -144,11 +146,31 @@ class ChatTemplate:
             header=header,
             reasoning=reasoning,
             after_user=_cut_reasoning(after_user)[0],
-            ends=frozenset(mark.group() for mark in marks),
+            ends=frozenset(mark.group() for mark in marks).union(run),
+            run=run,
             gaps=frozenset(mark.string[: mark.start()].strip() for mark in marks),
             end=end,
             open=not after.strip(),
         )
+
+    def _run(self, between: str, after: str, beginning: re.Match[str] | None) -> tuple[str, ...]:
+        """The tokens that follow each answer, one directly after another, before what begins the next turn."""
+        if beginning is None:  # what begins the next turn is unknown, and `after` may hold it
+            return ()
+        common = []
+        for one, other in zip(self._first_tokens(between), self._first_tokens(after), strict=False):
+            if one != other or one == beginning.group():
+                break
+            common.append(one)
+        return tuple(common) if len(common) > 1 else ()
+
+    def _first_tokens(self, text: str) -> list[str]:
+        found = self.tokens.search(text)
+        tokens = []
+        while found is not None:
+            tokens.append(found.group())
+            found = self.tokens.match(text, found.end())
+        return tokens
 
 
 def _any_of(texts: Any) -> re.Pattern[str]:  # Any: an iterable of strings
