@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests import chat_families as families
 from tests.chat_families import Family
@@ -97,6 +99,14 @@ CASES: dict[str, tuple[Family, Any, list[str]]] = {
         ["yo<|im_end|>", "<think>\nadd\n</think>\n\n4<|im_end|>"],
     ),
     "qwen 3, reasoning": (families.QWEN3, REASONED, ["yo<|im_end|>", "<think>\nadd\n</think>\n\n4<|im_end|>"]),
+    "qwen 3, a call after reasoning in the content": (
+        families.QWEN3,
+        called(content="<think>\nadd\n</think>\n\n")[:2],
+        [
+            '<think>\nadd\n</think>\n\n<tool_call>\n{"name": "sum", "arguments": {"a": "2", "b": 2}}\n</tool_call>'
+            "<|im_end|>",
+        ],
+    ),
     "qwen 3, a call": (
         families.QWEN3,
         called(reasoning_content="add"),
@@ -115,6 +125,11 @@ CASES: dict[str, tuple[Family, Any, list[str]]] = {
         ],
     ),
     "qwen 3 without thinking": (families.QWEN3_WITHOUT_THINKING, TWO, ["yo<|im_end|>", "4<|im_end|>"]),
+    "qwen 3 without thinking, an answer that begins as its prompt ends": (
+        families.QWEN3_WITHOUT_THINKING,
+        [TWO[0], {"role": "assistant", "content": "<thanks>"}, TWO[2], {"role": "assistant", "content": "</b>"}],
+        ["<thanks><|im_end|>", "</b><|im_end|>"],
+    ),
     "harmony, one answer": (families.HARMONY, ONE, ["<|channel|>final<|message|> yo \n<|return|>"]),
     "harmony, two answers": (
         families.HARMONY,
@@ -210,6 +225,7 @@ CASES: dict[str, tuple[Family, Any, list[str]]] = {
         [ONE[0], {"role": "assistant", "content": [{"type": "text", "text": "y"}, {"type": "text", "text": "o"}]}],
         ["yo<|im_end|>"],
     ),
+    "empty fields": (families.CHATML, [TWO[0], {**TWO[1], "tool_calls": [], "refusal": None}], ["yo<|im_end|>"]),
     "consecutive answers": (families.CHATML, [*ONE[:1], TWO[1], TWO[3]], ["yo<|im_end|>", "4<|im_end|>"]),
     "an answer that holds marks of the template": (
         families.CHATML,
@@ -314,3 +330,42 @@ def test_a_chat_of_160_turns_is_rendered_at_most_three_times(family: Family, mon
     assert max(length for length in [0, *lengths] if length != 160) <= 4
     assert len(lengths) <= 5
     assert any(counts)
+
+
+PIECES = st.sampled_from(
+    [
+        "a",
+        "assistant",
+        " ",
+        "\n",
+        "<",
+        "</think>",
+        "<think>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "assistant\n",
+        "user\n",
+        "é",
+        "1",
+    ]
+)
+CONTENTS = st.lists(PIECES, max_size=6).map("".join)
+ROLES = st.sampled_from(["user", "assistant", "system", "tool"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(ROLES, CONTENTS, st.integers(0, 1)), min_size=1, max_size=6))
+@pytest.mark.parametrize("family", [families.CHATML, families.GENERATION, families.DEFAULT_SYSTEM])
+def test_whatever_the_texts_are_exactly_the_answers_and_their_ends_count(
+    family: Family, turns: list[tuple[str, str, int]]
+) -> None:
+    chat = [
+        {"role": role, "content": content, **({"weight": weight} if role == "assistant" else {})}
+        for role, content, weight in turns
+    ]
+    tokenizer = family.tokenizer()
+    answers = [message["content"] + "<|im_end|>" for message in chat if message.get("weight")]
+    if not answers:
+        return
+    ids, counts = counted_chat("data[0]", chat, ChatTemplate(tokenizer))
+    assert tokenizer.decode([token for token, count in zip(ids, counts, strict=True) if count]) == "".join(answers)

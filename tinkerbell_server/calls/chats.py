@@ -71,7 +71,11 @@ def prepared(name: str, chat: Chat, template: ChatTemplate, tools: Tools | None 
         raise BadData(f"{name} has tools, but the chat template of the model does not read them: send it without tools")
     messages = []
     for turn, message in enumerate(chat):
-        own = {key: value for key, value in message.items() if value is not None and key not in ("weight", "train")}
+        own = {
+            key: value
+            for key, value in message.items()
+            if value not in (None, [], {}) and key not in ("weight", "train")
+        }
         for key in own:
             if key not in _ALWAYS_READ and not _reads(source, key):
                 near = did_you_mean(key, set(_KNOWN_KEYS) - {key})

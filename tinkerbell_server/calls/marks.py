@@ -118,6 +118,9 @@ class Marks:
         content = message.get("content")
         if isinstance(content, str):
             marked["content"] = self._text(turn, content)
+            # without a call after it, the answer ends after the separator
+            if not message.get("tool_calls") and self._ends_with_separator(content):
+                marked["content"] = marked["content"].rstrip() + self._mark(turn) + content[len(content.rstrip()) :]
         if message.get("tool_calls"):
             marked["tool_calls"] = self._call(turn, message["tool_calls"])
         if len(self.turns) == before and isinstance(content, str):
@@ -133,6 +136,9 @@ class Marks:
                 end = start + len(inner)
                 pieces[index] = piece[:start] + self._mark(turn) + inner + self._mark(turn) + piece[end:]
         return "".join(pieces)
+
+    def _ends_with_separator(self, text: str) -> bool:
+        return bool(text.strip()) and not self.separators.split(text)[-1].strip()
 
     def _call(self, turn: int, value: Any) -> Any:  # Any: JSON
         if isinstance(value, str):

@@ -61,7 +61,7 @@ class Spans:
         header = frame.header or (frame.after_user if before == "user" else "")
         if header.strip() and (place := text.rfind(header, after, first)) >= 0:
             start = place + len(header)
-            return start + _common(frame.reasoning, text[start : start + len(frame.reasoning)])
+            return start + frame.beginning(text[start : start + len(frame.reasoning)])
         if before not in (None, "user"):
             prompt = self._prompt_after(turn)
             if prompt is not None and text.startswith(prompt, after) and after + len(prompt) <= first:
@@ -146,7 +146,3 @@ class Spans:
             f"{self._name}, turn {turn} (assistant): in the rendering of the chat template {reason}, so the server "
             "cannot find the tokens of this turn: send this row as token ids with weights"
         )
-
-
-def _common(one: str, other: str) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -62,6 +62,13 @@ class Frame:
     end: str
     open: bool
 
+    def beginning(self, answer: str) -> int:
+        """How much of a text after the header is the beginning of the reasoning that the generation prompt writes."""
+        pairs = zip(self.reasoning, answer, strict=False)
+        same = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(self.reasoning), len(answer)))
+        tags = _REASONING.finditer(self.reasoning)
+        return next((tag.start() for tag in tags if tag.start() < same < tag.end()), same)
+
 
 class ChatTemplate:
     """The chat template of a tokenizer."""
