@@ -155,7 +155,8 @@ MISTRAL = Family(
     "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}"
     "{% if loop.last and tools %}{{ '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}"
     "{{ '[INST] ' + m.content + '[/INST]' }}"
-    "{% elif m.role == 'tool' %}{{ '[TOOL_RESULTS] ' + m.content + '[/TOOL_RESULTS]' }}"
+    """{% elif m.role == 'tool' %}{{ '[TOOL_RESULTS] {"content": ' + m.content }}"""
+    """{{ ', "call_id": "' + m.tool_call_id + '"}[/TOOL_RESULTS]' }}"""
     "{% elif m.tool_calls %}{% set f = m.tool_calls[0].function %}"
     """{{ '[TOOL_CALLS] [{"name": "' + f.name + '", "arguments": ' }}{{ f.arguments | tojson }}{{ '}]</s>' }}"""
     "{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}",

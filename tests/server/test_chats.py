@@ -202,7 +202,7 @@ CASES: dict[str, tuple[Family, Any, list[str]]] = {
     ),
     "mistral, two calls": (
         families.MISTRAL,
-        [*called()[:3], *called()[1:]],
+        [*called()[:3], called()[1], {**called()[2], "tool_call_id": "c2", "content": "5"}, called()[3]],
         ['[TOOL_CALLS] [{"name": "sum", "arguments": {"a": "2", "b": 2}}]</s>'] * 2 + [" It is 4.</s>"],
     ),
     "cohere, two answers": (

@@ -31,7 +31,7 @@ class Spans:
     ) -> None:
         self._name, self._messages, self._text, self._template = name, messages, text, template
         self._tools, self._extents = tools, extents
-        self._prompts: dict[str, str | None] = {}
+        self._prompts: dict[str, str] = {}
 
     def of(self, turn: int) -> Span:
         """From the first character that the model generates to the end of the mark that ends the turn."""
@@ -64,16 +64,17 @@ class Spans:
             return start + frame.beginning(text[start : start + len(frame.reasoning)])
         if before not in (None, "user"):
             prompt = self._prompt_after(turn)
-            if prompt is not None and text.startswith(prompt, after) and after + len(prompt) <= first:
-                return after + len(prompt)
+            if prompt and text.count(prompt, after, first) == 1:
+                return text.index(prompt, after) + len(prompt)
         elif not header.strip() and not self._first_is_call(turn):
             return first
         raise self._refusal(turn, "the end of the prompt before this turn cannot be found")
 
-    def _prompt_after(self, turn: int) -> str | None:
-        """What the template writes after a message with the role of the one before, until the model generates.
+    def _prompt_after(self, turn: int) -> str:
+        """What the template writes last before the model generates, after a message with the role of the one before.
 
-        Found by rendering the messages before the first such turn; None if they are rendered differently alone.
+        The last token with what follows it; if there is none, all that follows the content. Found by rendering the
+        messages before the first such turn; empty if they are rendered differently alone.
         """
         role = self._messages[turn - 1]["role"]
         if role not in self._prompts:
@@ -82,7 +83,9 @@ class Spans:
             )
             content = self._messages[turn - 1]["content"].strip()
             place = prompt.rfind(content) if content and self._text.startswith(prompt) else -1
-            self._prompts[role] = prompt[place + len(content) :] if place >= 0 else None
+            end = prompt[place + len(content) :] if place >= 0 else ""
+            tokens = [token.start() for token in self._template.tokens.finditer(end)]
+            self._prompts[role] = end[tokens[-1] :] if tokens else end
         return self._prompts[role]
 
     def _after_contents(self, turn: int) -> int:
