@@ -152,11 +152,12 @@ def _of_generation(
         raise BadData(f"{name}: the chat template renders this chat differently each time: send token ids with weights")
     mask = [bool(one) for one in rendered["assistant_masks"]]
     counts = [False] * len(ids)
+    ordered = sorted(extents)
     covered: set[int] = set()
     for first, last in _runs(mask):
-        turns = _turns_in(offsets[first][0], offsets[last][1], extents)
+        turns = _turns_in(offsets[first][0], offsets[last][1], extents, ordered)
         covered |= turns
-        counting = {turn in wanted for turn in turns or _turn_before(offsets[first][0], extents)}
+        counting = {turn in wanted for turn in turns or _turn_before(offsets[first][0], extents, ordered)}
         if len(counting) > 1:
             raise BadData(
                 f"{name}: the {{% generation %}} of the chat template covers the turns {sorted(turns)} as one, but "
@@ -184,9 +185,8 @@ def _runs(mask: list[bool]) -> Iterator[tuple[int, int]]:
             start = None
 
 
-def _turns_in(start: int, end: int, extents: Mapping[int, Extent]) -> set[int]:
+def _turns_in(start: int, end: int, extents: Mapping[int, Extent], turns: list[int]) -> set[int]:
     """The turns that have a text between these characters."""
-    turns = sorted(extents)
     index = bisect_left(turns, start, key=lambda turn: extents[turn].last)
     found = set()
     while index < len(turns) and (extent := extents[turns[index]]).first < max(end, start + 1):
@@ -196,7 +196,6 @@ def _turns_in(start: int, end: int, extents: Mapping[int, Extent]) -> set[int]:
     return found
 
 
-def _turn_before(start: int, extents: Mapping[int, Extent]) -> set[int]:
-    turns = sorted(extents)
+def _turn_before(start: int, extents: Mapping[int, Extent], turns: list[int]) -> set[int]:
     index = bisect_right(turns, start, key=lambda turn: extents[turn].first)
     return {turns[index - 1]} if index else set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ class Spans:
     ) -> None:
         self._name, self._messages, self._text, self._template = name, messages, text, template
         self._tools, self._extents = tools, extents
+        self._ordered = sorted(extents)
         self._prompts: dict[str, str] = {}
 
     def of(self, turn: int) -> Span:
@@ -42,7 +44,8 @@ class Spans:
 
     def _before_next(self, turn: int, end: int) -> bool:
         """Whether a position after a turn is before the next messages."""
-        following = next((other for other in sorted(self._extents) if other > turn), len(self._messages))
+        index = bisect_right(self._ordered, turn)
+        following = self._ordered[index] if index < len(self._ordered) else len(self._messages)
         limit = self._extents[following].first if following in self._extents else len(self._text)
         if end > limit:
             return False
@@ -90,7 +93,8 @@ class Spans:
 
     def _after_contents(self, turn: int) -> int:
         """A position after the answer and the contents before a turn, which may hold what begins an answer."""
-        before = max((other for other in self._extents if other < turn), default=-1)
+        index = bisect_left(self._ordered, turn)
+        before = self._ordered[index - 1] if index else -1
         position = self._extents[before].last if before >= 0 else 0
         for message in self._messages[before + 1 : turn]:
             content = message["content"].strip()
