@@ -353,7 +353,7 @@ CONTENTS = st.lists(PIECES, max_size=6).map("".join)
 ROLES = st.sampled_from(["user", "assistant", "system", "tool"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(ROLES, CONTENTS, st.integers(0, 1)), min_size=1, max_size=6))
 @pytest.mark.parametrize("family", [families.CHATML, families.GENERATION, families.DEFAULT_SYSTEM])
 def test_whatever_the_texts_are_exactly_the_answers_and_their_ends_count(
