@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -14,23 +15,35 @@ class ByteTokenizer:
     """
 
     chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}"
+    eos_token_id = None
+    added_tokens_decoder: Mapping[int, Any] = {}
 
-    def decode(self, ids: list[int]) -> str:
-        return bytes(ids).decode("utf-8", "replace")
-
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+    # Any: as in the protocol
+    def __call__(self, text: str, **options: Any) -> dict[str, list[Any]]:
         if "!crash!" in text:
             os._exit(9)
         if "!bug!" in text:
             raise ZeroDivisionError("on purpose")
         if "!sleep!" in text:
             time.sleep(0.3)
-        return {"input_ids": list(text.encode("utf-8", "surrogatepass"))}
+        encoded = [character.encode("utf-8", "surrogatepass") for character in text]
+        return {
+            "input_ids": [byte for one in encoded for byte in one],
+            "offset_mapping": [(place, place + 1) for place, one in enumerate(encoded) for _ in one],
+        }
+
+    def decode(self, token_ids: Sequence[int], *, clean_up_tokenization_spaces: bool = False) -> str:
+        return bytes(token_ids).decode("utf-8", "replace")
 
     # Any: as in the protocol
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool = False, **options: Any
-    ) -> str | dict[str, list[int]]:
+        self,
+        conversation: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        **options: Any,
+    ) -> Any:
         text = "".join(f"<{message['role']}>{message['content']}|" for message in conversation)
         text += "<assistant>" * add_generation_prompt
         return self(text) if tokenize else text

@@ -61,7 +61,7 @@ class HFBackend:
             raise BadRequest(f"no verb {verb!r}{did_you_mean(verb, VERBS)} (available: {', '.join(VERBS)})")
         request, output_type = VERBS[verb]
         if "data" in fields:
-            fields["data"] = _rows(fields["data"])
+            fields["data"] = rows_of(fields["data"])
         state = self._transport.post(f"/{verb}", request(**fields), Future)
 
         def parse(result: Any) -> Any:
@@ -214,7 +214,8 @@ class _Models(msgspec.Struct, frozen=True):
     models: list[ModelInfo]
 
 
-def _rows(data: Any) -> list[Any]:
+def rows_of(data: Any) -> list[Any]:
+    """The rows of a call as a list. Raises BadData for one string or one mapping."""
     if isinstance(data, str | bytes | Mapping):
         raise BadData(f"data is a {type(data).__name__}, but must be a list of rows: pass [...]")
     return list(data)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypedDict
 
-from tinker_client.backend import HFBackend
+from tinker_client.backend import HFBackend, LossName, rows_of
+from tinker_client.results import Preview
 from tinker_client.transport import Transport
 from tinkerbell_core.registry import resolve
 from tinkerbell_core.types import (
@@ -14,6 +16,8 @@ from tinkerbell_core.types import (
     DeleteLossesRequest,
     LossDescription,
     PluginDescription,
+    PreviewOutput,
+    PreviewRequest,
     PublishLossRequest,
     RegisterLossRequest,
 )
@@ -82,6 +86,20 @@ class TinkerClient:
         return self._transport.post(
             "/publish_custom_loss", PublishLossRequest(name=name, tenant=tenant), LossDescription
         )
+
+    def preview(
+        self,
+        data: Sequence[Any],
+        loss_fn: LossName = "cross_entropy",
+        loss_fn_inputs: Mapping[str, Any] | None = None,
+    ) -> Preview:
+        """What a call with this data trains on, for each row. Uses no model; arguments as in `forward_backward`."""
+        request = PreviewRequest(
+            data=rows_of(data),
+            loss_fn=loss_fn if isinstance(loss_fn, str) else dict(loss_fn),
+            loss_fn_inputs=None if loss_fn_inputs is None else dict(loss_fn_inputs),
+        )
+        return Preview(self._transport.post("/preview", request, PreviewOutput).rows)
 
     def healthz(self) -> dict[str, Any]:  # Any: strings and numbers
         """The state of the server: status, base model, device and queue."""

@@ -1,14 +1,16 @@
-"""The result of forward and forward_backward, with numpy arrays. The other verbs return the wire structs."""
+"""The results of forward, forward_backward and preview. The other verbs return the wire structs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from numpy.typing import NDArray
 
 from tinkerbell_core.tensors import to_numpy
-from tinkerbell_core.types import ForwardOutput
+from tinkerbell_core.types import ForwardOutput, PreviewRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +50,46 @@ class ForwardBackwardResult:
             seconds=output.seconds,
             created=output.created,
         )
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Preview:
+    """What a call trains on. Its repr shows the text of each row, with what counts between `⟦` and `⟧`.
+
+    rows: for each row its name, and its token_ids, texts, target_ids, target_texts and weights, one of each for a
+    position.
+    """
+
+    rows: list[PreviewRow]
+
+    def __iter__(self) -> Iterator[PreviewRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> PreviewRow:
+        return self.rows[index]
+
+    def __repr__(self) -> str:
+        return "\n".join(_shown(row) for row in self.rows)
+
+
+def _shown(row: PreviewRow) -> str:
+    counted = sum(weight != 0 for weight in row.weights)
+    title = f"{row.name}: {len(row.weights)} positions, {counted} of them count"
+    weights = sorted({weight for weight in row.weights if weight not in (0, 1)})
+    if weights:
+        title += f" (weights from {weights[0]:g} to {weights[-1]:g})"
+    return f"{title}\n{_marked(row)}\n"
+
+
+def _marked(row: PreviewRow) -> str:
+    if not row.target_texts:
+        return "".join(row.texts) + "  (no single target for each position)"
+    shifted = row.token_ids[1:] == row.target_ids[:-1]
+    parts = [row.texts[0] if shifted else "targets: "]
+    for counts, pieces in groupby(zip(row.weights, row.target_texts, strict=True), lambda piece: piece[0] != 0):
+        text = "".join(text for _, text in pieces)
+        parts.append(f"⟦{text}⟧" if counts else text)
+    return "".join(parts)

@@ -55,7 +55,7 @@ class TextData(msgspec.Struct, frozen=True):
     """
 
     kind: str  # "strings" | "chats" | "preferences"
-    items: list[Any]  # Any: str, list[{role, content}] or {prompt, chosen, rejected}, by kind
+    items: list[Any]  # Any: by kind, str, a chat or {messages, tools}, or {prompt, chosen, rejected, tools}
     inputs: list[dict[str, TensorData]]
 
 

@@ -163,6 +163,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     chat_tokens: Annotated[Literal["assistant", "all"], _about("Tokens of a chat that have weight 1 in training.")] = (
         "assistant"
     )
+    add_end_of_text: Annotated[
+        bool, _about("End strings, and answers that are strings, with the end-of-text token of the tokenizer.")
+    ] = True
     engine: Annotated[str, _about("Import path of the module that creates the engine.")] = (
         "tinkerbell_server.engines.torch"
     )

@@ -103,6 +103,7 @@ OTHER_VALUES: dict[str, Any] = {
     "disabled_plugins": ("a:b", "c"),
     "required_plugins": ("d",),
     "chat_tokens": "all",
+    "add_end_of_text": False,
     "engine": "my.engine",
 }
 
@@ -146,7 +147,7 @@ def words(name: str, value: Any) -> list[str]:
     if isinstance(value, tuple):
         return [word for each in value for word in (flag, each)]
     if isinstance(value, bool):
-        return [flag if value else f"--no-{name}"]
+        return [flag if value else f"--no-{name.replace('_', '-')}"]
     return [flag, str(value)]
 
 

@@ -44,10 +44,17 @@ tensors = st.fixed_dictionaries(
         "shape": st.lists(st.integers(-2, 9), max_size=3),
     }
 )
+messages = st.fixed_dictionaries(
+    {"role": st.one_of(words, st.just("assistant")), "content": st.one_of(words, junk)},
+    optional={"weight": junk, "train": junk, "tool_calls": junk, "name": junk},
+)
+chats = st.lists(messages, max_size=3)
 rows = st.one_of(
     st.lists(st.integers(-1, 300), max_size=6),
     st.text(max_size=12),
-    st.lists(st.fixed_dictionaries({"role": words, "content": words}), max_size=3),
+    chats,
+    st.fixed_dictionaries({"messages": chats}, optional={"tools": junk}),
+    st.fixed_dictionaries(dict.fromkeys(("prompt", "chosen", "rejected"), st.one_of(words, chats))),
     st.fixed_dictionaries({"model_input": st.one_of(tensors, st.lists(numbers, max_size=4)), "loss_fn_inputs": junk}),
     st.fixed_dictionaries({"prompt": words, "chosen": words, "rejected": words}),
     tensors,

@@ -161,7 +161,7 @@ def test_ref_logprobs_need_not_be_sent() -> None:
         ([{"tokens": [1, 2], "weights": [1, 1]}], r"data\[0\] has 'tokens': write a Datum"),
         ([{"model_input": [1, 2], "weights": [1, 1]}], "put it into loss_fn_inputs"),
         ([{"role": "user", "content": "hi"}], "a chat is a list of messages"),
-        ([{"messages": []}], "row\\['messages'\\]"),
+        ([{"messages": []}], r"data\[0\] is an empty chat"),
         ([{"text": "hi"}], r"data\[0\] has the keys \['text'\]"),
         ([[{"role": "user"}]], r"data\[0\], turn 0: content is NoneType, but must be a string"),
         ([[{"content": "hi"}]], r"data\[0\], turn 0: a message is \{role, content\}"),
@@ -247,11 +247,25 @@ def test_text_is_returned_with_the_inputs_of_its_rows() -> None:
     assert [to_numpy(inputs["margin"]).item() for inputs in text.inputs] == [1, 2]
 
 
-def test_other_fields_of_a_preference_record_are_dropped() -> None:
-    record = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    text = parse_call([{**record, "score": 10**30}], None, PAIR, vocab_size=100, max_length=16)
-    assert isinstance(text, TextData)
-    assert text.items == [record]
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1.0},
+            r"data\[0\] has the key 'margin', but a prefer",
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "tool": []}, "has the key 'tool'.*did you mean 'tools'"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": [{}]}, "the prompt is a string, so no chat template"),
+        ({"messages": [{"role": "assistant", "content": "a"}], "tools": {}}, "tools must be a list of JSON objects"),
+        ({"messages": [{"role": "assistant", "content": "a"}], "id": 3}, "has the key 'id', but a chat with tools has"),
+        ({"messages": "hi"}, "messages is str, but must be a list"),
+        ({"model_input": [1], "mask": [1]}, "has 'mask' in addition to model_input"),
+    ],
+)
+def test_a_key_that_a_record_does_not_have_is_refused(data: Any, sentence: str) -> None:
+    loss = PAIR if "prompt" in data else CROSS_ENTROPY
+    with pytest.raises(BadData, match=sentence):
+        parse_call([data], None, loss, vocab_size=100, max_length=16)
 
 
 def test_inputs_of_preference_records_need_one_entry_per_row() -> None:

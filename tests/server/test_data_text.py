@@ -103,13 +103,12 @@ def test_all_tokens_of_a_chat_count_if_chat_tokens_is_all() -> None:
     assert counted(row, tokenizer) == "u>hi|<a>yo|<u>2+2|<a>4|"
 
 
-def test_the_error_for_a_template_that_changes_earlier_turns_names_the_turn() -> None:
+def test_a_template_may_change_earlier_turns() -> None:
+    tokenizer = make_tokenizer(FORGETFUL)
     chat = [*CHAT[:1], {"role": "assistant", "content": "thinking=yo"}, *CHAT[2:]]
-    with pytest.raises(
-        BadData, match=r"data\[0\], turn 1 \(assistant\): the chat template renders .* as a separate row"
-    ):
-        rows([chat], make_tokenizer(FORGETFUL))
-    assert len(rows([chat[:2]], make_tokenizer(FORGETFUL))) == 1
+    (row,) = rows([chat], tokenizer)
+    assert tokenizer.decode(to_numpy(row.tokens)) == "<u>hi|<a>yo|<u>2+2|<a>4"
+    assert counted(row, tokenizer) == "yo|4|"
 
 
 def test_a_chat_is_refused_if_the_model_has_no_chat_template() -> None:
@@ -125,6 +124,50 @@ def test_an_error_that_the_template_raises_is_part_of_the_message() -> None:
 def test_a_chat_without_an_assistant_is_refused() -> None:
     with pytest.raises(BadData, match="has no assistant message, so no token of it would count"):
         rows([CHAT[:1]], make_tokenizer())
+
+
+@pytest.mark.parametrize("template", [PLAIN, MASKED, FORGETFUL])
+def test_only_the_last_answer_of_a_record_whose_prompt_holds_an_answer_counts(template: str) -> None:
+    tokenizer = make_tokenizer(template)
+    prompt = [*CHAT[:1], {"role": "assistant", "content": "thinking=yo"}, CHAT[2]]
+    record = {"prompt": prompt, "chosen": CHAT[3:], "rejected": [{"role": "assistant", "content": "5"}]}
+    chosen, rejected = rows([record], tokenizer)
+    assert [counted(chosen, tokenizer), counted(rejected, tokenizer)] == ["4|", "5|"]
+
+
+def test_the_answer_of_a_record_needs_an_assistant() -> None:
+    record = {"prompt": CHAT[:1], "chosen": CHAT[:1], "rejected": "5"}
+    with pytest.raises(BadData, match=r"data\[0\]\['chosen'\] has no assistant message"):
+        rows([record], make_tokenizer())
+
+
+def test_the_tools_of_a_record_are_rendered_and_those_of_a_chat_too() -> None:
+    tokenizer = make_tokenizer("{{ tools[0].name if tools }}" + PLAIN)
+    tools = [{"name": "sum"}]
+    pair = rows([{"prompt": CHAT[:3], "chosen": "4", "rejected": "5", "tools": tools}], tokenizer)
+    (row,) = rows([{"messages": CHAT, "tools": tools}], tokenizer)
+    assert all(tokenizer.decode(to_numpy(one.tokens)).startswith("sum<u>hi|<a>yo|") for one in [*pair, row])
+    assert [counted(one, tokenizer) for one in [*pair, row]] == ["4|", "5|", "yo|4|"]
+
+
+def test_end_of_text_is_added_once_to_strings_and_to_answers_that_are_strings() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    (added,) = rows(["abc"], tokenizer)
+    (sent,) = rows(["abc</s>"], tokenizer)
+    assert counted(added, tokenizer) == counted(sent, tokenizer) == "bc</s>"
+    chosen, rejected = rows([{"prompt": "2+2=", "chosen": "4", "rejected": "five</s>"}], tokenizer)
+    assert [counted(chosen, tokenizer), counted(rejected, tokenizer)] == ["4</s>", "five</s>"]
+    assert counted(rows([CHAT], tokenizer)[0], tokenizer) == "yo|4|"
+
+
+def test_no_end_of_text_is_added_if_the_setting_is_off() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    text = parse_call(["abc"], None, LOSS, vocab_size=len(tokenizer), max_length=64)
+    assert isinstance(text, TextData)
+    (row,) = rows_from_text(text, tokenizer, LOSS, vocab_size=len(tokenizer), max_length=64, end_of_text=False)
+    assert counted(row, tokenizer) == "bc"
 
 
 def test_only_the_answers_of_preference_strings_count() -> None:

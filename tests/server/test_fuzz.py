@@ -15,13 +15,20 @@ from hypothesis import strategies as st
 from tests.fake_engine import FAKE_ENGINE
 from tests.server.conftest import Caller
 from tests.server.strategies import HARD, bodies, junk, numbers, rows, tensors, words
-from tinkerbell_core.types import DeleteLossesRequest, GetLossRequest, PublishLossRequest, RegisterLossRequest
+from tinkerbell_core.types import (
+    DeleteLossesRequest,
+    GetLossRequest,
+    PreviewRequest,
+    PublishLossRequest,
+    RegisterLossRequest,
+)
 from tinkerbell_server.api import native
 from tinkerbell_server.config import Settings
 from tinkerbell_server.launch import running_server
 
 BODIES: dict[str, type[msgspec.Struct]] = {
     **native.SUBMITTED,
+    "preview": PreviewRequest,
     "register_custom_loss": RegisterLossRequest,
     "get_custom_loss": GetLossRequest,
     "delete_custom_loss": DeleteLossesRequest,

@@ -140,7 +140,9 @@ async def test_an_error_names_the_turn(folder: Path, tmp_path: Path) -> None:
     )
     tokenizer.save_pretrained(tmp_path)
     async with running(model=str(tmp_path)) as client:
-        with pytest.raises(BadData, match=r"data\[0\], turn 1 \(assistant\): the chat template renders"):
+        with pytest.raises(
+            BadData, match=r"data\[0\], turn 1 \(assistant\): the chat template writes this turn differently"
+        ):
             await client.rows(parsed([[*CHAT, *CHAT]]), LOSS)
 
 

@@ -336,8 +336,14 @@ def test_a_stream_arrives_token_by_token(client: Any, model_folder: Path) -> Non
 
 def test_a_stream_of_several_samples_has_the_logprobs_and_the_end_of_each(client: Any, model_folder: Path) -> None:
     options = {
-        "model": str(model_folder), "prompt": ["ab", "abc"], "max_tokens": 8, "n": 2, "seed": 5, "logprobs": 2, "stop": ["zz"]
-    }  # fmt: skip
+        "model": str(model_folder),
+        "prompt": ["ab", "abc"],
+        "max_tokens": 8,
+        "n": 2,
+        "seed": 5,
+        "logprobs": 2,
+        "stop": ["zz"],
+    }
     whole = {choice.index: choice for choice in client.completions.create(**options).choices}
     chunks = [chunk.choices[0] for chunk in client.completions.create(**options, stream=True)]
     assert whole.keys() == {0, 1, 2, 3}

@@ -40,6 +40,14 @@ class ForwardRequest(Wire, frozen=True):
     loss_fn_config: dict[str, Setting | dict[str, Setting]] | None = None
 
 
+class PreviewRequest(Wire, frozen=True):
+    """Show the rows that a forward call with this data would make, without a model. Fields as in ForwardRequest."""
+
+    data: list[Any]
+    loss_fn: str | dict[str, float] = "cross_entropy"
+    loss_fn_inputs: dict[str, Any] | None = None
+
+
 class OptimStepRequest(Wire, frozen=True):
     """Take one AdamW step with the accumulated gradient. grad_clip_norm 0: no clipping."""
 

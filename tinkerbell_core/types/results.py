@@ -40,6 +40,27 @@ class ModelInfo(Wire, frozen=True):
     created: bool = True
 
 
+class PreviewRow(Wire, frozen=True):
+    """One row of a call: its tokens as ids and as text, and for each position its target and its weight.
+
+    name: what an error calls the row. texts, target_texts: put together they are the text of the row; a token that
+    holds only a part of a character has the text "", and the last token of the character has the character.
+    target_ids, target_texts: empty if the loss reads no targets, or if a position has several. weights: of each
+    position, 1 if the row has none; of a position with several weights, the largest.
+    """
+
+    name: str
+    token_ids: list[int]
+    texts: list[str]
+    target_ids: list[int]
+    target_texts: list[str]
+    weights: list[float]
+
+
+class PreviewOutput(Wire, frozen=True):
+    rows: list[PreviewRow]
+
+
 class ForwardOutput(Wire, frozen=True):
     """The result of `forward` and `forward_backward`.
 

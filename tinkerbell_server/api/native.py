@@ -22,6 +22,7 @@ are base64. The structs are in `tinkerbell_core.types`; fields with their defaul
     POST /create_model            CreateModelRequest  → Future of ModelInfo
     POST /forward                 ForwardRequest      → Future of ForwardOutput
     POST /forward_backward        ForwardRequest      → Future of ForwardOutput
+    POST /preview                 PreviewRequest      → PreviewOutput; uses no device
     POST /optim_step              OptimStepRequest    → Future of OptimStepOutput
     POST /sample                  SampleRequest       → Future of SampleOutput
     POST /save                    SaveRequest         → Future of SaveOutput
@@ -63,6 +64,7 @@ from tinkerbell_core.types import (
     GetLossRequest,
     LoadRequest,
     OptimStepRequest,
+    PreviewRequest,
     PublishLossRequest,
     RegisterLossRequest,
     SampleRequest,
@@ -106,6 +108,7 @@ def routes() -> list[Route]:
         Route("/get_custom_loss", allowed("upload", get_custom_loss), methods=["POST"]),
         Route("/delete_custom_loss", allowed("upload", delete_custom_loss), methods=["POST"]),
         Route("/publish_custom_loss", allowed("admin", publish_custom_loss), methods=["POST"]),
+        Route("/preview", allowed("train", preview), methods=["POST"]),
         Route("/futures/{request_id}", allowed("read", future)),
         *(
             Route(f"/{kind}", allowed("read" if kind == "sample" else "train", _submit(kind, type_)), methods=["POST"])
@@ -153,6 +156,11 @@ async def delete_custom_loss(request: Request) -> Response:
 async def publish_custom_loss(request: Request) -> Response:
     asked = decode(request, await _small(request), PublishLossRequest)
     return answer(request, await _service(request).library.publish(caller_of(request), asked))
+
+
+async def preview(request: Request) -> Response:
+    asked = decode(request, await _large(request), PreviewRequest)
+    return answer(request, await _service(request).intake.preview(caller_of(request), asked))
 
 
 async def future(request: Request) -> Response:

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tinkerbell_core.errors import BadData
+from tinkerbell_core.errors import BadData, did_you_mean
 from tinkerbell_core.tensors import INTEGERS, as_tensor, cast, from_numpy, is_tensor, to_numpy
 from tinkerbell_core.types import LossDescription, TensorData
+from tinkerbell_server.calls.messages import check_chat, check_tools
 from tinkerbell_server.calls.rows import check_count, check_present, check_rows, names_of_rows
 from tinkerbell_server.commands import Row, TextData
 
@@ -17,7 +18,7 @@ Kind = Literal["strings", "chats", "tokens", "datums", "preferences"]
 Inputs = dict[str, TensorData]
 
 FORMS = (
-    "data is a list of one kind: strings, chats (lists of {role, content}), token-id lists, "
+    "data is a list of one kind: strings, chats (lists of {role, content}, or {messages, tools}), token-id lists, "
     "Datums ({model_input, loss_fn_inputs}) or preference records ({prompt, chosen, rejected}) "
     "(see docs/custom-losses.md#data-and-inputs)"
 )
@@ -50,8 +51,7 @@ def parse_call(
     if kind in ("strings", "chats", "preferences"):
         for row_name, own in zip(row_names, inputs, strict=True):
             check_present(row_name, {"target_tokens": None, "weights": None, **own}, loss)
-        items = [{part: record[part] for part in _RECORD} for record in data] if kind == "preferences" else list(data)
-        return TextData(kind, items, inputs)
+        return TextData(kind, [_without_null_tools(item) for item in data], inputs)
     if kind == "datums":
         parsed = [_datum(index, datum, inputs[index]) for index, datum in enumerate(data)]
     else:
@@ -81,19 +81,6 @@ def shift(row_name: str, tokens: TensorData, inputs: Inputs, counts: Sequence[bo
         dtype = "float64" if sent.dtype == "float64" else "float32"
         inputs = {**inputs, "weights": from_numpy(product.astype(dtype))}
     return Row(from_numpy(ids[:-1]), {**shifted, **inputs})
-
-
-def check_chat(name: str, chat: Sequence[object]) -> None:
-    """Raise BadData unless there is a message, and each has a role and a text. name: what an error calls the chat."""
-    if not chat:
-        raise BadData(f"{name} is an empty chat: drop the row")
-    for turn, message in enumerate(chat):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise BadData(f"{name}, turn {turn}: a message is {{role, content}}, but this is {str(message)[:60]!r}")
-        if not isinstance(message.get("content"), str):
-            raise BadData(
-                f"{name}, turn {turn}: content is {type(message.get('content')).__name__}, but must be a string"
-            )
 
 
 def _kind(data: Sequence[object]) -> Kind:
@@ -140,23 +127,48 @@ def _kind_of_mapping(index: int, item: Mapping[Any, Any]) -> Kind:  # Any: decod
             '{"model_input": token ids, "loss_fn_inputs": {...}}, or the bare list of token ids'
         )
     if keys.issuperset(_RECORD):
+        _check_keys(index, item, (*_RECORD, "tools"), "a preference record")
         for part in _RECORD:
             _check_part(f"data[{index}][{part!r}]", item[part], may_be_empty=part == "prompt")
         if isinstance(item["prompt"], str) and not (
             isinstance(item["chosen"], str) and isinstance(item["rejected"], str)
         ):
             raise BadData(f"data[{index}]: the prompt is a string, so chosen and rejected must be strings too")
+        if item.get("tools") is not None and isinstance(item["prompt"], str):
+            raise BadData(f"data[{index}]: the prompt is a string, so no chat template renders its tools: remove them")
         return "preferences"
     if {"role", "content"} <= keys:
         raise BadData(f"data[{index}] is one message, but a chat is a list of messages: send [[...], ...]")
     if "messages" in keys:
-        raise BadData(f"data[{index}] is a record with 'messages': send only its list, row['messages']")
+        _check_keys(index, item, ("messages", "tools"), "a chat with tools")
+        if not isinstance(item["messages"], list | tuple):
+            raise BadData(f"data[{index}]: messages is {type(item['messages']).__name__}, but must be a list")
+        check_chat(f"data[{index}]", item["messages"])
+        return "chats"
     raise BadData(f"data[{index}] has the keys {sorted(map(str, keys))}; {FORMS}")
+
+
+def _check_keys(index: int, item: Mapping[Any, Any], known: Sequence[str], kind: str) -> None:
+    """Raise BadData if a record has another key, or if its tools are not a list."""
+    if unknown := sorted(str(key) for key in item if key not in known):
+        near = did_you_mean(unknown[0], [name for name in known if name not in item])
+        raise BadData(
+            f"data[{index}] has the key {unknown[0]!r}, but {kind} has only {', '.join(known)}"
+            f"{near or ': remove it, or send it in loss_fn_inputs with one entry per row if the loss reads it'}"
+        )
+    if item.get("tools") is not None:
+        check_tools(f"data[{index}]", item["tools"])
+
+
+def _without_null_tools(item: Any) -> Any:  # Any: an item of text data
+    if isinstance(item, Mapping):
+        return {key: value for key, value in item.items() if key != "tools" or value}
+    return item
 
 
 def _check_part(name: str, part: object, *, may_be_empty: bool) -> None:
     if isinstance(part, list | tuple):
-        check_chat(name, part)
+        check_chat(name, part, counts=not may_be_empty)
     elif not isinstance(part, str):
         raise BadData(f"{name} is {type(part).__name__}, but must be a string or a chat")
     elif not part and not may_be_empty:

@@ -14,16 +14,20 @@ from tinkerbell_core.registry import is_dotted, resolve
 from tinkerbell_core.types import (
     ForwardRequest,
     LossDescription,
+    PreviewOutput,
+    PreviewRequest,
 )
-from tinkerbell_core.weighted_sum import uploads_in
+from tinkerbell_core.weighted_sum import find_loss, uploads_in
 from tinkerbell_server.access.audit import Audit, AuditedAction
 from tinkerbell_server.access.tenants import Caller, visible
+from tinkerbell_server.calls.rows import names_of_rows
 from tinkerbell_server.commands import (
     AnyCommand,
     EngineDescription,
     ImportLoss,
     Sample,
     SamplePiece,
+    TextData,
 )
 from tinkerbell_server.config import Settings
 from tinkerbell_server.service.bases import Base, Bases
@@ -143,6 +147,20 @@ class Intake:
         except asyncio.CancelledError:
             base.queue.cancel(job)
             raise
+
+    async def preview(self, caller: Caller, request: PreviewRequest) -> PreviewOutput:
+        """The rows that a call with this data makes, as text. Uses no device and no model, so nothing is queued.
+
+        Raises UnknownLoss, BadData.
+        """
+        base = self._bases.default
+        await self._import_dotted(caller, request.loss_fn)
+        engine = await base.supervisor.described()
+        loss = find_loss(request.loss_fn, visible(caller.tenant, engine.losses))
+        data = self._preparation.parse(request, loss, engine)
+        rows = await base.tokenizer.rows(data, loss) if isinstance(data, TextData) else data
+        kind = data.kind if isinstance(data, TextData) else "tokens"
+        return PreviewOutput(rows=await base.tokenizer.previews(rows, names_of_rows(kind, len(rows))))
 
     def run_unobserved(self, caller: Caller, kind: str, command: AnyCommand, id: str) -> None:
         """Queue a command of the server itself, even if the queue is full; its outcome is dropped."""

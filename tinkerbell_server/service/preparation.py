@@ -16,6 +16,7 @@ from tinkerbell_core.types import (
     LoadRequest,
     LossDescription,
     OptimStepRequest,
+    PreviewRequest,
     SampleRequest,
     SaveRequest,
 )
@@ -155,6 +156,20 @@ class Preparation:
             self._quotas.check_new(spec, engine)
         return Prepared(CreateModel(spec=spec))
 
+    def parse(
+        self, request: ForwardRequest | PreviewRequest, loss: LossDescription, engine: EngineDescription
+    ) -> list[Row] | TextData:
+        """The rows of a call, or its text. Raises BadData."""
+        data = parse_call(
+            request.data, request.loss_fn_inputs, loss, vocab_size=engine.vocab_size, max_length=engine.max_length
+        )
+        if isinstance(data, TextData) and data.kind == "chats" and not engine.has_chat_template:
+            raise BadData(
+                f"{engine.base_model} has no chat template, so chats cannot be tokenised; "
+                "send strings or token-id lists, or serve a chat model"
+            )
+        return data
+
     def _run_loss(self, request: ForwardRequest, submission: Submission, engine: EngineDescription) -> Prepared:
         tenant = submission.caller.tenant
         loss = submission.loss or find_loss(request.loss_fn, visible(tenant, engine.losses))
@@ -162,7 +177,7 @@ class Preparation:
             loss.name, loss.hyperparameters, flat_config(request.loss_fn_config, loss.parts)
         )
         is_large = isinstance(request.data, list) and len(request.data) > _MANY_ROWS
-        data = [] if is_large else _rows_or_text(request, loss, engine)
+        data = [] if is_large else self.parse(request, loss, engine)
         if not self._models.exists(request.model_id):
             self._quotas.check_new(CreateModelRequest(model_id=request.model_id), engine)
         command = RunLoss(
@@ -196,7 +211,7 @@ class Preparation:
             data: list[Row] | TextData | TextPrompt | None = prepared.text
             if prepared.unchecked is not None:
                 engine = await base.supervisor.described()
-                data = await asyncio.to_thread(_rows_or_text, prepared.unchecked, prepared.loss, engine)
+                data = await asyncio.to_thread(self.parse, prepared.unchecked, prepared.loss, engine)
             if isinstance(data, TextData):
                 data = await base.tokenizer.rows(data, prepared.loss)
             assert isinstance(data, list)
@@ -206,19 +221,6 @@ class Preparation:
         assert prepared.sample is not None
         ids = await base.tokenizer.prompt(prepared.text)
         return _sample_command(*prepared.sample, await base.supervisor.described(), ids)
-
-
-def _rows_or_text(request: ForwardRequest, loss: LossDescription, engine: EngineDescription) -> list[Row] | TextData:
-    """The checked rows of a call, or its text. Raises BadData."""
-    data = parse_call(
-        request.data, request.loss_fn_inputs, loss, vocab_size=engine.vocab_size, max_length=engine.max_length
-    )
-    if isinstance(data, TextData) and data.kind == "chats" and not engine.has_chat_template:
-        raise BadData(
-            f"{engine.base_model} has no chat template, so chats cannot be tokenised; "
-            "send strings or token-id lists, or serve a chat model"
-        )
-    return data
 
 
 def _sample_command(

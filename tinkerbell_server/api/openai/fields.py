@@ -64,7 +64,7 @@ _HONOURED = (
     Field("return_tokens_as_token_ids", "`true`: `logprobs` name a token `token_id:<id>`"),
     Field("echo", "`true`: the text and the `logprobs` begin with those of the prompt", TEXT),
     Field("best_of", "must equal `n`: the server does not choose between samples", TEXT),
-    Field("stream", "`true`: the answer is a stream of events"),
+    Field("stream", "`true`: the answer is a stream of events, one for each token or two"),
     Field("stream_options", "`include_usage`; needs `stream`"),
     Field("user", "accepted and not used"),
     Field("metadata", "accepted and not used"),

@@ -13,13 +13,21 @@ from dataclasses import dataclass
 import msgspec
 
 from tinkerbell_core.errors import BadData, EngineLost, Problem, TinkerbellError
-from tinkerbell_core.types import LossDescription
+from tinkerbell_core.types import LossDescription, PreviewRow
 from tinkerbell_server.calls.sample import TextPrompt
 from tinkerbell_server.calls.vocabulary import Piece
 from tinkerbell_server.commands import EngineDescription, Row, TextData
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines import framing
-from tinkerbell_server.engines.tokenizer.messages import PiecesRequest, PromptRequest, Reply, RowsRequest, Start
+from tinkerbell_server.engines.tokenizer.messages import (
+    PiecesRequest,
+    PreviewsRequest,
+    PromptRequest,
+    Reply,
+    Request,
+    RowsRequest,
+    Start,
+)
 
 log = logging.getLogger("tinkerbell.server")
 
@@ -37,17 +45,16 @@ _GRACE_SECONDS = 1.0
 _REPLY = msgspec.msgpack.Decoder(Reply)
 _ENCODED = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _ROW = msgspec.msgpack.Decoder(Row)
+_PREVIEWS = msgspec.msgpack.Decoder(list[PreviewRow])
 _IDS = msgspec.msgpack.Decoder(list[int])
 _PIECES = msgspec.msgpack.Decoder(list[Piece])
-
-_Message = RowsRequest | PromptRequest | PiecesRequest
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
     """A message, and the future that gets its result in msgpack."""
 
-    message: _Message
+    message: Request
     result: asyncio.Future[msgspec.Raw]
 
     def fail(self, error: TinkerbellError) -> None:
@@ -102,6 +109,10 @@ class TokenizerClient:
         # in a thread: the rows of a long text take many megabytes, and the event loop must not wait for their decoding
         return await asyncio.to_thread(_decode_rows, await self._send(RowsRequest(text, loss)))
 
+    async def previews(self, rows: list[Row], names: list[str]) -> list[PreviewRow]:
+        """The rows as text. Raises the same errors as `rows`."""
+        return await asyncio.to_thread(_PREVIEWS.decode, await self._send(PreviewsRequest(rows, names)))
+
     async def prompt(self, prompt: TextPrompt) -> list[int]:
         """The token ids of a prompt, of which there is at least one. Raises the same errors as `rows`."""
         return _IDS.decode(await self._send(PromptRequest(prompt)))
@@ -115,7 +126,7 @@ class TokenizerClient:
             self._pieces.update(zip(missing, pieces, strict=True))
         return {id: self._pieces[id] for id in wanted}
 
-    async def _send(self, message: _Message) -> msgspec.Raw:
+    async def _send(self, message: Request) -> msgspec.Raw:
         if self._stopped:
             raise EngineLost(_STOPPED)
         request = _Request(message, asyncio.get_running_loop().create_future())
@@ -252,7 +263,7 @@ class _Process:
             return "closed its socket"
         return f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
 
-    async def exchange(self, message: Start | _Message) -> msgspec.Raw:
+    async def exchange(self, message: Start | Request) -> msgspec.Raw:
         """Send a message and return the result in msgpack.
 
         Raises the error that the process replies with, or EngineLost if the process dies, which is ended then.
@@ -280,7 +291,7 @@ class _Process:
         self._socket.close()
 
 
-def _exchange(sock: socket.socket, message: Start | _Message) -> msgspec.Raw:
+def _exchange(sock: socket.socket, message: Start | Request) -> msgspec.Raw:
     try:
         frame = msgspec.msgpack.encode(message)
     except OverflowError:

@@ -7,7 +7,7 @@ import msgspec
 from tinkerbell_core.errors import Problem
 from tinkerbell_core.types import LossDescription
 from tinkerbell_server.calls.sample import TextPrompt
-from tinkerbell_server.commands import TextData
+from tinkerbell_server.commands import Row, TextData
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -25,6 +25,13 @@ class RowsRequest(msgspec.Struct, frozen=True, tag=True):
     loss: LossDescription
 
 
+class PreviewsRequest(msgspec.Struct, frozen=True, tag=True):
+    """Asks for these rows as text, a `list[PreviewRow]`. names: what an error calls each row."""
+
+    rows: list[Row]
+    names: list[str]
+
+
 class PromptRequest(msgspec.Struct, frozen=True, tag=True):
     """Asks for the token ids of this prompt, a `list[int]`."""
 
@@ -35,6 +42,9 @@ class PiecesRequest(msgspec.Struct, frozen=True, tag=True):
     """Asks for the bytes of these tokens, a `list[Piece]`."""
 
     ids: list[int]
+
+
+Request = RowsRequest | PreviewsRequest | PromptRequest | PiecesRequest
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -21,13 +21,24 @@ from typing import Protocol
 import msgspec
 
 from tinkerbell_core.errors import BadRequest, Problem, TinkerbellError
+from tinkerbell_core.types import PreviewRow
+from tinkerbell_server.calls.preview import preview_rows
 from tinkerbell_server.calls.prompts import prompt_ids
-from tinkerbell_server.calls.text import Tokenizer, rows_from_text
+from tinkerbell_server.calls.templates import Tokenizer
+from tinkerbell_server.calls.text import rows_from_text
 from tinkerbell_server.calls.vocabulary import Piece, vocabulary_of
 from tinkerbell_server.commands import Row
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines import framing
-from tinkerbell_server.engines.tokenizer.messages import PiecesRequest, PromptRequest, Reply, RowsRequest, Start
+from tinkerbell_server.engines.tokenizer.messages import (
+    PiecesRequest,
+    PreviewsRequest,
+    PromptRequest,
+    Reply,
+    Request,
+    RowsRequest,
+    Start,
+)
 
 log = logging.getLogger("tinkerbell.tokenizer")
 
@@ -51,17 +62,15 @@ def serve(sock: socket.socket) -> int:
         _send(sock, Reply(problem=_problem(error)))
         return 1
     _send(sock, Reply())
-    decoder = msgspec.msgpack.Decoder(RowsRequest | PromptRequest | PiecesRequest)
+    decoder = msgspec.msgpack.Decoder(Request)
     while (frame := framing.receive(sock)) is not None:
         _send(sock, answer(decoder.decode(frame), tokenizer, start, settings))
     return 0
 
 
-def answer(
-    request: RowsRequest | PromptRequest | PiecesRequest, tokenizer: Tokenizer, start: Start, settings: Settings
-) -> Reply:
+def answer(request: Request, tokenizer: Tokenizer, start: Start, settings: Settings) -> Reply:
     """The reply to one request; an error is part of the reply."""
-    result: list[Row] | list[int] | list[Piece]
+    result: list[Row] | list[PreviewRow] | list[int] | list[Piece]
     try:
         match request:
             case RowsRequest(text=text, loss=loss):
@@ -72,7 +81,10 @@ def answer(
                     vocab_size=start.vocab_size,
                     max_length=start.max_length,
                     chat_tokens=settings.chat_tokens,
+                    end_of_text=settings.add_end_of_text,
                 )
+            case PreviewsRequest(rows=rows, names=names):
+                result = preview_rows(rows, names, tokenizer)
             case PromptRequest(prompt=prompt):
                 result = prompt_ids(prompt, tokenizer, vocab_size=start.vocab_size, max_length=start.max_length)
             case PiecesRequest(ids=ids):

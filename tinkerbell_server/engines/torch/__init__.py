@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tinkerbell_server.calls.text import Tokenizer
+    from tinkerbell_server.calls.templates import Tokenizer
     from tinkerbell_server.config import Settings
     from tinkerbell_server.engines.torch.engine import TorchEngine
 
