@@ -94,5 +94,6 @@ class LossCalls:
         if KEY in rows[0].inputs or KEY not in (*(spec.inputs or ()), *spec.optional_inputs):
             return rows
         reference = model.initial if model.spec.reference == "initial" else model.spec.reference
-        load = partial(self._models.reference, reference)
-        return with_ref_logprobs(rows, reference, self._references, load, self.budgets)
+        load = partial(self._models.reference, reference, model)
+        key = self._models.reference_key(reference, model)
+        return with_ref_logprobs(rows, key, self._references, load, self.budgets)
