@@ -75,7 +75,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of tiny models by name: those of `exact_models`, llama, qwen3, gemma2, moe and hybrid (recurrent layers too)."""
+    """Folders of tiny models by name: those of `exact_models` and others; hybrid also has a recurrent layer."""
     torch.manual_seed(0)
     models = {name: make() for name, make in EXACT_MODELS.items()}
     models |= {"llama": LlamaForCausalLM(LLAMA), "qwen3": Qwen3ForCausalLM(QWEN3), "gemma2": Gemma2ForCausalLM(GEMMA2)}

@@ -111,6 +111,7 @@ class RegisterLossRequest(Wire, frozen=True):
     group_size: Int64 = 1
     example_inputs: dict[str, TensorData] | None = None
     kind: Literal["cloudpickle", "source", "graph"] = "cloudpickle"
+    preferred_rows: tuple[int, ...] = ()
 
 
 class GetLossRequest(Wire, frozen=True):
