@@ -14,12 +14,16 @@ from tinkerbell_server.engines.torch.network import Network
 
 @dataclass(slots=True)
 class Accumulated:
-    """Gradients by parameter name, summed since the last optim_step, and the size of the data that they are from."""
+    """Gradients by parameter name, summed since the last optim_step, and the size of the data that they are from.
+
+    mean: how a call has already divided its loss, in words; empty if every loss was a sum.
+    """
 
     gradients: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
     sequences: int = 0
     calls: int = 0
+    mean: str = ""
 
 
 @dataclass(slots=True)
@@ -61,8 +65,8 @@ class TrainedModel:
         """The seed of the next call. It does not depend on calls of other models, nor on calls that failed."""
         return self.spec.seed * 2_147_483_647 + self.calls
 
-    def accumulate(self, tokens: int, sequences: int) -> None:
-        """Add the gradients in `.grad` to the accumulated ones, and clear `.grad`."""
+    def accumulate(self, tokens: int, sequences: int, mean: str = "") -> None:
+        """Add the gradients in `.grad` to the accumulated ones, and clear `.grad`. mean: see Accumulated."""
         total = self.accumulated
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
@@ -75,6 +79,7 @@ class TrainedModel:
         total.tokens += tokens
         total.sequences += sequences
         total.calls += 1
+        total.mean = total.mean or mean
         self.calls += 1
 
     def info(self, base_model: str) -> ModelInfo:
