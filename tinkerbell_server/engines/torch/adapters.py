@@ -59,7 +59,13 @@ class Adapters:
         targets = self.default_targets if spec.target_modules is None else spec.target_modules
         self._check_targets(spec.model_id, targets)
         alpha: Peft = spec.alpha  # declared int in peft, but any number works
-        config = LoraConfig(r=spec.rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=spec.rank,
+            lora_alpha=alpha,
+            lora_dropout=spec.dropout,
+            target_modules=list(targets),
+            task_type="CAUSAL_LM",
+        )
         try:
             self.shapes(config)
         except ValueError as error:

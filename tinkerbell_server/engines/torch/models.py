@@ -79,8 +79,9 @@ class Models:
     def load(self, command: Load) -> tuple[TrainedModel, bool]:
         """The model with the weights of a checkpoint, and whether the optimizer's state was restored too.
 
-        An adapter takes the target modules and the alpha of the checkpoint. The model is created if it does not exist
-        and the command says how. Raises UnknownModel, BadCheckpoint and what `create` raises; then nothing has changed.
+        An adapter takes the target modules and the alpha of the checkpoint, and keeps its own dropout. The model is
+        created if it does not exist and the command says how. Raises UnknownModel, BadCheckpoint and what `create`
+        raises. Then nothing has changed.
         """
         if command.model_id in self._by_id or command.create is None:
             return self._load(self.get(command.model_id), Path(command.path), optimizer=command.optimizer)
@@ -239,6 +240,7 @@ class Models:
         else:
             targets = None if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
             spec = msgspec.structs.replace(model.spec, alpha=float(config.lora_alpha), target_modules=targets)
+            config.lora_dropout = model.spec.dropout
             name = self._adapter_of(checkpoint, model.spec.seed)
             loaded = TrainedModel.new(spec, self.base, name, self.adapters.parameters(name))
         if with_moments:

@@ -22,8 +22,8 @@ def optim_step(model: TrainedModel, command: OptimStep) -> float:
     """Take one step and clear the accumulated gradients; the gradient norm after normalisation and before clipping.
 
     Raises NothingAccumulated if there was no forward_backward since the last step, BadRequest if `normalize` would
-    divide a mean again, and BadRequest or BadHyperparameter if the gradient or a parameter after the step is not finite; then
-    nothing has changed.
+    divide a mean again, and BadRequest or BadHyperparameter if the gradient or a parameter after the step is not
+    finite. Then nothing has changed.
     """
     total = model.accumulated
     if not total.calls:

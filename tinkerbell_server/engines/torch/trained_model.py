@@ -82,8 +82,33 @@ class TrainedModel:
         total.mean = total.mean or mean
         self.calls += 1
 
+    def coverage(self) -> tuple[float, tuple[str, ...]]:
+        """The share of the parameters that are in modules with an adapter, and the names of the other modules.
+
+        A name is the last component, as in target_modules. Modules without a weight matrix, as norms, are not named.
+        """
+        if self.adapter is None:
+            return 1.0, ()
+        adapted = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in self.parameters}
+        covered, total = 0, 0
+        missing: set[str] = set()
+        for name, parameter in self.network.model.named_parameters():
+            if ".lora_" in name:
+                continue
+            module = name.rpartition(".")[0].removesuffix(".base_layer")
+            total += parameter.numel()
+            if module in adapted:
+                covered += parameter.numel()
+            elif parameter.dim() > 1:
+                missing.add(module.rpartition(".")[2])
+        return covered / max(total, 1), tuple(sorted(missing))
+
     def info(self, base_model: str) -> ModelInfo:
+        covered, without_adapter = self.coverage()
         return ModelInfo(
+            dropout=self.spec.dropout,
+            covered=covered,
+            without_adapter=without_adapter,
             model_id=self.id,
             base_model=base_model,
             rank=None if self.adapter is None else self.spec.rank,
