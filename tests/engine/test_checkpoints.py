@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.engine.calls import create, gradients, rows, run, same, sample, step, train, weights
+from tests.engine.calls import create, gradients, off_zero, rows, run, same, sample, step, train, weights
 from tests.engine.conftest import MakeEngine
 from tinkerbell_core.errors import BadCheckpoint
 from tinkerbell_server.commands import Load, Save
@@ -169,3 +169,33 @@ def test_a_checkpoint_that_was_deleted_is_gone_for_a_sampler(make_engine: MakeEn
     with pytest.raises(BadCheckpoint, match="/saved' is gone") as refusal:
         sample(engine, [1, 2], path=str(tmp_path / "saved"))
     assert str(tmp_path) not in refusal.value.message
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_a_save_reports_an_adapter_on_a_tied_weight_and_the_way_to_merge_it(
+    make_engine: MakeEngine, bases, module: str, tmp_path: Path
+) -> None:
+    engine = make_engine("qwen3")
+    create(engine, target_modules=["q_proj", module])
+    off_zero(engine)
+    saved = engine.execute(Save(model_id="m", path=str(tmp_path / "saved")))
+    assert "merge_and_unload" in saved.notice
+    network = engine._models.activate(engine._models.get("m"))
+    network.mode(train=False)
+    tokens = torch.arange(10, device=network.device)[None]
+    with torch.no_grad():
+        expected = network.logits(network.states(tokens, None)).log_softmax(-1).cpu()
+    untied = AutoModelForCausalLM.from_pretrained(bases["qwen3"], dtype=torch.float64, tie_word_embeddings=False)
+    untied.get_output_embeddings().weight.data.copy_(untied.get_input_embeddings().weight)
+    merged = PeftModel.from_pretrained(untied, str(tmp_path / "saved")).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64).eval()
+    with torch.no_grad():
+        assert torch.allclose(loaded(tokens.cpu()).logits.log_softmax(-1), expected, atol=1e-6)
+
+
+def test_a_save_has_no_notice_if_the_merge_of_peft_is_right(make_engine: MakeEngine, tmp_path: Path) -> None:
+    for base, modules in (("llama", ["lm_head"]), ("qwen3", ["q_proj"])):
+        engine = make_engine(base)
+        create(engine, target_modules=modules)
+        assert engine.execute(Save(model_id="m", path=str(tmp_path / base))).notice == ""

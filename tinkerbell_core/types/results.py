@@ -126,11 +126,12 @@ class SampleOutput(Wire, frozen=True):
 
 
 class SaveOutput(Wire, frozen=True):
-    """The result of `save`."""
+    """The result of `save`. notice: what to know before the adapter is merged; empty if there is nothing."""
 
     model_id: str
     path: str
     step: int
+    notice: str = ""
 
 
 class LoadOutput(Wire, frozen=True):

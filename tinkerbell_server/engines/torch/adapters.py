@@ -135,7 +135,8 @@ class Adapters:
         name = f"m{self._created}"
         cuda = [self.base.device] if self.base.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), warnings.catch_warnings():
-            # peft warns about a deprecated name that it uses itself, and about an adapter on a tied head
+            # peft warns about a deprecated name that it uses itself, and about an adapter on a tied head, which the
+            # result of save reports
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
             if self.peft is None:

@@ -198,7 +198,7 @@ class TorchEngine:
         checkpoints.save(
             model, self._models.adapters, self._tokenizer, path, self._models.data_folder, optimizer=command.optimizer
         )
-        return SaveOutput(model_id=model.id, path=command.path, step=model.steps)
+        return SaveOutput(model_id=model.id, path=command.path, step=model.steps, notice=model.merge_notice())
 
     def _load(self, command: Load) -> LoadOutput:
         model, with_optimizer = self._models.load(command)

@@ -103,6 +103,27 @@ class TrainedModel:
                 missing.add(module.rpartition(".")[2])
         return covered / max(total, 1), tuple(sorted(missing))
 
+    def merge_notice(self) -> str:
+        """What to know before the adapter is merged into the base; empty if PEFT's merge gives the same model."""
+        if self.adapter is None:
+            return ""
+        embedding, head = self.network.model.get_input_embeddings(), self.network.model.get_output_embeddings()
+        if head is None or head.weight is not embedding.weight:
+            return ""
+        trained = {id(parameter) for parameter in self.parameters.values()}
+        names = [
+            name
+            for name, module in (("the input embedding", embedding), ("the head", head))
+            if any(id(parameter) in trained for parameter in module.parameters())
+        ]
+        if not names:
+            return ""
+        return (
+            f"the adapter is on {' and '.join(names)}, and the head and the input embedding are one weight in this base "
+            "model: PEFT's merge_and_unload changes both. Before merging, load the base with tie_word_embeddings=False "
+            "and copy the embedding to the head"
+        )
+
     def info(self, base_model: str) -> ModelInfo:
         covered, without_adapter = self.coverage()
         return ModelInfo(
