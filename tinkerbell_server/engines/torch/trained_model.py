@@ -119,8 +119,8 @@ class TrainedModel:
         if not names:
             return ""
         return (
-            f"the adapter is on {' and '.join(names)}, and the head and the input embedding are one weight in this base "
-            "model: PEFT's merge_and_unload changes both. Before merging, load the base with tie_word_embeddings=False "
+            f"the adapter is on {' and '.join(names)}, and the head and the input embedding are one weight in this "
+            "base model: PEFT's merge_and_unload changes both. Before merging, load the base with tie_word_embeddings=False "
             "and copy the embedding to the head"
         )
 
