@@ -119,9 +119,9 @@ class TrainedModel:
         if not names:
             return ""
         return (
-            f"the adapter is on {' and '.join(names)}, and the head and the input embedding are one weight in this "
-            "base model: PEFT's merge_and_unload changes both. Before merging, load the base with tie_word_embeddings=False "
-            "and copy the embedding to the head"
+            f"the adapter is on {' and '.join(names)}, and the head and the input embedding of this base model are one "
+            "weight: PEFT's merge_and_unload changes both. Before merging, load the base with "
+            "tie_word_embeddings=False and copy the embedding to the head"
         )
 
     def info(self, base_model: str) -> ModelInfo:
