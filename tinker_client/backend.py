@@ -79,10 +79,12 @@ class HFBackend:
         seed: int = 0,
         full: bool = False,
         reference: str = "base",
+        dropout: float = 0.0,
     ) -> ModelInfo:
         """Create a model: LoRA, or all weights with `full=True`. reference: "base", "initial" or a saved path.
 
         target_modules: names of modules that get an adapter; None or "all-linear": every linear layer except the head.
+        dropout: of the adapter, in forward_backward only. The result names the modules without an adapter.
         """
         return self._run(
             ModelInfo,
@@ -94,6 +96,7 @@ class HFBackend:
             seed=seed,
             full=full,
             reference=reference,
+            dropout=dropout,
         )
 
     def forward(

@@ -29,16 +29,18 @@ def custom_loss(
     *,
     coupling: Coupling = "batch",
     group_size: int = 1,
+    preferred_rows: tuple[int, ...] = (),
     example_inputs: Mapping[str, Any] | None = None,  # Any: tensors or nested lists
     via: Via = "auto",
     include: Sequence[str | types.ModuleType] = (),
 ) -> Callable[[F], F]:
     """Upload a loss to the server, which tries it on a tiny batch. The function itself is not changed.
 
-    name: the name for `loss_fn`; by default that of the function. example_inputs: inputs for the trial, if the server
-    cannot guess them. via: "source" sends the source text and the captured values; "cloudpickle" sends bytecode; "auto"
-    sends source if the rebuilt function gives the same results, otherwise bytecode. include: additional modules to
-    send, only with cloudpickle. A loss that the server already has is not sent again.
+    name: the name for `loss_fn`; by default that of the function. preferred_rows: the places of the chosen answers in a
+    group, (0,) for preference pairs; in a weighted sum, a loss of single rows then counts only these. example_inputs:
+    inputs for the trial, if the server cannot guess them. via: "source" sends the source text and the captured values;
+    "cloudpickle" sends bytecode; "auto" sends source if the rebuilt function gives the same results, else bytecode.
+    include: additional modules to send, only with cloudpickle. A loss that the server already has is not sent again.
 
     Raises BadUpload for a loss that cannot be sent, and BadLoss, with your traceback, if the trial fails.
     """
@@ -47,7 +49,8 @@ def custom_loss(
         function: Fn = fn.fn if isinstance(fn, LossSpec) else fn
         loss_name = name or str(getattr(function, "__name__", "loss"))
         _refuse_client(loss_name, function)
-        spec = loss(name=loss_name, coupling=coupling, group_size=group_size)(function)
+        decorated = loss(name=loss_name, coupling=coupling, group_size=group_size, preferred_rows=preferred_rows)
+        spec = decorated(function)
         if _latest_digest(client, loss_name) != spec.digest:
             client._register(_envelope(client, spec, example_inputs, via, include))
         return fn
@@ -79,6 +82,7 @@ def _envelope(
         first_line=code.co_firstlineno if code else 1,
         coupling=spec.coupling,
         group_size=spec.group_size,
+        preferred_rows=spec.preferred_rows,
         example_inputs=None
         if example_inputs is None
         else {key: from_value(value, f"example_inputs[{key!r}]") for key, value in example_inputs.items()},

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 from tinkerbell_core.digest import digest_of, source_of
 from tinkerbell_core.errors import BadLoss
 from tinkerbell_core.hyperparameters import Range, hyperparameters_of
-from tinkerbell_core.spec import Coupling, LossFn, LossSpec
+from tinkerbell_core.spec import Coupling, LossFn, LossSpec, check_preferred_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,7 @@ def loss(
     optional_inputs: tuple[str, ...] = (),
     coupling: Coupling = "batch",
     group_size: int = 1,
+    preferred_rows: tuple[int, ...] = (),
     finite: tuple[str, ...] = (),
     allowed: Mapping[str, Range] | None = None,
     example_inputs: Mapping[str, Tensor] | None = None,
@@ -39,6 +40,7 @@ def loss(
     optional_inputs: tuple[str, ...] = (),
     coupling: Coupling = "batch",
     group_size: int = 1,
+    preferred_rows: tuple[int, ...] = (),
     finite: tuple[str, ...] = (),
     allowed: Mapping[str, Range] | None = None,
     example_inputs: Mapping[str, Tensor] | None = None,
@@ -56,6 +58,7 @@ def loss(
             raise BadLoss(f"coupling is {coupling!r}, but must be 'sequence' or 'batch'")
         if group_size < 1:
             raise BadLoss(f"group_size is {group_size}, but must be at least 1")
+        check_preferred_rows(preferred_rows, group_size)
         return LossSpec(
             name=name or str(getattr(fn, "__name__", "loss")),
             fn=fn,
@@ -69,7 +72,8 @@ def loss(
             example_inputs=dict(example_inputs or {}),
             example_hyperparameters=dict(example_hyperparameters or {}),
             source=source_of(fn),
-            digest=digest_of(fn, coupling=coupling, group_size=group_size),
+            digest=digest_of(fn, coupling=coupling, group_size=group_size, preferred_rows=preferred_rows),
+            preferred_rows=tuple(preferred_rows),
         )
 
     return decorate(fn) if fn is not None else decorate

@@ -27,7 +27,7 @@ def source_of(fn: _Fn) -> str:
     return _text(code) if code is not None else ""
 
 
-def digest_of(fn: _Fn, *, coupling: str, group_size: int) -> str:
+def digest_of(fn: _Fn, *, coupling: str, group_size: int, preferred_rows: tuple[int, ...] = ()) -> str:
     """sha256 (hex) of what defines the loss: its source, and the values of its defaults and captured variables.
 
     Helper functions are included in the same way. Installed objects are included by name only, except functions of
@@ -35,7 +35,7 @@ def digest_of(fn: _Fn, *, coupling: str, group_size: int) -> str:
     """
     root = _without_spec(fn)
     digest = _Digest(root)
-    digest.write("loss", coupling, str(group_size))
+    digest.write("loss", coupling, str(group_size), *(f"preferred {row}" for row in preferred_rows))
     digest.value(root)
     return digest.hexdigest()
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from tinkerbell_core.errors import BadLoss
 from tinkerbell_core.hyperparameters import Hyperparameter, bind_hyperparameters
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class LossSpec:
     finite: inputs whose values must be finite at positions that count.
     coupling: "sequence" if sequences (or groups) do not depend on each other; "batch" is the default if unknown.
     group_size: number of adjacent rows that form a group (2 for preference pairs, rows 2i and 2i+1).
+    preferred_rows: the places in a group of the preferred answers, (0,) for preference pairs; empty if it has none.
+    In a sum, a loss of single rows counts only these rows.
     plain_logits: why the loss needs stored logits, found by a dry run; empty if lazy logits work.
     materialises: operations of the loss that store the logits even if they are lazy.
     reads, reads_detached: logit statistics that the loss reads of the same rows, with and without a gradient.
@@ -91,6 +94,7 @@ class LossSpec:
     example_hyperparameters: Mapping[str, Any] = field(
         default_factory=dict, compare=False
     )  # Any: each loss has its own
+    preferred_rows: tuple[int, ...] = ()
 
     # Any: passes on the arguments of the loss
     def __call__(self, *args: Any, **kwargs: Any) -> LossFnOutput:
@@ -120,3 +124,12 @@ class LossSpec:
         Raises BadHyperparameter for an unknown name, a missing required one, or a value of the wrong type or range.
         """
         return bind_hyperparameters(self.name, self.hyperparameters, config)
+
+
+def check_preferred_rows(preferred_rows: tuple[int, ...], group_size: int) -> None:
+    """Raise BadLoss if these are not places in a group, or if they are all of them."""
+    if any(not 0 <= row < group_size for row in preferred_rows) or len(set(preferred_rows)) == group_size:
+        raise BadLoss(
+            f"preferred_rows is {tuple(preferred_rows)}, but must be some, and not all, of the places 0 to "
+            f"{group_size - 1} in a group"
+        )

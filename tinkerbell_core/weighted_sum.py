@@ -17,6 +17,9 @@ from tinkerbell_core.types import LossDescription
 MAX_PARTS = 8
 """Largest number of losses in a sum."""
 
+REJECTED_ROWS = "rejected_rows"
+"""The hyperparameter of a row loss in a sum with a preference loss: whether it counts the rejected rows too."""
+
 
 class Described(Protocol):
     """The fields that a sum reads of each part: those of LossSpec and of LossDescription."""
@@ -36,6 +39,8 @@ class Described(Protocol):
     @property
     def group_size(self) -> int: ...
     @property
+    def preferred_rows(self) -> tuple[int, ...]: ...
+    @property
     def finite(self) -> tuple[str, ...]: ...
     @property
     def digest(self) -> str: ...
@@ -48,7 +53,8 @@ D = TypeVar("D", bound=Described)
 class Sum:
     """The fields that LossSpec and LossDescription have in common, for a sum.
 
-    The hyperparameter `name` of a part is `part/name`.
+    The hyperparameter `name` of a part is `part/name`. row_parts: the names of the parts that take single rows, if
+    preferred_rows is not empty: they count the preferred rows only, unless their hyperparameter REJECTED_ROWS is true.
     """
 
     parts: tuple[Part, ...]
@@ -62,6 +68,8 @@ class Sum:
     finite: tuple[str, ...]
     digest: str
     source: str
+    preferred_rows: tuple[int, ...]
+    row_parts: tuple[str, ...]
 
 
 def sum_of(weighted: Sequence[tuple[Described, float]], name: str | None = None) -> Sum:
@@ -75,6 +83,9 @@ def sum_of(weighted: Sequence[tuple[Described, float]], name: str | None = None)
     unknown = any(loss.inputs is None for loss in losses)
     inputs = _union(loss.inputs or () for loss in losses)
     optional = _union(loss.optional_inputs for loss in losses)
+    size = _group_size(losses)
+    preferred = _preferred_rows(losses, size)
+    row_losses = [loss for loss in losses if loss.group_size == 1 and preferred]
     lines = [f"{part.weight!r} * {part.id} (digest {part.digest[:12]})" for part in parts]
     return Sum(
         parts=parts,
@@ -84,12 +95,15 @@ def sum_of(weighted: Sequence[tuple[Described, float]], name: str | None = None)
         optional_inputs=tuple(key for key in optional if key not in inputs),
         hyperparameters=tuple(
             replace(hyper, name=f"{loss.name}/{hyper.name}") for loss in losses for hyper in loss.hyperparameters
-        ),
+        )
+        + tuple(_rejected_rows(loss) for loss in row_losses),
         coupling="batch" if any(loss.coupling == "batch" for loss in losses) else "sequence",
-        group_size=_group_size(losses),
+        group_size=size,
         finite=_union(loss.finite for loss in losses),
         digest=_digest(parts),
         source="\n".join(lines) + "\n",
+        preferred_rows=preferred,
+        row_parts=tuple(loss.name for loss in row_losses),
     )
 
 
@@ -115,6 +129,7 @@ def find_loss(loss_fn: str | Mapping[str, float], losses: Sequence[LossDescripti
         digest=weighted.digest,
         source=weighted.source,
         parts=weighted.parts,
+        preferred_rows=weighted.preferred_rows,
     )
 
 
@@ -179,6 +194,25 @@ def _group_size(losses: Sequence[Described]) -> int:
                 f"{largest.group_size}, and no batch has both: call them one after the other before optim_step"
             )
     return largest.group_size
+
+
+def _preferred_rows(losses: Sequence[Described], size: int) -> tuple[int, ...]:
+    """The places in a group of `size` rows that every preference loss among these prefers; empty if there is none."""
+    preferences = [loss for loss in losses if loss.preferred_rows]
+    return tuple(
+        row
+        for row in range(size)
+        if preferences and all(row % loss.group_size in loss.preferred_rows for loss in preferences)
+    )
+
+
+def _rejected_rows(loss: Described) -> Hyperparameter:
+    if any(hyper.name == REJECTED_ROWS for hyper in loss.hyperparameters):
+        raise BadLoss(
+            f"loss {loss.name!r} has a hyperparameter {REJECTED_ROWS!r}, which a sum with a preference loss adds to "
+            "each loss of single rows: rename it"
+        )
+    return Hyperparameter(f"{loss.name}/{REJECTED_ROWS}", "bool", False)
 
 
 def _digest(parts: tuple[Part, ...]) -> str:

@@ -119,3 +119,61 @@ def test_hyperparameters_of_a_sum_must_name_a_part() -> None:
             flat_config(config, parts)
     with pytest.raises(BadHyperparameter, match="which only a weighted sum accepts"):
         flat_config({"beta": {"x": 1}}, ())
+
+
+@loss(coupling="sequence", group_size=2, preferred_rows=(0,))
+def preference(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
+    """Prefer even rows over odd ones."""
+    return contrast.fn(model_outputs, loss_fn_inputs, attention_mask)
+
+
+def of_rows(output_of: LossSpec, rows: slice) -> float:
+    """The value of a loss on some of the rows of the batch of `gradient`."""
+    mask = ragged_mask(2, {}, "cpu")
+    kept = torch.zeros_like(mask)
+    kept[rows] = mask[rows]
+
+    @loss(coupling="sequence")
+    def masked(model_outputs: Tensor, loss_fn_inputs: Inputs, attention_mask: Tensor) -> LossFnOutput:
+        return output_of.fn(model_outputs, loss_fn_inputs, kept)
+
+    return gradient(masked)[0].loss.item()
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["stored", "lazy"])
+def test_a_row_loss_beside_a_preference_loss_counts_the_chosen_rows(lazy: bool) -> None:
+    total = combine({preference: 1.0, cross_entropy: 0.1})
+    output = gradient(total, lazy=lazy)[0]
+    chosen = of_rows(cross_entropy, slice(0, None, 2))
+    assert float(output.diagnostics["cross_entropy/loss:sum"]) == pytest.approx(chosen, rel=1e-9)
+    assert output.loss.item() == pytest.approx(gradient(preference)[0].loss.item() + 0.1 * chosen, rel=1e-9)
+    assert total.preferred_rows == (0,)
+    assert LossDescription.of(total).preferred_rows == (0,)
+
+
+def test_a_part_can_count_the_rejected_rows_too() -> None:
+    total = combine({preference: 1.0, cross_entropy: 0.1})
+    output = gradient(total, **flat_config({"cross_entropy": {"rejected_rows": True}}, total.parts))[0]
+    every = gradient(cross_entropy)[0].loss.item()
+    assert float(output.diagnostics["cross_entropy/loss:sum"]) == pytest.approx(every, rel=1e-9)
+    with pytest.raises(BadHyperparameter, match="must be bool"):
+        total.bind({"cross_entropy/rejected_rows": "no"})
+
+
+def test_pairs_without_a_preference_count_every_row() -> None:
+    output = gradient(combine({contrast: 1.0, cross_entropy: 0.1}))[0]
+    every = gradient(cross_entropy)[0].loss.item()
+    assert float(output.diagnostics["cross_entropy/loss:sum"]) == pytest.approx(every, rel=1e-9)
+
+
+def test_the_logprobs_of_a_sum_are_those_of_a_part_that_counts_every_row() -> None:
+    total = combine({cross_entropy: 0.1, preference: 1.0, ppo: 0.0})
+    output = gradient(total, **{"ppo/rejected_rows": True})[0]
+    assert output.logprobs is not None
+    assert bool((output.logprobs[1] != 0).any())
+
+
+@pytest.mark.parametrize("rows", [(2,), (-1,), (0, 1)])
+def test_preferred_rows_are_some_places_in_a_group(rows: tuple[int, ...]) -> None:
+    with pytest.raises(BadLoss, match="must be some, and not all, of the places 0 to 1"):
+        loss(group_size=2, preferred_rows=rows)(contrast.fn)

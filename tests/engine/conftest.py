@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from tests.engine.exact_models import EXACT_MODELS
 from tinkerbell_server.config import Settings
@@ -33,6 +44,20 @@ SMALL = {
 LLAMA = LlamaConfig(**SMALL)
 QWEN3 = Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=True)
 GEMMA2 = Gemma2Config(**SMALL, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=5.0)
+MOE = Qwen3MoeConfig(**SMALL, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+HYBRID = Qwen3NextConfig(
+    **SMALL,
+    head_dim=8,
+    layer_types=["linear_attention", "full_attention"],
+    linear_num_value_heads=4,
+    linear_num_key_heads=2,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    shared_expert_intermediate_size=16,
+)
 
 MakeEngine = Callable[..., TorchEngine]
 
@@ -50,10 +75,11 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of tiny models by name: those of `exact_models`, llama, qwen3 and gemma2."""
+    """Folders of tiny models by name: those of `exact_models` and others; hybrid also has a recurrent layer."""
     torch.manual_seed(0)
     models = {name: make() for name, make in EXACT_MODELS.items()}
     models |= {"llama": LlamaForCausalLM(LLAMA), "qwen3": Qwen3ForCausalLM(QWEN3), "gemma2": Gemma2ForCausalLM(GEMMA2)}
+    models |= {"moe": Qwen3MoeForCausalLM(MOE), "hybrid": Qwen3NextForCausalLM(HYBRID)}
     folders = {}
     for name, model in models.items():
         folders[name] = tmp_path_factory.mktemp(name)

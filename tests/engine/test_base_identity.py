@@ -199,6 +199,7 @@ def test_the_initial_weights_of_a_model_are_found_after_a_move(
     data = tmp_path / "data"
     first, second = (data / "models" / "m" / name for name in ("first", "second"))
     engine = engine_on(bases["plain"], data)
+    create(engine, "m", reference="initial")
     train(engine, "m", 1)
     engine.execute(Save(model_id="m", path=str(first)))
     engine.execute(Load(model_id="m", path=str(first), optimizer=False))

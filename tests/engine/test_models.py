@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from tests.engine.calls import create, gradients, rows, run, same, step, weights
+from tests.engine.calls import create, gradients, off_zero, rows, run, same, step, weights
 from tests.engine.conftest import MakeEngine
 from tests.engine.exact_models import EXACT
 from tinkerbell_core.errors import BadCheckpoint, BadHyperparameter, BadRequest, UnknownModel
 from tinkerbell_core.tensors import to_torch
-from tinkerbell_server.commands import DeleteModel
+from tinkerbell_core.types import CreateModelRequest
+from tinkerbell_server.commands import CreateModel, DeleteModel, Load, Save
 
 
 def test_models_on_one_base_do_not_affect_each_other(make_engine: MakeEngine) -> None:
@@ -79,3 +82,30 @@ def test_full_fine_tuning_trains_a_copy_of_the_base(make_engine: MakeEngine, bas
     step(engine)
     assert run(engine, data, backward=False).loss < result.loss
     assert same(before, dict(engine._base.model.named_parameters()))
+
+
+def test_the_modules_without_an_adapter_are_reported(make_engine: MakeEngine) -> None:
+    engine = make_engine("moe", "float32")
+    info = engine.execute(CreateModel(spec=CreateModelRequest(model_id="m", rank=4)))
+    sizes = {name: parameter.numel() for name, parameter in engine._base.model.named_parameters() if "lora" not in name}
+    attention = sum(size for name, size in sizes.items() if "_proj" in name and "expert" not in name)
+    assert info.without_adapter == ("embed_tokens", "experts", "gate", "lm_head")
+    assert info.covered == pytest.approx(attention / sum(sizes.values()))
+    full = engine.execute(CreateModel(spec=CreateModelRequest(model_id="full", rank=None)))
+    assert (full.covered, full.without_adapter) == (1.0, ())
+
+
+def test_dropout_of_an_adapter_is_active_in_forward_backward_only(make_engine: MakeEngine, tmp_path: Path) -> None:
+    engine = make_engine()
+    for name, dropout in (("plain", 0.0), ("dropping", 0.5)):
+        create(engine, name, dropout=dropout)
+        off_zero(engine, name)
+    data = rows([9, 6])
+    expected = run(engine, data, model="plain", backward=False).loss
+    assert run(engine, data, model="plain").loss == expected
+    assert run(engine, data, model="dropping", backward=False).loss == expected
+    assert run(engine, data, model="dropping").loss != expected
+    engine.execute(Save(model_id="dropping", path=str(tmp_path / "saved")))
+    engine.execute(Load(model_id="plain", path=str(tmp_path / "saved"), optimizer=False))
+    assert run(engine, data, model="plain").loss == expected
+    assert engine._models.get("dropping").info("base").dropout == 0.5

@@ -9,7 +9,7 @@ import torch
 
 from tests.engine.calls import CE, create, gradients, rows, run, same, step, weights
 from tests.engine.conftest import MakeEngine
-from tinkerbell_core.errors import BadHyperparameter
+from tinkerbell_core.errors import BadHyperparameter, BadRequest
 from tinkerbell_server.engines.torch.optim_step import LARGEST_NORM, not_finite
 
 
@@ -83,3 +83,20 @@ def test_an_ordinary_step_with_the_largest_gradient_is_finite(
     step(engine, **{"learning_rate": 1e-3, **settings})
     assert not model.large_moments
     assert not_finite(model.parameters) == []
+
+
+@pytest.mark.parametrize("normalize", ["tokens", "sequences"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_mean_is_not_divided_again(make_engine: MakeEngine, normalize: str, weighted: bool) -> None:
+    engine = make_engine(plugins=True)
+    dapo = "tinkerbell-loss-grpo:dapo"
+    data = rows([6, 3], logprobs=[[-1.0] * 6, [-1.0] * 3], advantages=[[1.0] * 6, [-1.0] * 3])
+    run(engine, data, {dapo: 1.0, CE: 0.1} if weighted else dapo)
+    before, accumulated = weights(engine), gradients(engine)
+    with pytest.raises(BadRequest, match="loss 'dapo' with aggregation='token-mean' is a mean already"):
+        step(engine, normalize=normalize)
+    assert same(before, weights(engine))
+    assert same(accumulated, gradients(engine))
+    step(engine)
+    run(engine, data, dapo, aggregation="sum")
+    step(engine, normalize=normalize)

@@ -52,6 +52,19 @@ def test_commands_of_different_lengths_run_together_and_an_error_fails_one_alone
     assert together[2].output.sequences[0].tokens == sample(engine, [1, 2, 3, 4, 5, 6], "mine").sequences[0].tokens
 
 
+def test_a_model_with_recurrent_layers_is_sampled_in_a_batch(make_engine: MakeEngine) -> None:
+    engine = make_engine("hybrid", "float32")
+    prompts = [ABC, [1, 2, 3], [1, 2, 3, 4, 5, 6]]
+    # each sample ends at another length, so that rows leave the batch
+    commands = [sample_command(prompt, seed=5, num_samples=3, stop=list(range(60))) for prompt in prompts]
+    together = engine.execute(Samples(samples=commands)).results
+    for prompt, result in zip(prompts, together, strict=True):
+        for offset, found in enumerate(result.output.sequences):
+            alone = sample(engine, prompt, seed=5 + offset, stop=list(range(60))).sequences[0]
+            assert found.tokens == alone.tokens
+            assert found.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
 def test_a_sample_ends_at_a_token_a_string_or_the_end_of_the_context(make_engine: MakeEngine) -> None:
     engine = make_engine()
     free = sample(engine, ABC, max_tokens=12, seed=3).sequences[0]

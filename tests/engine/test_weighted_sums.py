@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -90,3 +91,26 @@ def test_a_sandboxed_part_runs_in_the_context_of_its_call(make_engine: MakeEngin
     mine = upload(engine, counts, "counts")
     calls = [run(engine, rows([3]), {CE: 1.0, mine: 1.0}, model).diagnostics["counts/calls"] for model in "aab"]
     assert calls == [1.0, 2.0, 1.0]  # each model has its own worker
+
+
+def test_dpo_with_cross_entropy_raises_the_likelihood_of_the_chosen_answers_only(make_engine: MakeEngine) -> None:
+    engine = make_engine(plugins=True)
+    data = rows([5, 5, 8, 3])
+    terms = {"tinkerbell-loss-dpo:dpo": 1.0, CE: 0.1}
+    chosen = run(engine, data[0::2], CE, backward=False).loss
+    found = run(engine, data, terms)
+    assert found.loss == pytest.approx(2 * math.log(2) + 0.1 * chosen, rel=1e-6)
+    assert found.diagnostics["cross_entropy/loss:sum"] == pytest.approx(chosen, rel=1e-6)
+    every = run(engine, data, CE, backward=False).loss
+    both = run(engine, data, terms, backward=False, **{"cross_entropy/rejected_rows": True})
+    assert both.loss == pytest.approx(2 * math.log(2) + 0.1 * every, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["trusted", "sandboxed"])
+def test_an_uploaded_preference_loss_declares_its_chosen_rows(make_engine: MakeEngine, mode: str) -> None:
+    engine = make_engine(uploads=mode, dry_run_seconds=60.0, sandbox_seconds=60.0)
+    mine = upload(engine, contrast, "contrast", coupling="sequence", group_size=2, preferred_rows=(0,))
+    data = rows([3, 5, 2, 4])
+    chosen = run(engine, data[0::2], CE, backward=False).loss
+    found = run(engine, data, {mine: 1.0, CE: 0.1}, backward=False)
+    assert found.diagnostics["cross_entropy/loss:sum"] == pytest.approx(chosen, rel=1e-9)

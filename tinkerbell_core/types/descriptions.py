@@ -14,7 +14,7 @@ class LossDescription(Wire, frozen=True):
 
     inputs: required keys. optional_inputs: keys that the loss reads if they are sent. plain_logits: why the loss gets
     stored logits; empty if it gets lazy ones. materialises: operations of the loss that store the logits even if they
-    are lazy. parts: the losses of a weighted sum.
+    are lazy. parts: the losses of a weighted sum. preferred_rows: the places of the preferred answers in a group.
     """
 
     id: str
@@ -32,6 +32,7 @@ class LossDescription(Wire, frozen=True):
     plain_logits: str = ""
     materialises: tuple[str, ...] = ()
     parts: tuple[Part, ...] = ()
+    preferred_rows: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, spec: LossSpec) -> LossDescription:
@@ -52,6 +53,7 @@ class LossDescription(Wire, frozen=True):
             plain_logits=spec.plain_logits,
             materialises=spec.materialises,
             parts=spec.parts,
+            preferred_rows=spec.preferred_rows,
         )
 
     @property

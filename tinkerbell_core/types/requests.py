@@ -14,7 +14,8 @@ class CreateModelRequest(Wire, frozen=True):
     """Create a model: a LoRA adapter, or a fully trained copy of the base model if `rank=None` or `full=True`.
 
     target_modules: names of modules that get an adapter; None or "all-linear" (as in PEFT): every linear layer except
-    the head. reference: "base", "initial" or a saved path.
+    the head. reference: "base", "initial" or a saved path. dropout: of the inputs of the adapter, in forward_backward
+    only: off in forward, in the reference and in samples.
     """
 
     model_id: str
@@ -24,6 +25,7 @@ class CreateModelRequest(Wire, frozen=True):
     seed: int = 0
     full: bool = False
     reference: str = "base"
+    dropout: float = 0.0
 
 
 class ForwardRequest(Wire, frozen=True):
@@ -119,6 +121,7 @@ class RegisterLossRequest(Wire, frozen=True):
     group_size: Int64 = 1
     example_inputs: dict[str, TensorData] | None = None
     kind: Literal["cloudpickle", "source", "graph"] = "cloudpickle"
+    preferred_rows: tuple[int, ...] = ()
 
 
 class GetLossRequest(Wire, frozen=True):

@@ -22,6 +22,8 @@ class Future(Wire, frozen=True):
 class ModelInfo(Wire, frozen=True):
     """A model on this server.
 
+    covered: the share of the base model's parameters that are in modules with an adapter; 1 for a full model.
+    without_adapter: the last component of the names of the other modules that have a weight matrix.
     steps: number of optim_steps taken. saved_path, saved_step: the save that the server restores after a crash.
     created: whether this call created the model.
     """
@@ -38,6 +40,9 @@ class ModelInfo(Wire, frozen=True):
     saved_path: str | None = None
     saved_step: int | None = None
     created: bool = True
+    dropout: float = 0.0
+    covered: float | None = None
+    without_adapter: tuple[str, ...] = ()
 
 
 class PreviewRow(Wire, frozen=True):
@@ -142,11 +147,12 @@ class SampleOutput(Wire, frozen=True):
 
 
 class SaveOutput(Wire, frozen=True):
-    """The result of `save`."""
+    """The result of `save`. notice: what to know before the adapter is merged; empty if there is nothing."""
 
     model_id: str
     path: str
     step: int
+    notice: str = ""
 
 
 class LoadOutput(Wire, frozen=True):

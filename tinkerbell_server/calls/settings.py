@@ -33,9 +33,14 @@ def normalize_spec(request: CreateModelRequest) -> CreateModelRequest:
         _check_range("rank", request.rank, 1, 1 << 16)
     _check_range("alpha", request.alpha, 0, math.inf, exclude_low=True)
     _check_range("seed", request.seed, 0, 2**63 - 1)
+    _check_range("dropout", request.dropout, 0, 1, exclude_high=True)
     if request.target_modules is not None and not request.target_modules:
         raise BadHyperparameter("target_modules is empty: name a module, or leave it out to adapt every linear module")
     full = request.full or request.rank is None
+    if full and request.dropout:
+        raise BadHyperparameter(
+            f"dropout is {request.dropout!r}, but it is that of an adapter, and a full model has none: leave it out"
+        )
     targets = None if request.target_modules == "all-linear" else request.target_modules
     return msgspec.structs.replace(request, full=full, rank=None if full else request.rank, target_modules=targets)
 

@@ -85,6 +85,7 @@ def _upload_request(spec: LossSpec) -> RegisterLossRequest:
         source=spec.source,
         coupling=spec.coupling,
         group_size=spec.group_size,
+        preferred_rows=spec.preferred_rows,
     )
 
 

@@ -156,6 +156,7 @@ class SandboxedLosses:
             ),
             coupling=_coupling(upload),
             group_size=upload.group_size,
+            preferred_rows=upload.preferred_rows,
             finite=(),
             source=upload.source,
             digest=upload.digest,
@@ -176,6 +177,7 @@ class SandboxedLosses:
             first_line=upload.first_line,
             coupling=upload.coupling,
             group_size=upload.group_size,
+            preferred_rows=upload.preferred_rows,
             digest=upload.digest,
         )
         try:

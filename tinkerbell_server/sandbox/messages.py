@@ -53,6 +53,7 @@ class OpenUpload(Message, frozen=True):
     first_line: int
     coupling: str
     group_size: int
+    preferred_rows: tuple[int, ...]
     digest: str
 
 

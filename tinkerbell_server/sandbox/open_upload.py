@@ -39,6 +39,8 @@ class Upload(Protocol):
     @property
     def group_size(self) -> int: ...
     @property
+    def preferred_rows(self) -> tuple[int, ...]: ...
+    @property
     def digest(self) -> str: ...
 
 
@@ -61,7 +63,13 @@ def open_upload(upload: Upload) -> LossSpec:
     if upload.kind != "source":
         _register_source(upload, getattr(fn, "__code__", None))
     coupling = cast(Coupling, upload.coupling)
-    spec = loss(name=upload.name, coupling=coupling, group_size=upload.group_size)(fn)
+    decorate = loss(
+        name=upload.name,
+        coupling=coupling,
+        group_size=upload.group_size,
+        preferred_rows=upload.preferred_rows,
+    )
+    spec = decorate(fn)
     return replace(spec, source=upload.source, digest=upload.digest, provenance=Provenance("upload"))
 
 

@@ -95,7 +95,8 @@ class _ModuleWriter:
         if number:
             return text
         group = "" if self._upload.group_size == 1 else f", group_size={self._upload.group_size}"
-        return f'@loss(coupling="{self._upload.coupling}"{group})\n{text}'
+        rows = f", preferred_rows={self._upload.preferred_rows}" if self._upload.preferred_rows else ""
+        return f'@loss(coupling="{self._upload.coupling}"{group}{rows})\n{text}'
 
     def _bind(self, name: str, value: Value) -> None:
         line = _binding(name, value)

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tinkerbell_core.errors import BadUpload, UnknownLoss, UploadsOff, UploadTooLarge
+from tinkerbell_core.errors import BadLoss, BadUpload, UnknownLoss, UploadsOff, UploadTooLarge
 from tinkerbell_core.fxgraph.graph import parse
 from tinkerbell_core.fxgraph.text import text_of
 from tinkerbell_core.registry import check_upload_name, resolve
+from tinkerbell_core.spec import check_preferred_rows
 from tinkerbell_core.types import UPLOAD_LIMIT, LossDescription, RegisterLossRequest
 from tinkerbell_server.commands import EngineDescription
 
@@ -61,6 +62,10 @@ def check_upload(upload: RegisterLossRequest, losses: Sequence[LossDescription])
         raise BadUpload(f"digest is {upload.digest[:80]!r}, but must be the 64 hex digits of the loss's sha256")
     if upload.group_size < 1:
         raise BadUpload(f"group_size is {upload.group_size}, but must be at least 1")
+    try:
+        check_preferred_rows(upload.preferred_rows, upload.group_size)
+    except BadLoss as error:
+        raise BadUpload(error.message) from None
     if upload.kind == "graph" and upload.group_size != 1:
         raise BadUpload(f"group_size is {upload.group_size}, but a graph sees one sequence at a time: it must be 1")
     check_upload_name(upload.name, [loss.name for loss in losses if loss.provenance.kind == "entry_point"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from tinkerbell_core.errors import BadCheckpoint
 from tinkerbell_core.types import CreateModelRequest
 from tinkerbell_server.database import full_path, make_folders, relocated_path, stored_path
+from tinkerbell_server.engines.torch.adapter_config import read_adapter_config
 from tinkerbell_server.engines.torch.adapters import Adapters
 from tinkerbell_server.engines.torch.network import Network, Transformer
 from tinkerbell_server.engines.torch.trained_model import TrainedModel
@@ -60,6 +61,11 @@ class Checkpoint:
     state: State | None
     moments: dict[str, Tensor] | None
 
+    @property
+    def name(self) -> str:
+        """What an error calls it."""
+        return shown_path(self.path)
+
 
 def save(
     model: TrainedModel,
@@ -76,7 +82,7 @@ def save(
     Raises BadCheckpoint if the folder exists or cannot be written.
     """
     if path.exists():
-        raise BadCheckpoint(f"{path} exists already: save under another name")
+        raise BadCheckpoint(f"checkpoint {shown_path(path)!r} exists already: save under another name")
     state = State(
         step=model.steps,
         calls=model.calls,
@@ -95,27 +101,46 @@ def save(
                 save_file(_moments(model), folder / OPTIMIZER)
             (folder / STATE).write_bytes(msgspec.json.encode(state))
     except OSError as error:
-        raise BadCheckpoint(f"cannot save model {model.id!r} to {path}: {error}") from error
+        raise BadCheckpoint(f"cannot save model {model.id!r} to {shown_path(path)!r}: {_reason(error)}") from error
     if optimizer:
         model.saved_path, model.saved_step = str(path), model.steps
 
 
 def read(path: Path) -> Checkpoint:
     """Read a folder that `save` or PEFT wrote. Raises BadCheckpoint if it is missing, broken or not supported."""
+    name = shown_path(path)
     if not path.is_dir():
-        raise BadCheckpoint(
-            f"there is no folder {path}: pass a path that save returned, or the folder of a PEFT adapter"
-        )
+        raise BadCheckpoint(f"checkpoint {name!r} is gone: load or sample another one")
     try:
         state = msgspec.json.decode((path / STATE).read_bytes(), type=State) if (path / STATE).exists() else None
         moments = load_file(path / OPTIMIZER) if (path / OPTIMIZER).exists() else None
         if (path / CONFIG).exists():
-            return Checkpoint(path, _lora_config(path), load_file(path / WEIGHTS), state, moments)
-    except (OSError, SafetensorError, msgspec.DecodeError, ValueError, TypeError) as error:
-        raise BadCheckpoint(f"{path} cannot be read: {error}") from error
+            config = read_adapter_config(path / CONFIG, name)
+            return Checkpoint(path, config, load_file(path / WEIGHTS), state, moments)
+    except OSError as error:
+        raise BadCheckpoint(f"checkpoint {name!r} cannot be read: {_reason(error)}") from error
+    except (SafetensorError, msgspec.DecodeError, ValueError, TypeError) as error:
+        reason = str(error).replace(str(path), name)
+        raise BadCheckpoint(f"checkpoint {name!r} cannot be read: {reason}") from error
     if (path / "config.json").exists():
         return Checkpoint(path, None, {}, state, moments)
-    raise BadCheckpoint(f"{path} contains neither {CONFIG} nor config.json, so it is not a saved model")
+    raise BadCheckpoint(f"checkpoint {name!r} contains neither {CONFIG} nor config.json, so it is not a saved model")
+
+
+def shown_path(path: Path) -> str:
+    """The name of a checkpoint in an error: its folder and the one above, without the place on the server."""
+    return "/".join(path.parts[-2:])
+
+
+def version_of(path: Path) -> str:
+    """A text that differs if other files have been saved in this folder. Raises BadCheckpoint if it is gone."""
+    try:
+        with os.scandir(path) as entries:
+            files = sorted((entry.name, entry.stat().st_mtime_ns, entry.stat().st_size) for entry in entries)
+        status = path.stat()
+    except OSError:
+        raise BadCheckpoint(f"checkpoint {shown_path(path)!r} is gone: load or sample another one") from None
+    return f"{path}|{status.st_ino}|{status.st_mtime_ns}|{files}"
 
 
 def initial_of(state: State, data_folder: Path) -> str:
@@ -136,14 +161,17 @@ def check_base(checkpoint: Checkpoint, base: Network) -> None:
         if saved_id != base.base_id:
             made_for = checkpoint.config.base_model_name_or_path
             raise BadCheckpoint(
-                f"{checkpoint.path} is an adapter of another base model, {made_for!r} with the identity "
-                f"{saved_id[:12]}; this server has {base.source!r} with {base.base_id[:12]}: serve the other one"
+                f"checkpoint {checkpoint.name!r} is an adapter of another base model, {_model_name(made_for)!r} with "
+                f"the identity {saved_id[:12]}; this server has {_model_name(base.source)!r} with "
+                f"{base.base_id[:12]}: serve the other one"
             )
         return
     made_for = checkpoint.config.base_model_name_or_path if checkpoint.config is not None else None
     # the path of a local folder may have changed, so only the shapes of the weights can tell
     if made_for and made_for != base.source and not Path(made_for).is_absolute() and not Path(base.source).is_dir():
-        raise BadCheckpoint(f"{checkpoint.path} is an adapter of {made_for!r}, but this server has {base.source!r}")
+        raise BadCheckpoint(
+            f"checkpoint {checkpoint.name!r} is an adapter of {made_for!r}, but this server has {base.source!r}"
+        )
 
 
 def _save_adapter(model: TrainedModel, adapters: Adapters, folder: Path) -> None:
@@ -165,25 +193,6 @@ def _moments(model: TrainedModel) -> dict[str, Tensor]:
     }
 
 
-def _lora_config(path: Path) -> LoraConfig:
-    config = PeftConfig.from_pretrained(str(path))
-    if not isinstance(config, LoraConfig):
-        raise BadCheckpoint(f"{path} is a {config.peft_type} adapter, but only LoRA can be loaded")
-    if config.modules_to_save:
-        raise BadCheckpoint(f"{path} saves whole modules ({', '.join(config.modules_to_save)}), which is not supported")
-    if config.bias != "none":
-        raise BadCheckpoint(f"{path} trains biases (bias={config.bias!r}), which is not supported")
-    if config.use_dora:
-        raise BadCheckpoint(f"{path} is a DoRA adapter, which is not supported")
-    if config.init_lora_weights not in (True, False, "gaussian"):
-        raise BadCheckpoint(
-            f"{path} was initialised by {config.init_lora_weights!r}, which changes the weights of the base model, "
-            "and other models use them too: convert it to plain LoRA"
-        )
-    config.inference_mode = False
-    return config
-
-
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that is flushed to disk and renamed to `path` at the end, or deleted after an exception."""
@@ -199,6 +208,16 @@ def _new_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reason(error: OSError) -> str:
+    """The reason of an error of the system, without the path that it names."""
+    return error.strerror or type(error).__name__
+
+
+def _model_name(source: str | None) -> str | None:
+    """The hub id of a model, or the name of its folder."""
+    return Path(source).name if source and (Path(source).is_absolute() or Path(source).is_dir()) else source
 
 
 def _stored(reference: str, data_folder: Path) -> str:

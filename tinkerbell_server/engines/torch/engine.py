@@ -205,16 +205,9 @@ class TorchEngine:
         checkpoints.save(
             model, self._models.adapters, self._tokenizer, path, self._models.data_folder, optimizer=command.optimizer
         )
-        return SaveOutput(model_id=model.id, path=command.path, step=model.steps)
+        return SaveOutput(model_id=model.id, path=command.path, step=model.steps, notice=model.merge_notice())
 
     def _load(self, command: Load) -> LoadOutput:
-        model, created = self._models.get_or_create(command.model_id, command.create)
-        try:
-            with_optimizer = self._models.load(model, Path(command.path), optimizer=command.optimizer)
-        except BaseException:
-            if created:
-                self._models.delete(model.id)
-            raise
-        model = self._models.get(command.model_id)
+        model, with_optimizer = self._models.load(command)
         rank = None if model.adapter is None else model.spec.rank
         return LoadOutput(model_id=model.id, path=command.path, step=model.steps, rank=rank, optimizer=with_optimizer)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tinkerbell_core.tensors import from_torch
 from tinkerbell_core.types import PromptScores, SampledSequence, TopLogprobs
 from tinkerbell_server.commands import ALONE, CallContext, Sample, SamplePiece
-from tinkerbell_server.engines.torch.network import Network
+from tinkerbell_server.engines.torch.network import Network, select_rows
 from tinkerbell_server.engines.torch.prompt_logprobs import score_prompt
 from tinkerbell_server.engines.torch.sample_text import SampleText, Tokenizer, split_stops
 from tinkerbell_server.engines.torch.sampler import SamplingSettings, UniformStream, choose_tokens
@@ -101,7 +101,7 @@ def _generate_batch(
     parents = [index for index, own in enumerate(rows) for _ in own]
     last = states[parents, -1]  # [S, H]
     if len(parents) > len(commands):
-        cache.batch_select_indices(torch.tensor(parents, device=network.device))
+        select_rows(cache, torch.tensor(parents, device=network.device))
         mask = mask[parents]
     while True:
         _append_tokens(network.sampling_logits(last), growing)
@@ -115,7 +115,7 @@ def _generate_batch(
         if not kept:
             break
         if len(kept) < len(growing):
-            cache.batch_select_indices(torch.tensor(kept, device=network.device))
+            select_rows(cache, torch.tensor(kept, device=network.device))
             growing, mask = [growing[index] for index in kept], mask[kept]
         mask = torch.cat([mask, mask.new_ones(len(growing), 1)], dim=1)
         newest = torch.tensor([[row.tokens[-1]] for row in growing], device=network.device)  # [S, 1]

@@ -19,6 +19,7 @@ from tinkerbell_server.engines.torch.losses import Losses
 from tinkerbell_server.engines.torch.memory import Budgets
 from tinkerbell_server.engines.torch.models import Models
 from tinkerbell_server.engines.torch.network import Network
+from tinkerbell_server.engines.torch.optim_step import mean_of
 from tinkerbell_server.engines.torch.ref_logprobs import KEY, ReferenceCache, with_ref_logprobs
 from tinkerbell_server.engines.torch.step import Step, run_step
 from tinkerbell_server.engines.torch.step_results import StepResult
@@ -57,7 +58,8 @@ class LossCalls:
         result = self._run_step(network, model, step, why_stored(network, spec), backward=command.backward)
         sequences = len(rows) // spec.group_size
         if command.backward:
-            model.accumulate(result.counted_tokens, sequences)
+            mean = mean_of(spec.name, command.hyperparameters)
+            model.accumulate(result.counted_tokens, sequences, mean)
         return ForwardOutput(
             model_id=model.id,
             loss_fn=spec.id,
@@ -112,5 +114,6 @@ class LossCalls:
         if KEY in rows[0].inputs or KEY not in (*(spec.inputs or ()), *spec.optional_inputs):
             return rows
         reference = model.initial if model.spec.reference == "initial" else model.spec.reference
-        load = partial(self._models.reference, reference)
-        return with_ref_logprobs(rows, reference, self._references, load, self.budgets, pause)
+        load = partial(self._models.reference, reference, model)
+        key = self._models.reference_key(reference, model)
+        return with_ref_logprobs(rows, key, self._references, load, self.budgets, pause)

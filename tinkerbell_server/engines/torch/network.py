@@ -133,6 +133,14 @@ def _cache_name(backbone: Transformer) -> str:
     return "cache" if "cache" in parameters else "past_key_values"
 
 
+def select_rows(cache: Transformer, rows: Tensor) -> None:
+    """Keep these rows of the batch of a cache, in this order; a row can be kept several times."""
+    for layer in cache.layers:
+        # the state of a recurrent layer has only the second method, and not every release of transformers has both
+        select = getattr(layer, "batch_select_indices", None) or layer.reorder_cache
+        select(rows)
+
+
 def at_least_float32(logits: Tensor) -> Tensor:
     """The same logits in float64 if they are, else in float32."""
     return logits if logits.dtype == torch.float64 else logits.float()

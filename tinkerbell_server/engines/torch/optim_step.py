@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +21,19 @@ LARGEST_NORM = 1e15
 def optim_step(model: TrainedModel, command: OptimStep) -> float:
     """Take one step and clear the accumulated gradients; the gradient norm after normalisation and before clipping.
 
-    Raises NothingAccumulated if there was no forward_backward since the last step, and BadRequest or BadHyperparameter
-    if the gradient or a parameter after the step is not finite; then nothing has changed.
+    Raises NothingAccumulated if there was no forward_backward since the last step, BadRequest if `normalize` would
+    divide a mean again, and BadRequest or BadHyperparameter if the gradient or a parameter after the step is not
+    finite. Then nothing has changed.
     """
     total = model.accumulated
     if not total.calls:
         raise NothingAccumulated(
             f"model {model.id!r} has no accumulated gradient: call forward_backward before optim_step"
+        )
+    if command.normalize is not None and total.mean:
+        raise BadRequest(
+            f"normalize is {command.normalize!r}, but {total.mean} is a mean already, and would be divided twice: call "
+            "optim_step without normalize, or forward_backward with aggregation='sum'"
         )
     divisor = {"tokens": total.tokens, "sequences": total.sequences, None: 1}[command.normalize]
     norm = global_norm(list(total.gradients.values())) / max(divisor, 1)
@@ -44,6 +51,15 @@ def optim_step(model: TrainedModel, command: OptimStep) -> float:
     model.accumulated = Accumulated()
     model.steps += 1
     return norm
+
+
+def mean_of(loss: str, hyperparameters: Mapping[str, Any]) -> str:
+    """How a call of a loss divides it, in words; empty if it is a sum. The hyperparameter `aggregation` declares it."""
+    for name, value in hyperparameters.items():
+        part, _, own = name.rpartition("/")  # in a weighted sum, the name is `part/aggregation`
+        if own == "aggregation" and value != "sum":
+            return f"loss {part or loss!r} with aggregation={value!r}"
+    return ""
 
 
 def is_ordinary(command: OptimStep) -> bool:

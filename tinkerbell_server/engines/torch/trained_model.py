@@ -14,12 +14,16 @@ from tinkerbell_server.engines.torch.network import Network
 
 @dataclass(slots=True)
 class Accumulated:
-    """Gradients by parameter name, summed since the last optim_step, and the size of the data that they are from."""
+    """Gradients by parameter name, summed since the last optim_step, and the size of the data that they are from.
+
+    mean: how a call has already divided its loss, in words; empty if every loss was a sum.
+    """
 
     gradients: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
     sequences: int = 0
     calls: int = 0
+    mean: str = ""
 
 
 @dataclass(slots=True)
@@ -61,8 +65,8 @@ class TrainedModel:
         """The seed of the next call. It does not depend on calls of other models, nor on calls that failed."""
         return self.spec.seed * 2_147_483_647 + self.calls
 
-    def accumulate(self, tokens: int, sequences: int) -> None:
-        """Add the gradients in `.grad` to the accumulated ones, and clear `.grad`."""
+    def accumulate(self, tokens: int, sequences: int, mean: str = "") -> None:
+        """Add the gradients in `.grad` to the accumulated ones, and clear `.grad`. mean: see Accumulated."""
         total = self.accumulated
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
@@ -75,10 +79,57 @@ class TrainedModel:
         total.tokens += tokens
         total.sequences += sequences
         total.calls += 1
+        total.mean = total.mean or mean
         self.calls += 1
 
+    def coverage(self) -> tuple[float, tuple[str, ...]]:
+        """The share of the parameters that are in modules with an adapter, and the names of the other modules.
+
+        A name is the last component, as in target_modules. Modules without a weight matrix, as norms, are not named.
+        """
+        if self.adapter is None:
+            return 1.0, ()
+        adapted = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in self.parameters}
+        covered, total = 0, 0
+        missing: set[str] = set()
+        for name, parameter in self.network.model.named_parameters():
+            if ".lora_" in name:
+                continue
+            module = name.rpartition(".")[0].removesuffix(".base_layer")
+            total += parameter.numel()
+            if module in adapted:
+                covered += parameter.numel()
+            elif parameter.dim() > 1:
+                missing.add(module.rpartition(".")[2])
+        return covered / max(total, 1), tuple(sorted(missing))
+
+    def merge_notice(self) -> str:
+        """What to know before the adapter is merged into the base; empty if PEFT's merge gives the same model."""
+        if self.adapter is None:
+            return ""
+        embedding, head = self.network.model.get_input_embeddings(), self.network.model.get_output_embeddings()
+        if head is None or head.weight is not embedding.weight:
+            return ""
+        trained = {id(parameter) for parameter in self.parameters.values()}
+        names = [
+            name
+            for name, module in (("the input embedding", embedding), ("the head", head))
+            if any(id(parameter) in trained for parameter in module.parameters())
+        ]
+        if not names:
+            return ""
+        return (
+            f"the adapter is on {' and '.join(names)}, and the head and the input embedding of this base model are one "
+            "weight: PEFT's merge_and_unload changes both. Before merging, load the base with "
+            "tie_word_embeddings=False and copy the embedding to the head"
+        )
+
     def info(self, base_model: str) -> ModelInfo:
+        covered, without_adapter = self.coverage()
         return ModelInfo(
+            dropout=self.spec.dropout,
+            covered=covered,
+            without_adapter=without_adapter,
             model_id=self.id,
             base_model=base_model,
             rank=None if self.adapter is None else self.spec.rank,

@@ -24,6 +24,7 @@ Inputs = Mapping[str, Tensor]
 on_pairs = family(
     coupling="sequence",
     group_size=2,
+    preferred_rows=(0,),
     inputs=("target_tokens", "ref_logprobs"),
     optional_inputs=("weights",),
     finite=("ref_logprobs", "weights"),

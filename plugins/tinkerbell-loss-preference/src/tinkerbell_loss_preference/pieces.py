@@ -26,6 +26,7 @@ Inputs = Mapping[str, Tensor]
 on_pairs = family(
     coupling="sequence",
     group_size=2,
+    preferred_rows=(0,),
     inputs=("target_tokens",),
     optional_inputs=("weights",),
     finite=("weights",),

@@ -12,7 +12,7 @@ from tinkerbell_core.functional import preferred, sequence_mean, sequence_sum
 from tinkerbell_core.hyperparameters import SHARE
 from tinkerbell_loss_preference.pieces import Inputs, Pairs, on_pairs, score
 
-on_triples = partial(on_pairs, group_size=3, allowed={"label_smoothing": SHARE})
+on_triples = partial(on_pairs, group_size=3, preferred_rows=(0, 2), allowed={"label_smoothing": SHARE})
 """Declares a loss of triples: rows 3i are chosen, rows 3i + 1 rejected, rows 3i + 2 gold."""
 
 

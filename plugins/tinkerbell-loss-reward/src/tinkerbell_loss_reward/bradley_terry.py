@@ -19,6 +19,7 @@ from tinkerbell_loss_reward.pieces import Inputs, rewards
 @loss(
     coupling="sequence",
     group_size=2,
+    preferred_rows=(0,),
     inputs=(),
     optional_inputs=("weights", "margin"),
     finite=("margin",),
