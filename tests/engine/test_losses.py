@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.engine.calls import CE, gradients, rows, run, upload
+from tests.engine.conftest import MakeEngine
 from tinkerbell_core import hookimpl
-from tinkerbell_core.errors import BadLoss, BadRequest, UnknownLoss
+from tinkerbell_core.errors import BadData, BadLoss, BadRequest, UnknownLoss
+from tinkerbell_core.functional import target_logprobs
+from tinkerbell_core.output import LossFnOutput
 from tinkerbell_server.config import Settings
 from tinkerbell_server.engines.torch.losses import Losses
 
@@ -80,3 +84,43 @@ def test_dotted_paths_are_off_by_default_and_refused_on_a_public_host() -> None:
         importing(allowed=False).imported("lagoon:plain")
     with pytest.raises(BadRequest, match="refused on host"):
         Settings(host="0.0.0.0", dotted_losses=True)
+
+
+@pytest.mark.parametrize("uploaded", [False, True])
+def test_an_input_that_no_part_of_the_loss_reads_is_refused_and_no_gradient_is_kept(
+    make_engine: MakeEngine, uploaded: bool
+) -> None:
+    engine = make_engine(uploads="sandboxed") if uploaded else make_engine()
+
+    def branches(model_outputs, loss_fn_inputs, attention_mask, use_margin: bool = False):
+        logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"])
+        if use_margin:
+            logprobs = logprobs - loss_fn_inputs["margin"]
+        return LossFnOutput(-(logprobs * attention_mask).sum())
+
+    name = upload(engine, branches, "branches")
+    data = rows([5, 3], margin=[[0.5] * 5, [0.5] * 3])
+    with pytest.raises(BadData, match="'branches' has not read the input 'margin' in this call"):
+        run(engine, data, name)
+    assert not gradients(engine)
+    run(engine, data, name, use_margin=True)
+    assert gradients(engine)
+    # a part of a sum that reads it is sufficient
+    run(engine, data, {name: 1.0, CE: 0.1}, **{"branches/use_margin": True})
+    with pytest.raises(BadData, match="margin"):
+        run(engine, data, {name: 1.0, CE: 0.1})
+
+
+def test_an_input_that_is_read_in_one_micro_batch_only_counts_as_read(make_engine: MakeEngine) -> None:
+    engine = make_engine(micro_batch_tokens=4)
+
+    def sometimes(model_outputs, loss_fn_inputs, attention_mask):
+        logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"])
+        if attention_mask.shape[1] == 3:
+            logprobs = logprobs * loss_fn_inputs["scale"]
+        return LossFnOutput(-(logprobs * attention_mask).sum())
+
+    name = upload(engine, sometimes, "sometimes", coupling="sequence")
+    run(engine, rows([4, 3], scale=[[1.0] * 4, [2.0] * 3]), name)
+    with pytest.raises(BadData, match="'scale'"):
+        run(engine, rows([4, 4], scale=[[1.0] * 4, [2.0] * 4]), name)

@@ -277,7 +277,7 @@ REFUSED: list[tuple[Family, Any, Any, str]] = [
         None,
         r"turn 1 \(assistant\): the chat template of the model does not read 'tool_calls'",
     ),
-    (families.CHATML, [ONE[0], {**ONE[1], "wieght": 0}], None, "does not read 'wieght'; did you mean 'weight'?"),
+    (families.CHATML, [ONE[0], {**ONE[1], "weigt": 0}], None, "does not read 'weigt'; did you mean 'weight'?"),
     (
         families.CHATML,
         [{**ONE[0], "images": 1}, ONE[1]],

@@ -280,3 +280,18 @@ def test_bytes_base64_and_lists_give_the_same_tensor() -> None:
     coded = {"data": base64.b64encode(raw.tobytes()).decode(), "dtype": "float32", "shape": [2]}
     assert as_tensor(coded, "x") == as_tensor([1.0, 2.0], "x")
     assert as_tensor({"data": [1, 2], "dtype": "float32", "shape": [2]}, "x") == as_tensor([1.0, 2.0], "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "right"), [("advantage", "advantages"), ("weightss", "weights"), ("target_token", "target_tokens")]
+)
+def test_a_misspelt_input_is_refused_with_the_right_name(name: str, right: str) -> None:
+    loss = describe("importance_sampling", inputs=("target_tokens",), optional_inputs=("advantages", "logprobs"))
+    with pytest.raises(BadData, match=f"does not read '{name}'; did you mean '{right}'"):
+        parse([[1, 2, 3]], {name: [[1.0, 1.0]]}, loss)
+
+
+def test_another_name_is_left_to_the_call_which_shows_whether_the_loss_reads_it() -> None:
+    loss = describe("mine", inputs=("target_tokens", "logprobs"))
+    (row,) = parse([[1, 2, 3]], {"ref_logprobs": [[1.0, 1.0]], "logprobs": [[1.0, 1.0]]}, loss)
+    assert "ref_logprobs" in row.inputs

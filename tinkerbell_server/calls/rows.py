@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,6 +11,9 @@ from tinkerbell_core.errors import BadData
 from tinkerbell_core.tensors import INTEGERS, Array, cast, to_numpy
 from tinkerbell_core.types import LossDescription, TensorData
 from tinkerbell_server.commands import Row
+
+_SAME_WORD = 0.85
+"""How similar a misspelt name is to the right one; `ref_logprobs` and `logprobs` are less similar."""
 
 COMPUTED = frozenset({"ref_logprobs"})
 """Inputs that the server computes if a loss reads them and the caller sends none."""
@@ -52,7 +56,15 @@ def check_count(rows: int, loss: LossDescription) -> None:
 
 
 def check_present(row_name: str, inputs: Mapping[str, object], loss: LossDescription) -> None:
-    """Raise BadData if an input is missing that the loss needs and that the server does not compute."""
+    """Raise BadData if an input is missing that the loss needs and that the server does not compute.
+
+    Also raises it for a name that is almost that of an input: another input may be read in some calls only.
+    """
+    known = [*loss.inputs, *loss.optional_inputs, "target_tokens", "weights"]
+    for name in inputs:
+        near = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=_SAME_WORD)
+        if near:
+            raise BadData(f"{row_name}: loss {loss.name!r} does not read {name!r}; did you mean {near[0]!r}?")
     missing = [name for name in loss.inputs if name not in inputs and name not in COMPUTED]
     if missing:
         raise BadData(

@@ -15,6 +15,7 @@ from torch import Tensor
 from tinkerbell_core.errors import BadLoss, LossKilled, TinkerbellError
 from tinkerbell_core.hyperparameters import Hyperparameter
 from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.recorded_inputs import RecordedInputs
 from tinkerbell_core.spec import Coupling, LossSpec, Provenance
 from tinkerbell_core.types import RegisterLossRequest
 from tinkerbell_server.sandbox.errors import BadMessage, DeadlineExceeded, printable, reported_error
@@ -90,10 +91,10 @@ class SandboxedLosses:
         model_outputs: Tensor,
         run: Run,
         tensors: Sequence[Tensor],
-    ) -> LossFnOutput:
-        """Run the loss in the worker of the context's owner, or in a new one. Raises BadLoss, LogitsTooLarge.
+    ) -> tuple[LossFnOutput, list[str]]:
+        """Run the loss in the worker of the context's owner, or in a new one; its output, and the inputs that it read.
 
-        tensors: the attention mask and the inputs, as the Run message describes.
+        tensors: the attention mask and the inputs, as the Run message describes. Raises BadLoss, LogitsTooLarge.
         """
         batch, length, _ = run.shape
         seconds = self._time_limits.call + self._time_limits.per_token * batch * length
@@ -116,7 +117,7 @@ class SandboxedLosses:
                 worker.kill()
                 raise
             self._keep(key, worker)
-            return output
+            return output, call.read
 
     def forget(self, digest: str) -> None:
         """Kill the workers of a deleted loss."""
@@ -249,7 +250,10 @@ class _SandboxedLoss:
             seed=int(torch.randint(2**62, ())),
             budget=budget_of(model_outputs),
         )
-        return self.losses.call(self.upload, self.context, model_outputs, run, tensors)
+        output, read = self.losses.call(self.upload, self.context, model_outputs, run, tensors)
+        if isinstance(loss_fn_inputs, RecordedInputs):
+            loss_fn_inputs.read.update(read)
+        return output
 
 
 def _coupling(upload: RegisterLossRequest) -> Coupling:

@@ -148,7 +148,7 @@ class Done(Message, frozen=True):
     Tensors: logprobs or None; then, for each request with `keep`, a gradient or None for each tensor of its reply.
     shared: for each of these requests, whether the worker has written its gradient to the shared memory that came with
     the reply. dropped: how many of these requests, counted from the first, have no gradients because the loss was run
-    a second time.
+    a second time. read: the inputs that the loss has read.
     """
 
     loss: float
@@ -156,6 +156,7 @@ class Done(Message, frozen=True):
     shared: list[bool]
     materialised: list[tuple[str, int]] = []
     dropped: int = 0
+    read: list[str] = []
 
 
 class Failed(Message, frozen=True):

@@ -15,6 +15,7 @@ from torch import Tensor
 from tinkerbell_core.errors import BadLoss, LossKilled, TinkerbellError
 from tinkerbell_core.logits import LogitsSource
 from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.recorded_inputs import RecordedInputs
 from tinkerbell_server.sandbox.channel import MIN_SHARED, TensorInfo
 from tinkerbell_server.sandbox.errors import BadMessage, DeadlineExceeded, reported_error
 from tinkerbell_server.sandbox.logits_server import MAX_REQUESTS, check_request, compute_reply
@@ -44,7 +45,8 @@ class Call:
 
     seconds: the time limit of the worker, without the time in which it waits for the device. budget: bytes of logits
     that the worker may have at once. release_device: entered while the worker computes. materialised: after `run`, the
-    operations for which the worker stored logits, and their bytes.
+    operations for which the worker stored logits, and their bytes. read: after `run`, the inputs that the
+    loss has read.
     """
 
     worker: WorkerProcess
@@ -55,6 +57,7 @@ class Call:
     # the tensors of each reply whose gradients the worker will return, and the memory for a large gradient
     _replies: list[tuple[list[Tensor | None], Arena | None]] = field(default_factory=list)
     materialised: list[tuple[str, int]] = field(default_factory=list)
+    read: list[str] = field(default_factory=list)
     _reply_bytes: int = 0
     _gradient_arenas: int = 0
 
@@ -167,7 +170,7 @@ class Call:
                 raise BadMessage("the name of a diagnostic has unprintable characters")
         logprobs, *sent = tensors
         self._replies = self._replies[max(0, message.dropped) :]
-        self.materialised = message.materialised
+        self.materialised, self.read = message.materialised, message.read
         gradients = self._gradients(message, sent)
         device, dtype = self.source.device, self.source.dtype
         pairs = [
@@ -224,4 +227,6 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
 
 def names_and_tensors(attention_mask: Tensor, inputs: Mapping[str, Tensor]) -> tuple[list[str], list[Tensor]]:
     """The names in a Run message, and the tensors that follow it."""
+    if isinstance(inputs, RecordedInputs):
+        inputs = inputs.unrecorded()
     return list(inputs), [attention_mask, *inputs.values()]

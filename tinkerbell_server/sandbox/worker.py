@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn, get_args
 
 import msgspec
@@ -17,6 +17,7 @@ from tinkerbell_core.dryrun import dry_run
 from tinkerbell_core.errors import BadLoss, PlainLogitsNeeded, TinkerbellError
 from tinkerbell_core.logits.source import Statistic
 from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.recorded_inputs import RecordedInputs
 from tinkerbell_core.run import run_loss
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_server.sandbox.channel import Channel
@@ -39,6 +40,7 @@ from tinkerbell_server.sandbox.open_upload import graph_examples, open_upload
 from tinkerbell_server.sandbox.shared_memory import write_tensor
 
 _MAX_HEADER = 8 << 20  # bytes: the payload and the source of an upload, and some more
+_MAX_READ = 256  # names of inputs in a result
 _MAX_MESSAGE, _MAX_TRACEBACK = 4000, 6000  # characters
 
 
@@ -136,7 +138,9 @@ class Worker:
         assert self._spec is not None
         mask, *rest = tensors
         assert mask is not None
-        inputs = {name: tensor for name, tensor in zip(run.inputs, rest, strict=True) if tensor is not None}
+        inputs = RecordedInputs(
+            {name: tensor for name, tensor in zip(run.inputs, rest, strict=True) if tensor is not None}
+        )
         torch.manual_seed(run.seed)
         batch, length, vocab = run.shape
         source = RemoteSource(self._channel, batch * length, vocab, run.dtype)
@@ -149,7 +153,7 @@ class Worker:
                 torch.manual_seed(run.seed)
                 output, _ = self._run_once(run, self._spec, source, inputs, mask, True)
                 stored = [("run again", source.count * vocab * source.dtype.itemsize)]
-            self._send_result(output, source.reply_gradients[dropped:], stored, dropped)
+            self._send_result(output, source.reply_gradients[dropped:], stored, dropped, inputs.read)
         finally:
             source.close()
 
@@ -164,7 +168,12 @@ class Worker:
         return output, materialised(logits)
 
     def _send_result(
-        self, output: LossFnOutput, replies: list[ReplyGradients], stored: list[tuple[str, int]], dropped: int
+        self,
+        output: LossFnOutput,
+        replies: list[ReplyGradients],
+        stored: list[tuple[str, int]],
+        dropped: int,
+        read: Iterable[str],
     ) -> None:
         gradients: list[Tensor | None] = []
         shared = []
@@ -182,6 +191,7 @@ class Worker:
             shared=shared,
             materialised=stored[:64],
             dropped=dropped,
+            read=sorted(read)[:_MAX_READ],
         )
         logprobs = output.logprobs
         if logprobs is not None and logprobs.dtype != torch.float64:

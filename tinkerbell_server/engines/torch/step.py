@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from tinkerbell_core.errors import BadData, BadLoss
 from tinkerbell_core.output import LossFnOutput
+from tinkerbell_core.recorded_inputs import RecordedInputs
 from tinkerbell_core.run import run_loss
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_server.commands import Row
@@ -90,9 +91,9 @@ class Step:
 def run_step(network: Network, parameters: Sequence[Parameter], step: Step, *, backward: bool) -> StepResult:
     """Run the loss; with `backward`, put the gradient of this call into `.grad` of the parameters, which must be None.
 
-    Raises BadData for rows whose padding needs too much memory, BadLoss for a loss that breaks its contract or a
-    gradient that is not finite, LogitsTooLarge for more stored logits than the budget allows, PlainLogitsNeeded for a
-    use of lazy logits that they do not support. Then `.grad` is None.
+    Raises BadData for rows whose padding needs too much memory and for an input that the loss does not read, BadLoss
+    for a loss that breaks its contract or a gradient that is not finite, LogitsTooLarge for more stored logits than the
+    budget allows, PlainLogitsNeeded for a use of lazy logits that they do not support. Then `.grad` is None.
     """
     parts = step.micro_batches()
     step.check_padding(parts, int(network.model.config.get_text_config().hidden_size) * network.dtype.itemsize)
@@ -107,6 +108,7 @@ def run_step(network: Network, parameters: Sequence[Parameter], step: Step, *, b
                     if index:
                         step.pause()
                     _one_pass(network, step, index, part, results, backward=backward)
+        results.check_read(step.rows[0].inputs)
         return results.fetch(parameters if backward else (), len(parts))
     except BaseException:
         for parameter in parameters:
@@ -123,7 +125,7 @@ def _one_pass(
     with torch.set_grad_enabled(backward):
         states = network.states(batch.tokens, batch.padding_mask)  # [B, T, H]
     leaf = states.detach().requires_grad_(backward or step.needs_graph)
-    results.add(batch, part, _loss_on(network, step, leaf, batch), leaf, backward=backward)
+    results.add(batch, part, _loss_on(network, step, leaf, batch, results), leaf, backward=backward)
     # the states do not require a gradient if only the head is trained
     if backward and leaf.grad is not None and states.requires_grad:
         torch.autograd.backward(states, leaf.grad)
@@ -150,7 +152,7 @@ def _two_passes(network: Network, step: Step, parts: list[list[int]], results: S
     assert states is not None
     leaf = states.requires_grad_(backward or step.needs_graph)
     step.set_seed(-1)
-    results.add(whole, range(len(step.rows)), _loss_on(network, step, leaf, whole), leaf, backward=backward)
+    results.add(whole, range(len(step.rows)), _loss_on(network, step, leaf, whole, results), leaf, backward=backward)
     if not backward or leaf.grad is None or not piece.requires_grad:
         return
     torch.autograd.backward(piece, leaf.grad[parts[last], : piece.shape[1]])
@@ -161,7 +163,7 @@ def _two_passes(network: Network, step: Step, parts: list[list[int]], results: S
         torch.autograd.backward(piece, leaf.grad[part, : batch.tokens.shape[1]])
 
 
-def _loss_on(network: Network, step: Step, leaf: Tensor, batch: Batch) -> LossFnOutput:
+def _loss_on(network: Network, step: Step, leaf: Tensor, batch: Batch, results: StepResults) -> LossFnOutput:
     """Run the loss on the hidden states `leaf`."""
     # without gradients, lazy logits need half of the work
     with torch.set_grad_enabled(leaf.requires_grad):
@@ -173,8 +175,9 @@ def _loss_on(network: Network, step: Step, leaf: Tensor, batch: Batch) -> LossFn
             reads=step.spec.reads,
             reads_detached=step.spec.reads_detached,
         )  # [B, T, V]
+        inputs = RecordedInputs(batch.inputs)
         try:
-            output = run_loss(step.spec, logits, batch.inputs, batch.attention_mask, step.hyperparameters)
+            output = run_loss(step.spec, logits, inputs, batch.attention_mask, step.hyperparameters)
         except BadLoss as error:
             if not network.splits and "no hidden states" in str(error):
                 raise BadLoss(
@@ -183,5 +186,6 @@ def _loss_on(network: Network, step: Step, leaf: Tensor, batch: Batch) -> LossFn
                     error.traceback,
                 ) from None
             raise
+        results.read |= inputs.read
         stored = materialised(logits, step.stored_because, network, leaf)
         return replace(output, diagnostics={**output.diagnostics, **stored})

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tinkerbell_core.errors import BadLoss
+from tinkerbell_core.errors import BadData, BadLoss, did_you_mean
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.spec import LossSpec
 from tinkerbell_server.engines.torch.batching import Batch
@@ -67,10 +67,15 @@ class StepResult:
     micro_batches: int
 
 
+_READ_BY_THE_SERVER = frozenset({"target_tokens", "weights"})
+"""Inputs that the server adds to text, and that count tokens."""
+
+
 class StepResults:
-    """The results so far of a step on `rows` rows."""
+    """The results so far of a step on `rows` rows. read: the inputs that the loss has read."""
 
     def __init__(self, spec: LossSpec, rows: int) -> None:
+        self.read: set[str] = set()
         self._spec = spec
         self._losses: list[Tensor] = []
         self._counted: list[Tensor] = []
@@ -91,6 +96,16 @@ class StepResults:
             logprobs = output.logprobs.detach()
             for position, row in enumerate(rows):
                 self._logprobs[row] = logprobs[position, : batch.lengths[position]]
+
+    def check_read(self, inputs: Iterable[str]) -> None:
+        """Raise BadData if the loss has not read one of these inputs, which then has no effect."""
+        unread = [name for name in inputs if name not in self.read and name not in _READ_BY_THE_SERVER]
+        if unread:
+            reads = ", ".join(sorted(self.read)) or "none"
+            raise BadData(
+                f"loss {self._spec.name!r} has not read the input {unread[0]!r} in this call, so it would have no "
+                f"effect: leave it out{did_you_mean(unread[0], self.read)} (it has read: {reads})"
+            )
 
     def fetch(self, parameters: Sequence[Parameter], micro_batches: int) -> StepResult:
         """The result of the step, copied from the device.
