@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -12,6 +14,8 @@ from numpy.typing import NDArray
 from tinkerbell_core.tensors import to_numpy
 from tinkerbell_core.types import ForwardOutput, PreviewRow
 
+log = logging.getLogger("tinker_client")
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardBackwardResult:
@@ -19,7 +23,8 @@ class ForwardBackwardResult:
 
     loss: the output of the loss, summed over micro-batches. logprobs: one array per row, `[T]` or `[T, K]`, or None.
     tokens: number of positions in the batch. counted_tokens: those with a weight other than 0. sequences: number of
-    rows, or of groups for a group loss. created: whether this call created the model.
+    rows, or of groups for a group loss. created: whether this call created the model. notice: something about the call
+    that you should know; it is also logged, once.
     """
 
     model_id: str
@@ -33,10 +38,13 @@ class ForwardBackwardResult:
     micro_batches: int
     seconds: float
     created: bool
+    notice: str | None = None
 
     @classmethod
     def of(cls, output: ForwardOutput) -> ForwardBackwardResult:
-        """Convert the tensors of the wire struct to numpy arrays."""
+        """Convert the tensors of the wire struct to numpy arrays, and log the notice if it is new."""
+        if output.notice is not None:
+            _log_once(output.notice)
         return cls(
             model_id=output.model_id,
             loss_fn=output.loss_fn,
@@ -49,7 +57,13 @@ class ForwardBackwardResult:
             micro_batches=output.micro_batches,
             seconds=output.seconds,
             created=output.created,
+            notice=output.notice,
         )
+
+
+@cache
+def _log_once(notice: str) -> None:
+    log.warning("%s", notice)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -124,3 +124,18 @@ def test_an_input_that_is_read_in_one_micro_batch_only_counts_as_read(make_engin
     run(engine, rows([4, 3], scale=[[1.0] * 4, [2.0] * 3]), name)
     with pytest.raises(BadData, match="'scale'"):
         run(engine, rows([4, 4], scale=[[1.0] * 4, [2.0] * 4]), name)
+
+
+def test_a_loss_that_does_not_read_the_weights_of_a_call_gets_a_notice(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+
+    def masked(model_outputs, loss_fn_inputs, attention_mask):
+        logprobs = target_logprobs(model_outputs, loss_fn_inputs["target_tokens"])
+        return LossFnOutput(-(logprobs * attention_mask).sum())
+
+    name = upload(engine, masked, "masked")
+    notice = run(engine, rows([3, 2], weights=[[0.0, 1.0, 1.0], [1.0, 1.0]]), name).notice
+    assert notice is not None
+    assert "'masked' does not read 'weights'" in notice
+    assert run(engine, rows([3], weights=[[1.0] * 3]), name).notice is None
+    assert run(engine, rows([3], weights=[[0.0, 1.0, 1.0]]), CE).notice is None

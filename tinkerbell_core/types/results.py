@@ -72,6 +72,7 @@ class ForwardOutput(Wire, frozen=True):
     loss: the output of the loss, summed over micro-batches. logprobs: one entry per row, `[T]` or `[T, K]`, or None.
     tokens: number of positions with attention_mask 1. counted_tokens: those with a weight other than 0.
     sequences: number of rows, or of groups for a group loss. created: whether this call created the model.
+    notice: something about the call that the user should know, for example that the loss has not read the weights.
     """
 
     model_id: str
@@ -85,6 +86,7 @@ class ForwardOutput(Wire, frozen=True):
     micro_batches: int
     seconds: float
     created: bool = False
+    notice: str | None = None
 
 
 class OptimStepOutput(Wire, frozen=True):

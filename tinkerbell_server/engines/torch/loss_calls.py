@@ -10,7 +10,7 @@ from functools import partial
 
 from tinkerbell_core.errors import BadRequest, PlainLogitsNeeded
 from tinkerbell_core.spec import LossSpec
-from tinkerbell_core.tensors import from_torch
+from tinkerbell_core.tensors import from_torch, to_numpy
 from tinkerbell_core.types import ForwardOutput
 from tinkerbell_server.commands import CallContext, Row, RunLoss
 from tinkerbell_server.engines.torch.device_lock import DeviceLock
@@ -27,6 +27,19 @@ from tinkerbell_server.engines.torch.trained_model import TrainedModel
 from tinkerbell_server.sandbox.losses import RunContext
 
 log = logging.getLogger("tinkerbell.engine")
+
+
+def _notice(spec: LossSpec, rows: Sequence[Row], result: StepResult) -> str | None:
+    """What the caller should know about a call that succeeded."""
+    if "weights" in result.read or "weights" not in rows[0].inputs:
+        return None
+    if all((to_numpy(row.inputs["weights"]) == 1).all() for row in rows):
+        return None
+    return (
+        f"loss {spec.name!r} does not read 'weights', which are not 1 everywhere in this call, so it covers all "
+        "positions, also those that do not count, such as a prompt: use loss_fn_inputs['weights'] in place of "
+        "attention_mask"
+    )
 
 
 class LossCalls:
@@ -71,6 +84,7 @@ class LossCalls:
             sequences=sequences,
             micro_batches=result.micro_batches,
             seconds=time.perf_counter() - start,
+            notice=_notice(spec, rows, result),
         )
 
     def _spec(self, command: RunLoss, model: TrainedModel) -> LossSpec:

@@ -58,13 +58,17 @@ _COMBINE: dict[str, Callable[[list[tuple[float, int]]], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """logprobs: `[T]` or `[T, K]` on the CPU for each row, in the order of the rows; None if the loss gives none."""
+    """logprobs: `[T]` or `[T, K]` on the CPU for each row, in the order of the rows; None if the loss gives none.
+
+    read: the inputs that the loss has read.
+    """
 
     loss: float
     diagnostics: dict[str, float]
     logprobs: list[Tensor] | None
     counted_tokens: int
     micro_batches: int
+    read: frozenset[str] = frozenset()
 
 
 _READ_BY_THE_SERVER = frozenset({"target_tokens", "weights"})
@@ -126,7 +130,7 @@ class StepResults:
                 "accumulated: mask with torch.where BEFORE exp, log or a division, not after"
             )
         logprobs = [logprobs.cpu() for logprobs in self._logprobs if logprobs is not None]
-        return StepResult(value, diagnostics, logprobs or None, int(counted), micro_batches)
+        return StepResult(value, diagnostics, logprobs or None, int(counted), micro_batches, frozenset(self.read))
 
     def _all_finite(self, parameters: Sequence[Parameter], like: Tensor) -> Tensor:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
