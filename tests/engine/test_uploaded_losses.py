@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import cloudpickle
 import msgspec
 import pytest
 
@@ -14,6 +15,7 @@ from tinkerbell_core.errors import BadLoss, BadUpload
 from tinkerbell_core.output import LossFnOutput
 from tinkerbell_core.types import RegisterLossRequest
 from tinkerbell_server.commands import RegisterLoss
+from tinkerbell_server.sandbox.open_upload import _in_file
 
 UPLOAD = RegisterLossRequest(
     name="mine",
@@ -49,6 +51,27 @@ def test_a_loss_that_raises_is_refused_with_its_authors_line(make_engine: MakeEn
         upload(engine, wrong, "wrong")
     assert 'model_outputs @ "a line of mine"' in (caught.value.traceback or "")
     assert "wrong" not in [loss.name for loss in engine.describe().losses]
+
+
+def test_a_traceback_shows_the_authors_line_also_if_cloudpickle_names_no_file(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+
+    def wrong(model_outputs, loss_fn_inputs, attention_mask):
+        return [LossFnOutput(model_outputs @ "a line of mine") for _ in range(1)].pop()
+
+    filename = wrong.__code__.co_filename
+    # what cloudpickle 3.1.3 makes of each function
+    wrong.__code__ = _in_file(wrong.__code__, "<dynamic-code>")
+    payload = cloudpickle.dumps(wrong)
+    source = 'def wrong(model_outputs, loss_fn_inputs, attention_mask):\n    return model_outputs @ "a line of mine"\n'
+    sent = msgspec.structs.replace(
+        UPLOAD, name="wrong", kind="cloudpickle", payload=payload, source=source, filename=filename,
+        first_line=wrong.__code__.co_firstlineno,
+    )  # fmt: skip
+    with pytest.raises(BadLoss) as caught:
+        engine.execute(RegisterLoss(upload=sent))
+    assert f'File "{filename}"' in (caught.value.traceback or "")
+    assert "a line of mine" in (caught.value.traceback or "")
 
 
 def test_an_upload_is_listed_with_the_inputs_that_it_reads(make_engine: MakeEngine) -> None:

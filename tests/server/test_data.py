@@ -232,10 +232,10 @@ def test_an_input_sent_twice_is_refused() -> None:
 
 def test_an_input_that_only_some_rows_have_is_refused() -> None:
     rows = [
-        {"model_input": [1], "loss_fn_inputs": {"target_tokens": [2], "weights": [1]}},
+        {"model_input": [1], "loss_fn_inputs": {"target_tokens": [2], "margin": [1]}},
         {"model_input": [1], "loss_fn_inputs": {"target_tokens": [2]}},
     ]
-    with pytest.raises(BadData, match=r"data\[0\] has the input 'weights', but data\[1\] does not"):
+    with pytest.raises(BadData, match=r"data\[0\] has the input 'margin', but data\[1\] does not"):
         parse(rows)
 
 
@@ -289,6 +289,19 @@ def test_a_misspelt_input_is_refused_with_the_right_name(name: str, right: str) 
     loss = describe("importance_sampling", inputs=("target_tokens",), optional_inputs=("advantages", "logprobs"))
     with pytest.raises(BadData, match=f"does not read '{name}'; did you mean '{right}'"):
         parse([[1, 2, 3]], {name: [[1.0, 1.0]]}, loss)
+
+
+@pytest.mark.parametrize(
+    ("sent", "missing"), [([0.5, 0.25], [1.0, 1.0, 1.0]), (0.5, 1.0), ([[0.5, 0.0], [1.0, 1.0]], [[1.0, 1.0]] * 3)]
+)
+def test_rows_without_weights_beside_rows_with_weights_have_weights_of_1(sent: Any, missing: Any) -> None:
+    rows = [
+        {"model_input": [1, 2], "loss_fn_inputs": {"target_tokens": [2, 3], "weights": sent}},
+        {"model_input": [1, 2, 3], "loss_fn_inputs": {"target_tokens": [2, 3, 4]}},
+    ]
+    first, second = parse(rows)
+    assert numbers(first, "weights") == sent
+    assert numbers(second, "weights") == missing
 
 
 def test_another_name_is_left_to_the_call_which_shows_whether_the_loss_reads_it() -> None:

@@ -176,10 +176,12 @@ def test_a_checkpoint_of_another_tenant_can_be_used_only_after_it_is_published(w
         answer = world.bob.caller.http.delete(f"/api/v1/training_runs/{run}/checkpoints/weights/{name}{verb}")
         assert answer.status_code == 404
     assert world.bob.complete(path).status_code == 404
+    assert world.bob.caller.http.get(f"/v1/models/{path}").status_code == 404
     assert path not in world.bob.get("checkpoints").text
     assert path in world.ann.get("checkpoints").text
     world.ann.caller.http.post(f"/api/v1/training_runs/{run}/checkpoints/weights/{name}/publish")
     assert world.bob.sampler(model_path=path).status_code == 200
+    assert world.bob.caller.http.get(f"/v1/models/{path}").json()["id"] == path
 
 
 def test_saves_are_written_to_the_folder_of_the_tenant(world: World) -> None:

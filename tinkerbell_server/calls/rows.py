@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tinkerbell_core.errors import BadData
-from tinkerbell_core.tensors import INTEGERS, Array, cast, to_numpy
+from tinkerbell_core.tensors import INTEGERS, Array, cast, from_numpy, to_numpy
 from tinkerbell_core.types import LossDescription, TensorData
 from tinkerbell_server.commands import Row
 
@@ -27,6 +27,7 @@ def check_rows(
     Raises BadData for rows that would fail later or give a wrong gradient.
     """
     check_count(len(rows), loss)
+    rows = _with_weights(rows)
     tokens = [to_numpy(row.tokens) for row in rows]  # each [T]
     inputs = [{name: to_numpy(tensor) for name, tensor in row.inputs.items()} for row in rows]
     for row_name, row_tokens, row_inputs in zip(row_names, tokens, inputs, strict=True):
@@ -37,6 +38,20 @@ def check_rows(
             _check_ids(row_name, name, numbers, vocab_size)
         _check_finite(row_name, row_inputs, loss)
     return _with_common_dtypes(rows, row_names)
+
+
+def _with_weights(rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows, with weights of 1 in those that have none if others have them."""
+    given = next((row.inputs["weights"] for row in rows if "weights" in row.inputs), None)
+    if given is None or all("weights" in row.inputs for row in rows):
+        return rows
+    dtype = given.dtype if given.dtype.startswith("float") else "float32"
+
+    def ones(row: Row) -> TensorData:
+        shape = (*row.tokens.shape[: len(given.shape)], *given.shape[1:])
+        return cast(from_numpy(np.ones(shape, np.float32)), dtype)
+
+    return [row if "weights" in row.inputs else Row(row.tokens, {**row.inputs, "weights": ones(row)}) for row in rows]
 
 
 def names_of_rows(kind: str, rows: int) -> list[str]:

@@ -18,6 +18,9 @@ from tinkerbell_core.fxgraph.execute import GraphLoss, load_graph
 from tinkerbell_core.serialization import unpack
 from tinkerbell_core.spec import Coupling, LossSpec, Provenance
 
+_DYNAMIC = "<dynamic-code>"
+"""The file of all code that cloudpickle 3.1.3 has unpickled; a traceback shows no line of it."""
+
 
 class Upload(Protocol):
     """The part of an upload that describes its function: of a RegisterLossRequest or of an OpenUpload message."""
@@ -61,6 +64,8 @@ def open_upload(upload: Upload) -> LossSpec:
     if not callable(fn):
         raise BadUpload(f"the upload {upload.name!r} is a {type(fn).__name__}, but must be a function")
     if upload.kind != "source":
+        if isinstance(fn, types.FunctionType) and fn.__code__.co_filename == _DYNAMIC:
+            fn.__code__ = _in_file(fn.__code__, upload.filename)
         _register_source(upload, getattr(fn, "__code__", None))
     coupling = cast(Coupling, upload.coupling)
     decorate = loss(
@@ -71,6 +76,15 @@ def open_upload(upload: Upload) -> LossSpec:
     )
     spec = decorate(fn)
     return replace(spec, source=upload.source, digest=upload.digest, provenance=Provenance("upload"))
+
+
+def _in_file(code: types.CodeType, filename: str) -> types.CodeType:
+    """The same code, and the functions in it, as of a file."""
+    constants = tuple(
+        _in_file(constant, filename) if isinstance(constant, types.CodeType) else constant
+        for constant in code.co_consts
+    )
+    return code.replace(co_filename=filename, co_consts=constants)
 
 
 def graph_examples(spec: LossSpec, vocab_size: int) -> dict[str, Tensor] | None:

@@ -81,6 +81,16 @@ class Completions:
         live = [unqualified(one.id) for one in self._requests.service.store.models() if owner_of(one.id) == tenant]
         return [self._requests.base.name, *live, *(one.id for one in saved if one.kind != "external_weights")]
 
+    def is_published(self, tenant: str, name: str) -> bool:
+        """Whether a tenant may use a checkpoint that `models` does not list: another tenant has published it."""
+        if not name.startswith("tinker://"):
+            return False
+        try:
+            self._checkpoints.find(tenant, name)
+        except TinkerbellError:
+            return False
+        return True
+
     async def stream(self, caller: Caller, sent: Completion | ChatCompletion) -> AsyncIterator[Json]:
         """The chunks of a streamed answer; the last one has the usage. Raises as `complete` and `chat` do."""
         chat = isinstance(sent, ChatCompletion)

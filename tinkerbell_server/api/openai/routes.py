@@ -45,6 +45,8 @@ async def model(request: Request) -> Response:
     for known in _completions(request).models(tenant_of(request)):
         if known.lstrip("/") == name.lstrip("/"):
             return json_response(_model(known))
+    if _completions(request).is_published(tenant_of(request), name):
+        return json_response(_model(name))
     raise OpenAIError(
         f"no model {name[:160]!r}: GET /v1/models lists what there is",
         param="model",
