@@ -31,6 +31,9 @@ from tinkerbell_server.service.service import Service
 
 _CONNECTIONS = 1000
 
+_BACKLOG = 128
+"""Connections that are accepted at once; more would reach the limit before those without a key are closed."""
+
 _STOP_SECONDS = 20
 
 log = logging.getLogger("tinkerbell.server")
@@ -69,6 +72,7 @@ def run(settings: Settings, sock: socket.socket | None = None) -> int:
             server_header=False,
             timeout_graceful_shutdown=5,
             limit_concurrency=_CONNECTIONS,
+            backlog=_BACKLOG,
             lifespan="on",
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
@@ -100,7 +104,7 @@ def listen(settings: Settings) -> socket.socket:
         raise BadRequest(
             f"cannot listen on {settings.host}:{settings.port}: {reason}; pass another --port (0 selects a free one)"
         ) from None
-    sock.listen(128)
+    sock.listen(_BACKLOG)
     return sock
 
 

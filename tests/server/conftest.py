@@ -149,7 +149,7 @@ def serve(tmp_path: Path) -> Serve:
     @contextlib.contextmanager
     def start(**settings: Any) -> Iterator[Caller]:
         chosen = Settings(**{"engine": FAKE_ENGINE, "data_dir": str(tmp_path / "data"), "port": 0, **settings})
-        with running_server(chosen, timeout=30) as server:
+        with running_server(chosen, timeout=120) as server:
             caller = Caller(server)
             with contextlib.closing(caller):
                 yield caller
@@ -162,7 +162,7 @@ def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
     """One server for the tests that do not change it; uploads are trusted."""
     folder = tmp_path_factory.mktemp("data")
     with running_server(
-        Settings(engine=FAKE_ENGINE, data_dir=str(folder), port=0, uploads="trusted"), timeout=30
+        Settings(engine=FAKE_ENGINE, data_dir=str(folder), port=0, uploads="trusted"), timeout=120
     ) as server:
         caller = Caller(server)
         with contextlib.closing(caller):

@@ -122,6 +122,7 @@ def test_the_response_is_the_same_for_an_unknown_id_and_a_wrong_secret(serve: An
 
 SCOPES = {
     "/sample": "read",
+    "/preview": "train",
     "/forward": "train",
     "/forward_backward": "train",
     "/optim_step": "train",

@@ -74,6 +74,8 @@ def test_the_requests_of_a_tenant_that_have_not_ended_are_limited_by_their_size(
     with serve(queue_memory=1) as caller:
         ann, bob = (caller.with_key(text) for text in texts)
         ann.done("/create_model", model_id="slow-m")
+        for _ in range(8):  # occupy the engine for more than two seconds
+            ann.accepted("/forward", model_id="slow-m", data=ROWS)
         row = list(range(250)) * 2
         large = {"model_id": "slow-m", "data": [row] * 230}  # about 0.4 MB
         answers = [ann.post("/forward", large) for _ in range(4)]

@@ -73,7 +73,7 @@ class Protocol(H11Protocol):
             self._timer = None
 
 
-UNKNOWN_CONNECTIONS = 512
+UNKNOWN_CONNECTIONS = 256
 """The most connections on which no request was authenticated yet; if there is another one, the oldest is closed."""
 
 
