@@ -90,8 +90,11 @@ def test_a_frozen_zygote_is_replaced(sandbox: Sandbox, losses: SandboxedLosses) 
     spec = losses.spec(uploaded(counts, "frozen"), 16, {})
     assert sandbox._zygote is not None
     first = psutil.Process(sandbox._zygote.pid)
-    for process in [*first.children(recursive=True), first]:
+    frozen = [*first.children(recursive=True), first]
+    for process in frozen:
         with contextlib.suppress(psutil.NoSuchProcess):  # a worker that has just been killed
             process.send_signal(signal.SIGSTOP)
     assert call(spec).diagnostics["calls"] == 1.0
     assert sandbox._zygote.pid != first.pid
+    _, alive = psutil.wait_procs(frozen, timeout=10)
+    assert not alive

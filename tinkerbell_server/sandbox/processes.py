@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
+import psutil
 import torch
 from torch import Tensor
 
@@ -184,9 +185,20 @@ class Sandbox:
         if self._channel is not None:
             self._channel.close()
         if self._zygote is not None:
+            # under bubblewrap, the process itself has another process group, and does not end by itself if it is frozen
+            for process in _descendants(self._zygote.pid):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._zygote.pid, signal.SIGKILL)
             self._zygote.wait()
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        found: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
+        return found
+    return []
 
 
 class WorkerProcess:
